@@ -1,0 +1,30 @@
+"""What every test needs before its imports: the interpreter where there is no GPU, no network, no more threads than cores."""
+
+import os
+
+import pytest
+import torch
+
+# Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set before any test module is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+elif os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.exit("a GPU is visible, yet TRITON_INTERPRET=1 would test the interpreter: unset it or hide the GPU", 2)
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# With xdist, workers share the cores: threads of one beside threads of another only slow both down.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+threads = max(1, (os.cpu_count() or 1) // workers)
+torch.set_num_threads(threads)
+os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
