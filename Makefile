@@ -1,21 +1,24 @@
 PYTHON ?= python3
 PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
-export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
-export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-test: .venv/ready test-oldest
-	$(PY) -m ruff check .
-	$(PY) -m pytest -n auto
-
-test-oldest: .venv/oldest
-	PYTHONPATH=.venv/oldest $(PY) -m pytest -n auto -m oldest
+.PHONY: demo test test-oldest bench gpu check
 
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
 
+test: .venv/ready test-oldest
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(PYTEST)
+
+# The same tests of what depends on the versions of others, with the oldest Triton, PEFT and transformers in front.
+test-oldest: .venv/oldest
+	PYTHONPATH=$(CURDIR)/.venv/oldest $(PYTEST) -m oldest
+
 bench: .venv/ready
-	$(PY) -m pytest bench --benchmark-group-by=group --benchmark-autosave --benchmark-compare
+	$(PY) -m pytest bench --benchmark-autosave --benchmark-compare --benchmark-group-by=group
 
 gpu: .venv/ready
 	bash bench/gpu.sh out
@@ -25,6 +28,10 @@ check: .venv/ready
 
 .venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install torch
-	$(PY) -m pip install -e .[test]
-	touch $@
+	$(PY) -m pip install -e .[test] && touch $@
+
+.venv/oldest: constraints-oldest.txt | .venv/ready
+	PIP_CONSTRAINT= $(PY) -m pip install --target $@ --upgrade --no-deps -r $< && touch $@
+
+.venv/demo: .venv/ready
+	$(PY) -m pip install -e .[demo] && touch $@
