@@ -8,7 +8,7 @@ Importing is cheap: every name below is loaded on first use, so neither torch no
 is needed, CUDA is not touched, and the order of imports does not matter.
 """
 
-from . import _bridge  # isort: skip  (first: it makes fastpeft.kernels importable from a checkout)
+from . import _bridge  # noqa: F401  first: makes fastpeft.kernels importable from a checkout
 
 __version__ = "0.1.0"
 

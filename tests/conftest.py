@@ -1,4 +1,4 @@
-"""What every test needs before its imports: the interpreter where there is no GPU, no network, no more threads than cores."""
+"""What tests need before their imports: the interpreter where there is no GPU, no network, threads to fit the cores."""
 
 import os
 

@@ -1,0 +1,163 @@
+"""fastpeft env | check | demo | bench.
+
+Nothing is imported before a command needs it: ``env`` must say what is wrong with an installation, not fall over it.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="fastpeft", description="Fused kernels for parameter-efficient fine-tuning.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("env", help="versions, devices, backends, variables: paste it into a bug report")
+    check = commands.add_parser("check", help="run every op on your device against the reference; exit code 1 on error")
+    check.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    for name, what in (("demo", "fine-tune a small encoder with LoRA"), ("bench", "time every op beside its peers")):
+        commands.add_parser(name, add_help=False, help=f"{what} (from a source checkout; takes its own options)")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "demo":
+        return _from_checkout("examples/finetune.py", "{path}", *rest)
+    if arguments.command == "bench":
+        return _from_checkout("bench", "-m", "pytest", "{path}", *rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return _env() if arguments.command == "env" else _check(arguments.device)
+
+
+def _from_checkout(part: str, *command: str) -> int:
+    path = _CHECKOUT / part
+    if not path.exists():
+        print(
+            f"fastpeft: {part} is in the source checkout only; clone the repository and run it there", file=sys.stderr
+        )
+        return 2
+    return subprocess.call(
+        [sys.executable, *(word.format(path=path) if "{path}" in word else word for word in command)]
+    )
+
+
+def _check(device: str | None) -> int:
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"fastpeft check: device {device}, but torch {torch.__version__} sees no GPU", file=sys.stderr)
+        return 2
+    from .testing import check_ops
+
+    print("Error against float64, relative to plain PyTorch's at the same dtype (at most 2 for max, 1.2 for rms):")
+    print(f"{'op':32} {'dtype':10} {'max':>6} {'rms':>6}")
+    failed = checked = 0
+    for name, dtype, ratio_max, ratio_rms, ok in check_ops(torch.device(device)):
+        dtype = str(dtype).removeprefix("torch.")
+        print(f"{name:32} {dtype:10} {ratio_max:6.2f} {ratio_rms:6.2f}  {'ok' if ok else 'FAILED'}", flush=True)
+        checked += 1
+        failed += not ok
+    print(f"{checked - failed} passed, {failed} failed on {device}")
+    return 1 if failed or not checked else 0
+
+
+def _env() -> int:
+    rows = [
+        ("fastpeft", f"{_own_version()}  ({Path(__file__).parent})"),
+        ("python", f"{platform.python_version()}  ({platform.platform()})"),
+        *((name, _version(name)) for name in ("torch", "triton", "peft", "transformers", "numpy")),
+        *_devices(),
+        ("fastpeft._C", _extension()),
+        *_backends(),
+        *_variables(),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:{width}}  {value}")
+    return 0
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed (pip install {distribution})"
+
+
+def _own_version() -> str:
+    from . import __version__
+
+    try:
+        importlib.metadata.version("fastpeft")
+    except importlib.metadata.PackageNotFoundError:
+        return f"{__version__}, a source checkout on the path"
+    return __version__
+
+
+def _devices() -> list[tuple[str, str]]:
+    import torch
+
+    rows = [("CUDA of torch", torch.version.cuda or (f"ROCm {torch.version.hip}" if torch.version.hip else "none"))]
+    rows.append(("driver", _driver()))
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        gib = device.total_memory / 2**30
+        rows.append((f"cuda:{index}", f"{device.name}, sm_{device.major}{device.minor}, {gib:.0f} GiB"))
+    return rows
+
+
+def _driver() -> str:
+    """nvidia-smi's word, since it sees a GPU that torch cannot use: the commonest cause of a report."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "none found (no nvidia-smi)"
+    return " ".join(sorted(set(done.stdout.split()))) or f"nvidia-smi: {(done.stderr or 'no output').strip()}"
+
+
+def _extension() -> str:
+    spec = importlib.util.find_spec("fastpeft._C")
+    if spec is not None:
+        try:
+            importlib.import_module("fastpeft._C")
+        except ImportError as error:
+            return f"built, but does not load: {error}"
+        return f"built  ({spec.origin})"
+    csrc = _CHECKOUT / "csrc"
+    if csrc.is_dir() and not any(csrc.glob("*.cu")):
+        return "not built: this version has no CUDA C++ kernels; on a GPU, Triton's serve"
+    if shutil.which("nvcc") is None:
+        return "not built: no nvcc; install a CUDA toolkit, then install fastpeft from source again"
+    return (
+        "not built, though nvcc is here: install fastpeft from source again (pip install --no-binary fastpeft fastpeft)"
+    )
+
+
+def _backends() -> list[tuple[str, str]]:
+    import torch
+
+    from . import _backend
+
+    rows = []
+    for device in [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]:
+        cuda = _backend.cuda_missing() if device.type == "cuda" else "it serves CUDA tensors"
+        for name, reason in (("cuda", cuda), ("triton", _backend.triton_reason(device)), ("reference", None)):
+            rows.append((f"{name} on {device}", "serves" if reason is None else f"does not serve: {reason}"))
+    return rows
+
+
+def _variables() -> list[tuple[str, str]]:
+    names = sorted(name for name in os.environ if name.startswith(("FASTPEFT_", "TRITON_", "CUDA_VISIBLE_")))
+    return [(name, os.environ[name]) for name in names] or [("FASTPEFT_*, TRITON_*", "not set")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
