@@ -27,7 +27,7 @@ _HOME = {
     "accelerate": "integrations.peft",
     "register": "integrations.peft",
     "restore": "integrations.peft",
-    "explain": "_backend",
+    "explain": "ops",
 }
 
 __all__ = [*_MODULES, *_HOME]

@@ -1,0 +1,109 @@
+"""Which of cuda, triton and reference serves a call, and why not the others.
+
+Automatic choice takes the first backend without a reason against it. It depends on shapes, dtypes and the device's
+capability alone, never on timing. An explicit request is served by that backend or raises with the reason.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+import torch
+
+ORDER = ("cuda", "triton", "reference")
+_FOLDERS = {"triton": "fastpeft.kernels", "reference": "fastpeft.reference"}
+
+Reasons = Mapping[str, Callable[..., str | None]]
+
+
+def choose(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
+    """The backend that serves ``op`` for these facts.
+
+    Args:
+        requested: a backend's name, or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
+        reasons: for each backend the function that returns None, or why it cannot serve the facts.
+
+    Raises:
+        ValueError: no such backend, or it cannot serve the call.
+    """
+    requested = requested or os.environ.get("FASTPEFT_BACKEND") or None
+    if requested is None:
+        return next(name for name in ORDER if reasons[name](*facts) is None)
+    if requested not in ORDER:
+        raise ValueError(f"{op}: backend={requested!r}, expected one of {', '.join(ORDER)}")
+    reason = reasons[requested](*facts)
+    if reason is not None:
+        raise ValueError(f"{op}: backend={requested!r} cannot serve this call: {reason}")
+    return requested
+
+
+def explain(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
+    """The choice for these facts, its kernel configurations, and the reason against every backend that is passed over."""
+    chosen = choose(op, requested, reasons, *facts)
+    lines = [f"{op}: served by {chosen}"]
+    lines += [f"  {name}: {reasons[name](*facts) or 'can serve this call'}" for name in ORDER if name != chosen]
+    describe = getattr(load(op, chosen), "describe", None)
+    return "\n".join(lines + ([f"  {line}" for line in describe(*facts)] if describe else []))
+
+
+@functools.cache
+def load(op: str, backend: str) -> ModuleType:
+    """The module that implements ``op``: one op has one basename in every folder."""
+    return importlib.import_module(f"{_FOLDERS[backend]}.{op}")
+
+
+@torch.compiler.assume_constant_result
+def triton_missing() -> str | None:
+    """None when Triton imports, else the reason."""
+    error = _import_error("triton")
+    return None if error is None else f"Triton does not import ({error})"
+
+
+@torch.compiler.assume_constant_result
+def cuda_missing() -> str | None:
+    """None when the compiled extension imports, else the reason."""
+    if _import_error("fastpeft._C") is not None:
+        return "fastpeft._C is not built (it needs nvcc when fastpeft is installed)"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return importlib.import_module("triton").knobs.runtime.interpret
+
+
+@torch.compiler.assume_constant_result
+def capability(device_index: int) -> int:
+    """Compute capability as one number: 80, 90, ..."""
+    return _capability(device_index)
+
+
+@functools.cache
+def _capability(device_index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
+@functools.cache
+def _import_error(module: str) -> ImportError | None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return error
+    return None
+
+
+def triton_reason(device: torch.device, oldest: int = 80) -> str | None:
+    """Why Triton cannot run on ``device`` at all, or None."""
+    missing = triton_missing()
+    if missing is not None:
+        return missing
+    if device.type == "cuda":
+        found = capability(torch.cuda.current_device() if device.index is None else device.index)
+        return f"sm_{found} < sm_{oldest}" if found < oldest else None
+    if device.type == "cpu" and interpreting():
+        return None
+    return f"device {device.type} (on a CPU Triton runs only in its interpreter, TRITON_INTERPRET=1)"

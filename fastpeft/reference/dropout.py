@@ -1,0 +1,71 @@
+"""Counter-based dropout: the mask is a pure function of (seed, row, column), so nobody has to store it.
+
+Forward, backward, recomputation under gradient checkpointing and every backend draw the same bits from the same
+64-bit seed. The definition, on unsigned integers that wrap::
+
+    key(m)     = splitmix64(seed + (m + 1) * 0x9E3779B97F4A7C15)            64 bits for row m
+    lo, hi     = key(m) mod 2**32, key(m) >> 32
+    z          = ((j * 0x9E3779B1) ^ lo) * 0x85EBCA6B                       32 bits for the column pair j = k // 2
+    z          = ((z ^ (z >> 15)) + hi) * 0xC2B2AE35
+    word(m, j) = z ^ (z >> 16)
+    keep(m, k) = (low half of word if k is even else high half), as int16, >= threshold - 2**15
+
+with ``threshold = round(p * 2**16)``. One 32-bit draw serves two elements. The row key enters twice, so two rows never
+share a run of draws. The probability is a multiple of 2**-16, and kept elements are divided by the probability that
+was really used, so the expectation is exact.
+
+Sources: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014) for the row key;
+Appleby's MurmurHash3 finaliser for the constants of the word.
+"""
+
+import torch
+from torch import Tensor
+
+LANES = 1 << 16
+
+
+def threshold(dropout: float) -> int:
+    """The number of the 65,536 lane values that are dropped at probability ``dropout``."""
+    return min(round(dropout * LANES), LANES - 1)
+
+
+def inverse_keep(dropout: float) -> float:
+    """``1 / (1 - p)`` for the probability that the mask really uses."""
+    return LANES / (LANES - threshold(dropout))
+
+
+def _shift_right(z: Tensor, bits: int, width: int) -> Tensor:
+    # PyTorch has no logical shift for signed integers, and no shift at all for unsigned ones on the CPU.
+    return (z >> bits).bitwise_and_((1 << (width - bits)) - 1)
+
+
+def _signed(constant: int, width: int) -> int:
+    return constant - (1 << width) if constant >> (width - 1) else constant
+
+
+def row_keys(seed: Tensor, rows: int) -> Tensor:
+    """splitmix64 of every row number: ``int64 [rows]`` for a seed of one int64 element."""
+    z = torch.arange(1, rows + 1, dtype=torch.int64, device=seed.device)
+    z = z.mul_(_signed(0x9E3779B97F4A7C15, 64)).add_(seed.reshape(()))
+    z = z.bitwise_xor_(_shift_right(z, 30, 64)).mul_(_signed(0xBF58476D1CE4E5B9, 64))
+    z = z.bitwise_xor_(_shift_right(z, 27, 64)).mul_(_signed(0x94D049BB133111EB, 64))
+    return z.bitwise_xor_(_shift_right(z, 31, 64))
+
+
+def keep_mask(seed: Tensor, dropout: float, rows: int, columns: int, dtype: torch.dtype = torch.bool) -> Tensor:
+    """The dropout mask ``[rows, columns]``: one (or True) where the element is kept.
+
+    Args:
+        seed: int64, one element, on the device where the mask is wanted.
+        dropout: probability of dropping an element, in [0, 1).
+        dtype: any real dtype. A float mask costs no extra pass and multiplies faster than a bool one.
+    """
+    pairs = (columns + 1) // 2
+    lo, hi = row_keys(seed, rows).view(torch.int32).view(rows, 2, 1).unbind(1)  # little-endian halves
+    j = torch.arange(pairs, dtype=torch.int32, device=seed.device).mul_(_signed(0x9E3779B1, 32))
+    z = torch.bitwise_xor(j, lo).mul_(_signed(0x85EBCA6B, 32))
+    z = z.bitwise_xor_(_shift_right(z, 15, 32)).add_(hi).mul_(_signed(0xC2B2AE35, 32))
+    z = z.bitwise_xor_(_shift_right(z, 16, 32))
+    lanes = z.view(torch.int16)[:, :columns]
+    keep = torch.empty(rows, columns, dtype=dtype, device=seed.device)
+    return torch.ge(lanes, threshold(dropout) - LANES // 2, out=keep)

@@ -1,0 +1,118 @@
+"""LoRA around a frozen linear layer, in plain PyTorch: the definition, and the steps that every backend offers.
+
+``lora_linear`` is what the op means; autograd differentiates it. The four steps below it are the same algebra cut where
+the kernels cut it, with the gradients written out; on the CPU they are also what runs. Shapes: ``x [M, K]``,
+``a [r, K]``, ``b [N, r]``, ``s [M, R]``. R is the sum of the ranks of the branches that share x; each branch has its
+A, B, scale, dropout and seed. a and b may have a wider dtype than x; s always has theirs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dropout import inverse_keep, keep_mask, threshold
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ`` (Hu et al., "LoRA", 2021).
+
+    Args:
+        x: ``[..., K]``; weight: ``[N, K]`` or None for the low-rank term alone; bias: ``[N]``; lora_a: ``[r, K]``;
+            lora_b: ``[N, r]``. lora_a and lora_b may be wider than x: their branch is then computed in their dtype.
+        scale: dimensionless factor of the low-rank term, ``alpha / r`` or ``alpha / sqrt(r)``.
+        dropout: probability of dropping an element of x in the low-rank branch, in [0, 1); seed: one int64 element.
+
+    Returns:
+        ``[..., N]`` in x's dtype.
+    """
+    dropped = x
+    if threshold(dropout):
+        mask = keep_mask(seed, dropout, x[..., 0].numel(), x.shape[-1], x.dtype)
+        dropped = x * mask.view(x.shape) * inverse_keep(dropout)
+    y = scale * (dropped.to(lora_a.dtype) @ lora_a.T) @ lora_b.T
+    if weight is not None:
+        y = F.linear(x, weight) + y
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype)
+
+
+def down(
+    x: Tensor, lora_as: Sequence[Tensor], scales: Sequence[float], dropouts: Sequence[float], seeds: Tensor | None
+) -> Tensor:
+    """``S_p = scale_p · drop_p(x) A_pᵀ`` for every branch p, side by side: ``[M, R]``."""
+    dtype = lora_as[0].dtype
+    if len(set(scales)) == 1 and not any(map(threshold, dropouts)):
+        return (x.to(dtype) @ _stack(lora_as).T).mul_(scales[0])
+    s = x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_as), dtype=dtype)
+    for p, (a, s_p) in enumerate(zip(lora_as, s.split([a.shape[0] for a in lora_as], 1), strict=True)):
+        mask = _mask(x, dropouts[p], seeds, p)
+        dropped = x if mask is None else mask.mul_(x)
+        torch.mm(dropped.to(dtype), a.T, out=s_p)
+        s_p.mul_(scales[p] * inverse_keep(dropouts[p]))
+    return s
+
+
+def up(s: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``S Bᵀ + bias``: ``[M, N]`` in ``dtype``."""
+    y = s @ b.T if bias is None else torch.addmm(bias.to(s.dtype), s, b.T)
+    return y.to(dtype)
+
+
+def up_backward(
+    dy: Tensor, s: Tensor | None, b: Tensor, scale: float, need_ds: bool, need_db: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dS = scale · dY B`` ``[M, r]`` and ``dB = dYᵀ S`` ``[N, r]``."""
+    dy = dy.to(b.dtype)
+    ds = (dy @ b).mul_(scale) if need_ds else None
+    db = dy.T @ s if need_db else None
+    return ds, db
+
+
+def down_backward(
+    ds: Tensor,
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    dropouts: Sequence[float],
+    seeds: Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """``dX = Σ_p mask_p ∘ (dS_p A_p) / (1 - p_p)`` ``[M, K]`` and, for every p, ``dA_p = dS_pᵀ drop_p(x)``.
+
+    Where dA is not needed, x serves for its dtype alone.
+    """
+    if need_dx and not need_da and not any(map(threshold, dropouts)):
+        return (ds @ _stack(lora_as)).to(x.dtype), None
+    dx, das = None, []
+    for p, (a, ds_p) in enumerate(zip(lora_as, ds.split([a.shape[0] for a in lora_as], 1), strict=True)):
+        mask = _mask(ds, dropouts[p], seeds, p, columns=a.shape[1])
+        if mask is not None:
+            ds_p = ds_p * inverse_keep(dropouts[p])
+        if need_dx:
+            part = ds_p @ a if mask is None else (ds_p @ a).mul_(mask)
+            dx = part if dx is None else dx.add_(part)
+        if need_da:
+            das.append(ds_p.T @ (x.to(ds.dtype) if mask is None else mask.mul_(x)))
+    return dx.to(x.dtype) if need_dx else None, das if need_da else None
+
+
+def _stack(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+
+
+def _mask(like: Tensor, dropout: float, seeds: Tensor | None, p: int, columns: int | None = None) -> Tensor | None:
+    if not threshold(dropout):
+        return None
+    return keep_mask(seeds[p], dropout, like.shape[0], columns or like.shape[1], like.dtype)
