@@ -168,7 +168,7 @@ def test_law_can_pass(path, source):
 
 
 def test_law_every_kernel_has_its_reference():
-    kernels = {path.name for path in FILES if path.parts[0] == "kernels"}
+    kernels = {path.name for path in FILES if path.parts[0] == "kernels" and "@triton.jit" in (ROOT / path).read_text()}
     assert kernels - {path.name for path in FILES if path.parts[:2] == ("fastpeft", "reference")} == set()
 
 
