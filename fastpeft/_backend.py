@@ -24,13 +24,16 @@ def choose(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
     Args:
         requested: a backend's name, or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
         reasons: for each backend the function that returns None, or why it cannot serve the facts.
+        facts: what the reasons look at; the first is the tensor whose device decides.
 
     Raises:
         ValueError: no such backend, or it cannot serve the call.
     """
     requested = requested or os.environ.get("FASTPEFT_BACKEND") or None
     if requested is None:
-        return next(name for name in ORDER if reasons[name](*facts) is None)
+        # Triton's interpreter serves CPU tensors, but only those who ask for it: it proves kernels, slowly.
+        order = ORDER if facts[0].device.type != "cpu" else ("reference",)
+        return next(name for name in order if reasons[name](*facts) is None)
     if requested not in ORDER:
         raise ValueError(f"{op}: backend={requested!r}, expected one of {', '.join(ORDER)}")
     reason = reasons[requested](*facts)
@@ -40,7 +43,7 @@ def choose(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
 
 
 def explain(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
-    """The choice for these facts, its kernel configurations, and the reason against every backend that is passed over."""
+    """The choice for these facts, its kernel configurations, and the reasons against the other backends."""
     chosen = choose(op, requested, reasons, *facts)
     lines = [f"{op}: served by {chosen}"]
     lines += [f"  {name}: {reasons[name](*facts) or 'can serve this call'}" for name in ORDER if name != chosen]

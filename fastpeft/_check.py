@@ -55,7 +55,7 @@ def positive(op: str, name: str, value: int) -> int:
 
 
 def seed(op: str, name: str, value: int | Tensor | None, device: torch.device) -> Tensor:
-    """One int64 element ``[1]`` on ``device``; None draws it from torch's generator, so manual_seed and checkpointing hold."""
+    """One int64 element ``[1]`` on ``device``; None draws it from torch's generator, which checkpointing restores."""
     if value is None:
         return torch.randint(1 << 62, (1,), dtype=torch.int64, device=device)
     if isinstance(value, Tensor):

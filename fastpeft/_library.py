@@ -1,8 +1,8 @@
 """Registers an op once and serves it two ways with one gradient formula.
 
-Eager calls on plain tensors take a short path straight to Python through ``autograd.Function``; compiled calls and tensor
-subclasses (FakeTensor, DTensor, ...) take the op registered with ``torch.library``. The registered way costs about
-20 microseconds a call more on a CPU, which 224 LoRA layers would feel.
+Eager calls on plain tensors take a short path straight to Python through ``autograd.Function``; compiled calls and
+tensor subclasses (FakeTensor, DTensor, ...) take the op registered with ``torch.library``. The registered way costs
+about 20 microseconds a call more on a CPU, which 224 LoRA layers would feel.
 """
 
 from collections.abc import Callable, Sequence

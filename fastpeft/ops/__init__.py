@@ -4,11 +4,12 @@ from importlib import import_module
 
 from .lora_linear import lora_linear, lora_linear_shared
 
+_PAGES = ("lora_linear",)
 __all__ = ["explain", "lora_linear", "lora_linear_shared"]
 
 
 def explain(op: str, *args, **kwargs) -> str:
-    """Which backend would serve ``fastpeft.ops.<op>(*args, **kwargs)``, with which configuration, and why not the others.
+    """Which backend would serve ``fastpeft.ops.<op>(*args, **kwargs)``, how it is configured, and why not the others.
 
     >>> print(fastpeft.explain("lora_linear", x, weight, lora_a, lora_b))
     """

@@ -101,7 +101,10 @@ def _backward_fake(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds
     ]
 
 
-_OPERANDS = "Tensor x, {} Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, {} float[] scales, float[] dropouts, Tensor seeds, {} str backend"
+_OPERANDS = (
+    "Tensor x, {} Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, {} "
+    "float[] scales, float[] dropouts, Tensor seeds, {} str backend"
+)
 _lora_linear_backward = register_op(
     "lora_linear_backward",
     f"(Tensor[] dys, {_OPERANDS.format('Tensor s,', '', 'bool[] needs,')}) -> Tensor[]",
@@ -138,9 +141,9 @@ def lora_linear(
             in float32 and x is never copied to float32.
         bias: ``[N]`` in x's dtype.
         scale: factor of the low-rank term: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
-        dropout: probability of dropping an element of x in the low-rank branch, in [0, 1); a multiple of 2**-16 is used.
-        seed: of the dropout mask (see ``fastpeft.reference.keep_mask``): a 64-bit integer, an int64 tensor of one element
-            on x's device, or None to draw one from torch's generator for that device.
+        dropout: probability of dropping an element of x in the low-rank branch, in [0, 1), rounded to 2**-16.
+        seed: of the dropout mask (see ``fastpeft.reference.keep_mask``): a 64-bit integer, an int64 tensor of one
+            element on x's device, or None to draw one from torch's generator for that device.
         backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
 
     Returns:
@@ -166,8 +169,8 @@ def lora_linear_shared(
     """``lora_linear`` for several projections of one x, which is read once for all of them.
 
     ``y_p = x W_pᵀ + bias_p + scale_p · (drop_p(x) A_pᵀ) B_pᵀ``. Each projection has its own N, rank, scale, dropout and
-    mask; the adapters share one dtype. ``weights[p]`` may be None: y_p is then the low-rank term (and bias) alone, which
-    is how several active adapters of one layer are added up. Arguments, errors and dtypes as in ``lora_linear``.
+    mask; the adapters share one dtype. ``weights[p]`` may be None: y_p is then the low-rank term (and bias) alone,
+    which is how several active adapters of one layer are added up. Arguments, errors and dtypes as in ``lora_linear``.
 
     Returns:
         One ``[..., N_p]`` for each projection.
@@ -223,7 +226,7 @@ def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, bac
         [absent if bias is None else bias for bias in biases],
         scales,
         dropouts,
-        present[0] if len(present) == 1 else torch.cat(present) if present else absent,
+        drawn[0] if len(drawn) == 1 else torch.cat(drawn) if drawn else absent,
         backend,
     )
     return [y.reshape(*shape[:-1], y.shape[-1]) for y in ys]

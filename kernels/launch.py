@@ -1,0 +1,88 @@
+"""What every launcher needs: the branch table, launch options, and the fixed-order sum of partial results."""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import threshold
+
+# Enough programs to fill a large GPU twice. A constant, not the device's count: bits must not depend on the board.
+TARGET_PROGRAMS = 264
+
+
+def split(size: int, block: int, programs: int, least: int = 4) -> tuple[int, int]:
+    """Cut a loop over ``size`` in steps of ``block`` so that ``programs`` times the parts fills the device.
+
+    Returns the number of parts, each of at least ``least`` steps, and the span of one, a multiple of ``block``.
+    """
+    steps = max(1, triton.cdiv(size, block))
+    parts = max(1, min(TARGET_PROGRAMS // max(programs, 1), steps // least))
+    span = triton.cdiv(steps, parts)
+    return triton.cdiv(steps, span), span * block
+
+
+def reduce_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the first dimension in a fixed order: deterministic, unlike atomics."""
+    return (partials[0] if partials.shape[0] == 1 else partials.sum(0)).to(dtype)
+
+
+class Math(NamedTuple):
+    """How products are taken and sums are kept, as torch and Triton name it."""
+
+    torch: torch.dtype
+    triton: tl.dtype
+    precision: str
+
+
+def math(x: Tensor, a: Tensor) -> Math:
+    """Sums are kept in float32 (float64 for gradcheck); 16-bit times float32 takes three TF32 terms, exact to float32."""
+    if a.dtype == torch.float64:
+        return Math(torch.float64, tl.float64, "ieee")
+    return Math(torch.float32, tl.float32, "ieee" if x.dtype == a.dtype else "tf32x3")
+
+
+@functools.lru_cache(maxsize=4096)
+def branch_table(
+    ranks: tuple[int, ...],
+    scales: tuple[float, ...],
+    dropouts: tuple[float, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """``[P, 5]``: first column, past-the-end column, scale, 1 / (1 - p), threshold of every branch.
+
+    Kernels read these as data, so a new alpha, rank or dropout compiles nothing.
+    """
+    rows, start = [], 0
+    for rank, scale, dropout in zip(ranks, scales, dropouts, strict=True):
+        dropped = threshold(dropout)
+        rows.append([start, start + rank, scale, 65536 / (65536 - dropped), dropped])
+        start += rank
+    return torch.tensor(rows, dtype=dtype, device=device)
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def capability(tensor: Tensor) -> int:
+    """Compute capability of the tensor's device, 80, 90, ...; 0 in the interpreter."""
+    return _capability(tensor.device.index) if tensor.is_cuda else 0
+
+
+def launch(kernel, grid: tuple[int, ...], config, acc: Math, *args, **constants) -> None:
+    """Launch on the tensors' device, which need not be the current one. An empty grid launches nothing."""
+    if 0 in grid:
+        return
+    # Contracted multiply-adds, stated because Triton's default differs between versions and changes bits.
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.block_r}
+    with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
+        kernel[grid](*args, ACC=acc.triton, PRECISION=acc.precision, **blocks, **constants, **options)
