@@ -40,7 +40,7 @@ class Math(NamedTuple):
 
 
 def math(x: Tensor, a: Tensor) -> Math:
-    """Sums are kept in float32 (float64 for gradcheck); 16-bit times float32 takes three TF32 terms, exact to float32."""
+    """Sums in float32 (float64 for gradcheck); 16-bit times float32 takes three TF32 terms, as exact as float32."""
     if a.dtype == torch.float64:
         return Math(torch.float64, tl.float64, "ieee")
     return Math(torch.float32, tl.float32, "ieee" if x.dtype == a.dtype else "tf32x3")

@@ -38,7 +38,7 @@ class Config:
 
 
 def config(step: str, rank: int, dtype: torch.dtype, capability: int) -> Config:
-    """The tile sizes of ``step`` for S's dtype. One measured or counted reason per line; never keyed by a GPU's name."""
+    """The tile sizes of ``step`` for S's dtype: by shape, dtype and capability, never by a GPU's name."""
     block_r = min(max(16, triton.next_power_of_2(rank)), 64)
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory and registers
     if step == "down":

@@ -215,9 +215,9 @@ def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, bac
     backend = _backend.choose(op, backend, REASONS, x, lora_as)
     flat = x.reshape(-1, shape[-1])
     absent = x.new_empty(0)
-    present = (
-        [_check.seed(op, f"seed{plural}", seed, device) for seed in seeds] if any(map(threshold, dropouts)) else []
-    )
+    drawn = []
+    if any(map(threshold, dropouts)):
+        drawn = [_check.seed(op, f"seed{plural}", seed, device) for seed in seeds]
     ys, _ = _lora_linear(
         flat,
         [absent if weight is None else weight for weight in weights],
