@@ -1,0 +1,261 @@
+"""Sibling layers that receive the same tensor (q, k and v; gate and up) read it once.
+
+A layer takes part by offering ``fastpeft_branch()``: its ``Branch``, or a string that says why it must compute alone. The
+first sibling that is called with x computes the outputs of all and keeps the others' until they are asked for, with the
+very same tensor object, unmodified, and with the same parameters, grad mode and autocast. Whatever differs is computed
+by itself, so sharing never changes a result, only how often x is read.
+
+Siblings are found by the names of their modules (``SIBLINGS``). Names are a guess: when a sibling turns out to receive
+another tensor (cross-attention), those that were served stay together and the rest form a group of their own, for good.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+
+# Names of children of one parent that are usually called with one tensor.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, BART, Whisper, CLIP
+    ("query", "key", "value"),  # BERT, RoBERTa, ELECTRA, ViT
+    ("q", "k", "v"),  # T5, MPNet
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT, XLM
+    ("query_proj", "key_proj", "value_proj"),  # DeBERTa
+    ("wq", "wk", "wv"),  # Llama as published
+    ("to_q", "to_k", "to_v"),  # diffusers
+    ("linear_q", "linear_k", "linear_v"),  # Conformer
+    ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek
+    ("gate_proj", "up_proj"),  # Llama, Mistral, Qwen, Gemma
+    ("w1", "w3"),  # Llama as published
+    ("wi_0", "wi_1"),  # T5 v1.1
+)
+# A parent with such a name feeds its first sibling, the query, from elsewhere: the others share without it.
+_CROSS = re.compile(r"cross|encoder_attn|encdec|(^|\.)attn2(\.|$)", re.IGNORECASE)
+_PLAIN = frozenset({Tensor, nn.Parameter})
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class Branch(NamedTuple):
+    """One projection of x as ``fastpeft.ops.lora_linear`` takes it.
+
+    Attributes:
+        weight: ``[N, K]`` frozen, any strides.
+        lora_a: ``[r, K]``; lora_b: ``[N, r]``.
+        bias: ``[N]`` of the frozen layer, or None.
+        scale: dimensionless factor of the low-rank term.
+        dropout: probability that holds for this call, 0 outside training.
+        lora_bias: ``[N]`` of lora_b, trained, or None; it enters as ``bias + scale · lora_bias``.
+    """
+
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    bias: Tensor | None
+    scale: float
+    dropout: float
+    lora_bias: Tensor | None = None
+
+    def folded_bias(self) -> Tensor | None:
+        """``bias + scale · lora_bias`` in the weight's dtype."""
+        if self.lora_bias is None:
+            return self.bias
+        bias = self.scale * self.lora_bias
+        return (bias if self.bias is None else bias + self.bias).to(self.weight.dtype)
+
+    def _unchanged(self, versions: tuple, other: "Branch") -> bool:
+        same = all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(self, other, strict=True))
+        return same and versions == other._versions()
+
+    def _versions(self) -> tuple:
+        return tuple(t._version for t in self if isinstance(t, Tensor))
+
+
+class _Pending(NamedTuple):
+    """What the first sibling of a round left for the others."""
+
+    x: Tensor
+    conditions: tuple
+    leader: int
+    outputs: dict[int, tuple[Branch, tuple, Tensor]]
+
+
+class SharedInput:
+    """Siblings that may receive the same tensor.
+
+    ``forward(module, x)`` returns the module's output, or None where the module must compute it itself. Pending outputs
+    belong to one thread; they are neither copied nor pickled, and an output is let go when it is handed out.
+
+    Recomputation under gradient checkpointing repeats what forward did: a group never changes while saved-tensor hooks
+    are active or a backward pass runs, and where dropout is active nothing is shared without grad mode, since the
+    forward of reentrant checkpointing cannot be told from an evaluation.
+
+    Args:
+        members: the sibling modules, in the order in which the model calls them; each offers ``fastpeft_branch()``.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]):
+        self.members = tuple(members)
+        self.rounds = 0  # calls of the shared op
+        self._parts = [0] * len(self.members)  # members with one number share
+        self._unclaimed = 0  # rounds in a row whose outputs nobody asked for
+        self._thread = threading.local()
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "_thread"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _thread=threading.local())
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """The module's output from a shared call, or None: then the module computes alone."""
+        if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_inference():
+            return None
+        me = next((i for i, member in enumerate(self.members) if member is module), None)
+        if me is None:  # a replica, or a copy of one layer
+            return None
+        conditions = _conditions(x)
+        pending = getattr(self._thread, "pending", None)
+        if pending is not None:
+            output = self._claim(me, pending, x, conditions)
+            if output is not None:
+                return output
+        return self._lead(me, x, conditions)
+
+    def partners(self, module: nn.Module) -> list[nn.Module]:
+        """The members that share with ``module`` as things stand, without itself."""
+        parts = {id(member): part for member, part in zip(self.members, self._parts, strict=True)}
+        part = parts.get(id(module))
+        if part is None or isinstance(branch_of(module), str):
+            return []
+        others = [m for m in self.members if m is not module and parts[id(m)] == part]
+        return [m for m in others if not isinstance(branch_of(m), str)]
+
+    def _claim(self, me: int, pending: _Pending, x: Tensor, conditions: tuple) -> Tensor | None:
+        kept = pending.outputs.pop(me, None)
+        if not pending.outputs:
+            self._thread.pending, self._unclaimed = None, 0
+        same = x is pending.x and conditions == pending.conditions
+        if kept is not None and same:
+            branch, versions, output = kept
+            now = branch_of(self.members[me])
+            return output if isinstance(now, Branch) and now._unchanged(versions, branch) else None
+        self._thread.pending = None
+        if _replayable():
+            return None
+        if kept is not None:
+            self._split({me, *pending.outputs})
+        elif pending.outputs and not same:
+            # Once may be an exception between two calls; twice is a model that calls some siblings on their own.
+            self._unclaimed += 1
+            if self._unclaimed > 1:
+                self._split(set(pending.outputs))
+        return None
+
+    def _split(self, apart: set[int]) -> None:
+        number = max(self._parts) + 1
+        self._parts = [number if i in apart else part for i, part in enumerate(self._parts)]
+        self._unclaimed = 0
+
+    def _lead(self, me: int, x: Tensor, conditions: tuple) -> Tensor | None:
+        candidates = [i for i, part in enumerate(self._parts) if part == self._parts[me]]
+        if len(candidates) < 2:
+            return None
+        branches = {i: branch_of(self.members[i]) for i in candidates}
+        mine = branches[me]
+        if isinstance(mine, str):
+            return None
+        branches = {i: b for i, b in branches.items() if isinstance(b, Branch) and _fits(mine, b)}
+        if len(branches) < 2 or (_reentrant_possible() and any(b.dropout for b in branches.values())):
+            return None
+        columns = list(zip(*branches.values(), strict=True))
+        outputs = ops.lora_linear_shared(
+            x,
+            weights=columns[0],
+            lora_as=columns[1],
+            lora_bs=columns[2],
+            biases=[branch.folded_bias() for branch in branches.values()],
+            scales=columns[4],
+            dropouts=columns[5],
+        )
+        self.rounds += 1
+        kept = {i: (b, b._versions(), y) for (i, b), y in zip(branches.items(), outputs, strict=True)}
+        output = kept.pop(me)[2]
+        self._thread.pending = _Pending(x, conditions, me, kept)
+        return output
+
+
+def branch_of(module: nn.Module) -> Branch | str:
+    """The module's branch, or the reason why it cannot share its input."""
+    if any(getattr(module, name) for name in _HOOKS):
+        return "it has hooks"
+    if "forward" in module.__dict__:
+        return "its forward is overridden on the instance"
+    branch = module.fastpeft_branch()
+    if isinstance(branch, str):
+        return branch
+    for tensor in branch:
+        if isinstance(tensor, Tensor) and (type(tensor) not in _PLAIN or tensor.is_inference()):
+            return f"a parameter is a {type(tensor).__name__}" if type(tensor) not in _PLAIN else "inference tensors"
+    return branch
+
+
+def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> list[SharedInput]:
+    """Group the siblings in ``model`` that take part; each gets its group as the attribute ``fastpeft_shared``."""
+    groups = []
+    for path, parent in model.named_modules():
+        for names in SIBLINGS:
+            names = names[1:] if len(names) == 3 and _CROSS.search(path) else names
+            members = [child for child in (getattr(parent, name, None) for name in names) if child is not None]
+            members = [child for child in members if isinstance(child, nn.Module) and takes_part(child)]
+            if len(members) > 1 and len({id(child) for child in members}) == len(members):
+                groups.append(SharedInput(members))
+                for child in members:
+                    child.fastpeft_shared = groups[-1]
+    return groups
+
+
+def unshare_inputs(model: nn.Module) -> None:
+    """Take back ``share_inputs``."""
+    for module in model.modules():
+        module.__dict__.pop("fastpeft_shared", None)
+
+
+def _conditions(x: Tensor) -> tuple:
+    """What must not differ between the call that computed an output and the call that asks for it."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return (
+        x._version,
+        torch.is_grad_enabled(),
+        autocast and torch.get_autocast_dtype(device),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch._C._current_graph_task_id(),
+    )
+
+
+def _replayable() -> bool:
+    """Whether this call may be recomputed, or is a recomputation."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or torch._C._current_graph_task_id() != -1
+
+
+def _reentrant_possible() -> bool:
+    """Whether this may be the forward of reentrant checkpointing, or its recomputation."""
+    recomputing = torch._C._current_graph_task_id() != -1
+    return not torch.is_grad_enabled() or (
+        recomputing and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    )
+
+
+def _fits(one: Branch, other: Branch) -> bool:
+    return (
+        one.lora_a.dtype == other.lora_a.dtype
+        and one.weight.dtype == other.weight.dtype
+        and one.weight.device == other.weight.device == other.lora_a.device
+        and one.weight.shape[1] == other.weight.shape[1]
+    )
