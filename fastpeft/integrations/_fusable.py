@@ -1,0 +1,168 @@
+"""Which calls of a PEFT LoRA layer the fused op serves, and the op's arguments for those it does.
+
+Everything is read again on every call, in a few microseconds, because all of it can change between two calls without
+notice: adapters, scales, dropout modules, hooks, replaced weights. Nothing here imports peft: a layer is anything with
+PEFT's attributes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as global_hooks
+
+from .. import ops
+from ..nn.sharing import Branch
+
+_PLAIN = frozenset({Tensor, nn.Parameter})
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_DEVICES = frozenset({"cpu", "cuda"})
+_EMPTY = {}
+
+
+def plan(layer: nn.Module, x: Tensor | None = None) -> list[Branch] | str:
+    """One branch for each active adapter of ``layer``, the first with the base layer; or why PEFT serves the call.
+
+    Args:
+        x: the input; None stands for any plain tensor in the base weight's dtype and on its device.
+    """
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapters are merged into the base layer"
+    modules = layer._modules
+    base = modules["base_layer"]
+    kind = type(base)
+    if kind is not nn.Linear and not is_conv1d(base):
+        return f"base_layer is {_name(base)}, neither nn.Linear nor Conv1D"
+    if _intercepted(base):
+        return "base_layer has hooks or a replaced forward"
+    weight = _own(base, "weight")
+    if type(weight) not in _PLAIN:
+        return f"base_layer.weight is {_name(weight)}, not a plain tensor"
+    branches = _branches(layer, modules, weight if kind is nn.Linear else weight.T, _own(base, "bias"))
+    if type(branches) is str:
+        return branches
+    return _unfit(layer, weight if x is None else x, weight, branches) or _transformed() or branches
+
+
+def run(x: Tensor, branches: list[Branch]) -> Tensor:
+    """The fused op over a plan: one adapter, or the sum of several."""
+    weights, lora_as, lora_bs, biases, scales, dropouts, lora_biases = map(list, zip(*branches, strict=True))
+    for i, scale in enumerate(scales):
+        if lora_biases[i] is not None:
+            term = scale * lora_biases[i]
+            biases[0] = term if biases[0] is None else biases[0] + term
+        if isinstance(scale, Tensor):  # from PEFT's compiled hot-swap: stays a tensor, so that no new value recompiles
+            lora_bs[i], scales[i] = lora_bs[i] * scale, 1.0
+    if biases[0] is not None and biases[0].dtype != weights[0].dtype:
+        biases[0] = biases[0].to(weights[0].dtype)
+    if len(branches) == 1:
+        return ops.lora_linear(x, weights[0], lora_as[0], lora_bs[0], biases[0], scales[0], dropouts[0])
+    y, *deltas = ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
+    return sum(deltas, y)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Exactly transformers' Conv1D, whose weight is ``[K, N]``."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _branches(layer: nn.Module, modules: dict, weight: Tensor, bias: Tensor | None) -> list[Branch] | str:
+    active = layer._active_adapter
+    downs, ups, drops = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+    variants = getattr(layer, "lora_variant", _EMPTY)
+    found = []
+    for name in (active,) if isinstance(active, str) else active:
+        if name not in downs:
+            continue
+        if name in variants or layer.use_dora.get(name):
+            return f"adapter {name!r} is the variant {_name(variants[name]) if name in variants else 'DoRA'}"
+        down, up, drop, scale = downs[name], ups[name], drops[name], layer.scaling[name]
+        if type(down) is not nn.Linear or type(up) is not nn.Linear or _own(down, "bias") is not None:
+            return f"adapter {name!r}: lora_A and lora_B are {_name(down)} and {_name(up)}, not nn.Linear"
+        if type(drop) is nn.Dropout:
+            dropout = drop.p if drop.training else 0.0
+            if dropout >= 1.0 or drop.inplace:
+                return f"adapter {name!r}: lora_dropout is {drop}"
+        elif type(drop) is nn.Identity:
+            dropout = 0.0
+        else:
+            return f"adapter {name!r}: lora_dropout is {_name(drop)}, neither nn.Dropout nor nn.Identity"
+        if _intercepted(down) or _intercepted(up) or _intercepted(drop):
+            return f"adapter {name!r} has hooks or a replaced forward on its inner modules"
+        if not isinstance(scale, (float, int)) and not (type(scale) in _PLAIN and scale.dim() == 0):
+            return f"adapter {name!r}: scaling is {scale!r}, neither a number nor a tensor without dimensions"
+        a, b, lora_bias = _own(down, "weight"), _own(up, "weight"), _own(up, "bias")
+        found.append(Branch(weight, a, b, bias, scale, dropout, lora_bias))
+        weight = bias = None  # the other adapters add to the first
+    return found or "no adapter is active"
+
+
+def _unfit(layer: nn.Module, x: Tensor, weight: Tensor, branches: list[Branch]) -> str | None:
+    if type(x) not in _PLAIN:
+        return f"the input is {_name(x)}, not a plain tensor"
+    device, dtype, base_dtype = x.device, x.dtype, weight.dtype
+    adapter_dtype = branches[0].lora_a.dtype
+    if device.type not in _DEVICES:
+        return f"device {device.type}"
+    if weight.device != device:
+        return f"the input is on {device}, base_layer on {weight.device}"
+    for branch in branches:
+        a, b = branch.lora_a, branch.lora_b
+        if type(a) not in _PLAIN or type(b) not in _PLAIN:
+            return f"the adapter's weights are {_name(a)} and {_name(b)}, not plain tensors"
+        if a.dtype != adapter_dtype or b.dtype != adapter_dtype:
+            return "the adapters' weights differ in dtype"
+        if a.device != device or b.device != device:
+            return f"the input is on {device}, the adapter on {a.device} and {b.device}"
+    if dtype not in _FLOATS or base_dtype not in _FLOATS or adapter_dtype not in _FLOATS:
+        return f"dtypes {dtype}, {base_dtype}, {adapter_dtype}"
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        return "float64 under autocast" if torch.float64 in (base_dtype, adapter_dtype) else None
+    if dtype != base_dtype:
+        return f"the input is {dtype}, base_layer {base_dtype}"
+    if adapter_dtype == dtype:
+        return None
+    if adapter_dtype != torch.float32 or dtype == torch.float64:
+        return f"the adapter is {adapter_dtype}, base_layer {base_dtype}"
+    return None if getattr(layer, "cast_input_dtype_enabled", True) else "casting the input's dtype is disabled"
+
+
+def _transformed() -> str | None:
+    """Our gradient passes through no functorch, no forward mode, no tracing; exports keep to PyTorch's ops."""
+    if (
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or global_hooks._global_backward_hooks
+        or global_hooks._global_backward_pre_hooks
+    ):
+        return "hooks for all modules are active"
+    if torch.compiler.is_compiling():
+        return "torch.export" if torch.compiler.is_exporting() else None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode gradients are active"
+    return "torch.jit is tracing" if torch._C._is_tracing() else None
+
+
+def _intercepted(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _own(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, past nn.Module's slow ``__getattr__``; DataParallel's replicas hold theirs as plain attributes."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _name(value: object) -> str:
+    return type(value).__qualname__

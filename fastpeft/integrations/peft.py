@@ -1,0 +1,163 @@
+"""PEFT's LoRA layers served by the fused op: the same modules, parameter names and checkpoints, another forward.
+
+    model = fastpeft.accelerate(get_peft_model(model, config))     # swap the layers of an existing model, in place
+    fastpeft.register(config)                                      # or have PEFT build them, before get_peft_model
+
+A call that the op cannot serve (DoRA and other variants, mixed batches, merged or disabled adapters, quantised bases,
+hooks on the inner modules, ...) runs PEFT's own forward. ``fastpeft.report(model)`` says which layers, and why.
+Two differences remain: dropout masks come from another generator than ``torch.nn.Dropout``'s, and gradients of
+gradients are not defined.
+"""
+
+import functools
+import re
+
+from torch import Tensor, nn
+
+from ..nn import sharing
+from . import _fusable
+
+_OLDEST = (0, 15)
+
+try:
+    import peft
+    from peft.tuners.lora import LoraConfig
+    from peft.tuners.lora.layer import Linear, LoraLayer, dispatch_default
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    raise ImportError(
+        "fastpeft.integrations.peft: peft does not import, expected peft>=0.15 (pip install 'fastpeft[peft]')"
+    ) from error
+if tuple(int(part) for part in re.findall(r"\d+", peft.__version__)[:2]) < _OLDEST:
+    raise ImportError(f"fastpeft.integrations.peft: peft has version {peft.__version__}, expected >=0.15")
+
+
+class FastLoraLinear(Linear):
+    """PEFT's LoRA layer around ``nn.Linear`` or ``Conv1D``; ``forward`` goes to the fused op wherever that serves."""
+
+    fastpeft_shared: sharing.SharedInput | None = None
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not args and not kwargs:
+            plan = _fusable.plan(self, x)
+            if type(plan) is list:
+                shared = self.fastpeft_shared
+                y = None if shared is None or len(plan) > 1 else shared.forward(self, x)
+                return _fusable.run(x, plan) if y is None else y
+        return super().forward(x, *args, **kwargs)
+
+    def fastpeft_branch(self) -> sharing.Branch | str:
+        """This layer for ``fastpeft.nn.sharing``, or why it computes alone."""
+        plan = _fusable.plan(self)
+        if type(plan) is str:
+            return plan
+        if len(plan) > 1:
+            return "several adapters are active"
+        if isinstance(plan[0].scale, Tensor):
+            return "its scaling is a tensor"
+        return "its base layer is a Conv1D" if _fusable.is_conv1d(self.base_layer) else plan[0]
+
+    def fastpeft_report(self) -> str:
+        """``"fused"``, or why PEFT's own forward serves this layer as it is now."""
+        plan = _fusable.plan(self)
+        return plan if type(plan) is str else "fused"
+
+
+def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True) -> nn.Module:
+    """Serve the LoRA layers of a PEFT model by the fused op, in place; calling it again does no harm.
+
+    Args:
+        model: a PeftModel, or any module with PEFT's LoRA layers inside.
+        strict: raise if any LoRA layer would keep PEFT's own forward.
+        share_inputs: let siblings that receive the same tensor (q, k, v; gate, up) read it once; same result.
+
+    Returns:
+        The same model: same parameters, names, state dict, ``save_pretrained``.
+
+    Raises:
+        TypeError, ValueError: not a module, no LoRA layer in it, or with ``strict`` the layers not fused and why.
+            Nothing has been changed then.
+    """
+    layers = _lora_layers("accelerate", model)
+    if strict:
+        reasons = {name: _report(layer) for name, layer in layers.items()}
+        lines = [f"  {name}: {reason}" for name, reason in reasons.items() if reason != "fused"]
+        if lines:
+            first = f"accelerate: strict, but {len(lines)} of {len(layers)} LoRA layers would not be fused"
+            raise ValueError("\n".join([first, *lines]))
+    for layer in layers.values():
+        if type(layer) is Linear:
+            layer.__class__ = FastLoraLinear
+    sharing.unshare_inputs(model)
+    if share_inputs:
+        sharing.share_inputs(model, lambda module: type(module) is FastLoraLinear)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``accelerate`` and ``register``: every layer is PEFT's own again. Returns the same model.
+
+    Raises:
+        ValueError: a layer's class was wrapped after ``accelerate``, as by fully_shard. Nothing has been changed then.
+    """
+    layers = _lora_layers("restore", model)
+    for name, layer in layers.items():
+        if isinstance(layer, FastLoraLinear) and type(layer) is not FastLoraLinear:
+            raise ValueError(f"restore: {name} is {type(layer).__name__}, expected FastLoraLinear")
+    sharing.unshare_inputs(model)
+    for layer in layers.values():
+        if type(layer) is FastLoraLinear:
+            layer.__class__ = Linear
+    return model
+
+
+def register(lora_config: LoraConfig) -> LoraConfig:
+    """Have PEFT build fused layers for this config wherever the layer to adapt is exactly nn.Linear or Conv1D.
+
+    Quantised and other layers get the layer that PEFT has for them. The setting is not saved with the config.
+    Modules of your own are registered with PEFT before this call: PEFT asks them in order.
+
+    Returns:
+        The same config.
+
+    Raises:
+        TypeError: not a LoraConfig. ValueError: it maps nn.Linear or Conv1D to another layer already.
+    """
+    if not isinstance(lora_config, LoraConfig):
+        raise TypeError(f"register: lora_config is {type(lora_config).__name__}, expected peft.LoraConfig")
+    for kind in (nn.Linear, Conv1D):
+        present = (lora_config._custom_modules or {}).get(kind)
+        if present is not None and getattr(present, "func", None) is not _build:
+            raise ValueError(f"register: lora_config maps {kind.__name__} to {present}, expected nothing")
+    # A partial of the config, not a closure: a deep copy of the config then refers to the copy.
+    build = functools.partial(_build, lora_config)
+    lora_config._register_custom_module({nn.Linear: build, Conv1D: build})
+    return lora_config
+
+
+def _build(lora_config: LoraConfig, target: nn.Module, adapter_name: str, **kwargs) -> FastLoraLinear | None:
+    """PEFT's layer for ``target`` with our forward; None makes PEFT go on to its own layers, quantised ones first."""
+    if type(target) not in (nn.Linear, Conv1D) or type(target.weight) is not nn.Parameter:
+        return None
+    if kwargs.get("parameter_name") is not None:
+        return None
+    if "config" not in kwargs:  # PEFT < 0.19 gives a custom module the config's fields, and its own layers the config
+        kwargs["lora_config"] = lora_config
+    layer = dispatch_default(target, adapter_name, **kwargs)
+    layer.__class__ = FastLoraLinear
+    return layer
+
+
+def _lora_layers(op: str, model: nn.Module) -> dict[str, LoraLayer]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is {type(model).__name__}, expected a torch.nn.Module")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise ValueError(f"{op}: model has no LoRA layer, expected a PEFT model with a LoRA adapter")
+    return layers
+
+
+def _report(layer: LoraLayer) -> str:
+    if type(layer) is Linear or isinstance(layer, FastLoraLinear):
+        return FastLoraLinear.fastpeft_report(layer)
+    return f"{type(layer).__module__}.{type(layer).__qualname__} has no fused form"
