@@ -1,9 +1,10 @@
 """Sibling layers that receive the same tensor (q, k and v; gate and up) read it once.
 
-A layer takes part by offering ``fastpeft_branch()``: its ``Branch``, or a string that says why it must compute alone. The
-first sibling that is called with x computes the outputs of all and keeps the others' until they are asked for, with the
-very same tensor object, unmodified, and with the same parameters, grad mode and autocast. Whatever differs is computed
-by itself, so sharing never changes a result, only how often x is read.
+A layer takes part by offering ``fastpeft_branch()``: its ``Branch``, or a string that says why it must compute alone;
+asked twice without a change in between, it gives the same tensor objects. The first sibling that is called with x
+computes the outputs of all and keeps the others' until they are asked for, with the very same tensor object, not
+modified since, and with the same parameters, grad mode and autocast. Whatever differs is computed by itself, so sharing
+never changes what a layer computes, only how often x is read.
 
 Siblings are found by the names of their modules (``SIBLINGS``). Names are a guess: when a sibling turns out to receive
 another tensor (cross-attention), those that were served stay together and the rest form a group of their own, for good.
@@ -75,12 +76,11 @@ class Branch(NamedTuple):
         return tuple(t._version for t in self if isinstance(t, Tensor))
 
 
-class _Pending(NamedTuple):
-    """What the first sibling of a round left for the others."""
+class _Round(NamedTuple):
+    """What the first sibling that was called with x left for the others."""
 
     x: Tensor
     conditions: tuple
-    leader: int
     outputs: dict[int, tuple[Branch, tuple, Tensor]]
 
 
@@ -116,15 +116,22 @@ class SharedInput:
         if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_inference():
             return None
         me = next((i for i, member in enumerate(self.members) if member is module), None)
-        if me is None:  # a replica, or a copy of one layer
+        if me is None or self._parts.count(self._parts[me]) < 2:  # None: a replica, or a copy of one layer
             return None
         conditions = _conditions(x)
-        pending = getattr(self._thread, "pending", None)
-        if pending is not None:
-            output = self._claim(me, pending, x, conditions)
-            if output is not None:
-                return output
-        return self._lead(me, x, conditions)
+        rounds = self._thread.__dict__.setdefault("rounds", {})
+        part = self._parts[me]
+        last = rounds.get(part)
+        if last is not None and last.x is x and last.conditions == conditions:
+            kept = last.outputs.pop(me, None)
+            if not last.outputs:
+                del rounds[part]
+                self._unclaimed = 0
+            return None if kept is None else self._still_valid(me, *kept)
+        if last is not None:
+            del rounds[part]
+            self._learn(me, last)
+        return self._lead(me, x, conditions, rounds)
 
     def partners(self, module: nn.Module) -> list[nn.Module]:
         """The members that share with ``module`` as things stand, without itself."""
@@ -135,36 +142,29 @@ class SharedInput:
         others = [m for m in self.members if m is not module and parts[id(m)] == part]
         return [m for m in others if not isinstance(branch_of(m), str)]
 
-    def _claim(self, me: int, pending: _Pending, x: Tensor, conditions: tuple) -> Tensor | None:
-        kept = pending.outputs.pop(me, None)
-        if not pending.outputs:
-            self._thread.pending, self._unclaimed = None, 0
-        same = x is pending.x and conditions == pending.conditions
-        if kept is not None and same:
-            branch, versions, output = kept
-            now = branch_of(self.members[me])
-            return output if isinstance(now, Branch) and now._unchanged(versions, branch) else None
-        self._thread.pending = None
+    def _still_valid(self, me: int, branch: Branch, versions: tuple, output: Tensor) -> Tensor | None:
+        now = branch_of(self.members[me])
+        return output if isinstance(now, Branch) and now._unchanged(versions, branch) else None
+
+    def _learn(self, me: int, last: _Round) -> None:
+        """A new tensor came while outputs of the last one were left: who shares with whom was guessed wrong."""
         if _replayable():
-            return None
-        if kept is not None:
-            self._split({me, *pending.outputs})
-        elif pending.outputs and not same:
-            # Once may be an exception between two calls; twice is a model that calls some siblings on their own.
-            self._unclaimed += 1
-            if self._unclaimed > 1:
-                self._split(set(pending.outputs))
-        return None
+            return
+        if me in last.outputs:
+            self._split({me, *last.outputs})
+            return
+        # Once may be an exception between two calls; twice in a row is a model that calls some siblings on their own.
+        self._unclaimed += 1
+        if self._unclaimed > 1:
+            self._split(set(last.outputs))
 
     def _split(self, apart: set[int]) -> None:
         number = max(self._parts) + 1
         self._parts = [number if i in apart else part for i, part in enumerate(self._parts)]
         self._unclaimed = 0
 
-    def _lead(self, me: int, x: Tensor, conditions: tuple) -> Tensor | None:
+    def _lead(self, me: int, x: Tensor, conditions: tuple, rounds: dict) -> Tensor | None:
         candidates = [i for i, part in enumerate(self._parts) if part == self._parts[me]]
-        if len(candidates) < 2:
-            return None
         branches = {i: branch_of(self.members[i]) for i in candidates}
         mine = branches[me]
         if isinstance(mine, str):
@@ -185,16 +185,15 @@ class SharedInput:
         self.rounds += 1
         kept = {i: (b, b._versions(), y) for (i, b), y in zip(branches.items(), outputs, strict=True)}
         output = kept.pop(me)[2]
-        self._thread.pending = _Pending(x, conditions, me, kept)
+        rounds[self._parts[me]] = _Round(x, conditions, kept)
         return output
 
 
 def branch_of(module: nn.Module) -> Branch | str:
     """The module's branch, or the reason why it cannot share its input."""
-    if any(getattr(module, name) for name in _HOOKS):
-        return "it has hooks"
-    if "forward" in module.__dict__:
-        return "its forward is overridden on the instance"
+    reason = own_path_reason(module)
+    if reason is not None:
+        return f"it {reason}"
     branch = module.fastpeft_branch()
     if isinstance(branch, str):
         return branch
@@ -202,6 +201,15 @@ def branch_of(module: nn.Module) -> Branch | str:
         if isinstance(tensor, Tensor) and (type(tensor) not in _PLAIN or tensor.is_inference()):
             return f"a parameter is a {type(tensor).__name__}" if type(tensor) not in _PLAIN else "inference tensors"
     return branch
+
+
+def own_path_reason(module: nn.Module) -> str | None:
+    """Why calling ``module`` is more than running its class's forward on its parameters, or None."""
+    if any(getattr(module, name) for name in _HOOKS):
+        return "has hooks"
+    if "forward" in module.__dict__:
+        return "has its forward overridden on the instance"
+    return "is parametrised" if "parametrizations" in module._modules else None
 
 
 def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> list[SharedInput]:

@@ -1,0 +1,315 @@
+"""LoRA around a frozen linear layer: parameters, initialisation, merging. Its forward is one call into ops.
+
+    y = x Wᵀ + bias + Σ scale · (drop(x) Aᵀ) Bᵀ        over the active adapters, scale = alpha / r or alpha / sqrt(r)
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); Kalajdzievski, "A Rank Stabilization
+Scaling Factor for Fine-Tuning with LoRA" (2023) for 1 / sqrt(r).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check, ops
+from .sharing import Branch, own_path_reason
+
+INITS = ("kaiming", "gaussian", "random")
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class LoraAdapter(nn.Module):
+    """The trained parameters of one adapter and the numbers that go with them.
+
+    Args:
+        in_features, out_features: K and N of the frozen layer.
+        r: rank, the rows of A.
+        alpha: numerator of the scale.
+        dropout: probability of dropping an element of x, in [0, 1); in training mode only.
+        rslora: scale is ``alpha / sqrt(r)`` instead of ``alpha / r``.
+        lora_bias: whether B has a bias ``[N]``, trained with it.
+        init: of A and B. "kaiming": uniform A and zero B, as the paper and PEFT; "gaussian": normal A of standard
+            deviation 1 / r and zero B; "random": both as ``nn.Linear`` starts, so that the adapter acts from the start.
+        dtype, device: of the parameters.
+
+    Raises:
+        ValueError: naming the argument, what it is and what was expected.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        lora_bias: bool = False,
+        init: str = "kaiming",
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ):
+        super().__init__()
+        self.r = _check.positive("LoraAdapter", "r", r)
+        self.alpha = _check.finite("LoraAdapter", "alpha", alpha)
+        self.dropout = _check.probability("LoraAdapter", "dropout", dropout)
+        if init not in INITS:
+            raise ValueError(f"LoraAdapter: init is {init!r}, expected one of {', '.join(INITS)}")
+        self.rslora = rslora
+        self.init = init
+        self.scale = self.alpha / (math.sqrt(r) if rslora else r)
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=device))
+        self.lora_bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if lora_bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise anew; also what a model made on the meta device calls once it has memory."""
+        if self.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if self.init == "random":
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B)
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
+
+    def extra_repr(self) -> str:
+        rest = ", rslora=True" if self.rslora else ""
+        rest += ", lora_bias=True" if self.lora_bias is not None else ""
+        return f"r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}{rest}"
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with any number of named LoRA adapters, of which some are active.
+
+    >>> layer = LoraLinear(nn.Linear(512, 512), r=16, alpha=32, dropout=0.1)
+    >>> layer.add_adapter("other", r=4)
+    >>> layer.set_adapter(["default", "other"])
+
+    The frozen layer stays what it was, under ``base_layer``; adapters are ``adapters.<name>.lora_A`` and ``lora_B``.
+    Without an active adapter, disabled or merged, the layer is its base. Where the base has hooks, parametrisations or
+    another forward on the instance, it is called as it is and only the low-rank term is computed here.
+
+    Args:
+        base_layer: ``nn.Linear`` or transformers' ``Conv1D`` (weight ``[K, N]``); its parameters are frozen.
+        name: of the first adapter, active from the start.
+        dtype: of its parameters; None is the base's, or float32 where that is 16 bits wide, as in PEFT.
+        settings: of ``LoraAdapter``: r, alpha, dropout, rslora, lora_bias, init.
+
+    Raises:
+        TypeError: the base is no linear layer with a floating-point weight.
+        ValueError: naming the argument, what it is and what was expected.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str = "default", dtype: torch.dtype | None = None, **settings):
+        super().__init__()
+        reason = not_linear_reason(base_layer)
+        if reason is not None:
+            raise TypeError(f"LoraLinear: base_layer is {reason}, expected nn.Linear or Conv1D")
+        self.base_layer = base_layer.requires_grad_(False)
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.disabled = False
+        self.merged: tuple[str, ...] = ()
+        self.fastpeft_shared = None  # a SharedInput, set by share_inputs
+        self._before_merge: tuple[Tensor, Tensor | None] | None = None
+        self.train(base_layer.training)
+        self.add_adapter(name, dtype, **settings)
+        self.set_adapter([name])
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, as the base stores it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        return self._matrix().shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self._matrix().shape[0]
+
+    def add_adapter(self, name: str, dtype: torch.dtype | None = None, **settings) -> LoraAdapter:
+        """Add an adapter on the base's device; it is inactive and frozen until ``set_adapter``."""
+        adapter_name("LoraLinear", name)
+        if name in self.adapters:
+            raise ValueError(f"LoraLinear: adapter {name!r} exists already")
+        n, k = self._matrix().shape
+        weight = self.weight
+        if dtype is None:
+            dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
+        adapter = LoraAdapter(k, n, dtype=dtype, device=weight.device, **settings)
+        self.adapters[name] = adapter.requires_grad_(False).train(self.training)
+        return adapter
+
+    def set_adapter(self, names: Sequence[str], trainable: bool = True) -> None:
+        """Make these adapters active, and trainable unless told otherwise; the others are frozen."""
+        missing = [name for name in names if name not in self.adapters]
+        if missing:
+            raise ValueError(f"LoraLinear: no adapter {missing[0]!r}, expected one of {', '.join(self.adapters)}")
+        if self.merged:
+            raise ValueError("LoraLinear: set_adapter on a merged layer; unmerge it first")
+        self.active = tuple(dict.fromkeys(names))
+        for name, adapter in self.adapters.items():
+            adapter.requires_grad_(trainable and name in self.active)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fastpeft_shared is not None and not torch.compiler.is_compiling():
+            y = self.fastpeft_shared.forward(self, x)
+            if y is not None:
+                return y
+        if self.disabled or self.merged or not self.active:
+            return self.base_layer(x)
+        if own_path_reason(self.base_layer) is not None:
+            y = self.base_layer(x)
+            return y + self._low_rank(x, [None] * len(self.active), None).to(y.dtype)
+        weights = [self._matrix()] + [None] * (len(self.active) - 1)
+        return self._low_rank(x, weights, self.bias)
+
+    def fastpeft_branch(self) -> Branch | str:
+        """What ``SharedInput`` computes for this layer, or the reason why it does not."""
+        if self.disabled or self.merged or len(self.active) != 1:
+            return "disabled" if self.disabled else "merged" if self.merged else f"{len(self.active)} active adapters"
+        reason = own_path_reason(self.base_layer)
+        if reason is not None:
+            return f"its base layer {reason}"
+        if is_conv1d(self.base_layer):
+            return "its base layer is a Conv1D"  # whose transposed weight is another tensor object at every call
+        adapter = self.adapters[self.active[0]]
+        weight, dropout = self.weight, adapter.dropout if self.training else 0.0
+        if _served_dtype(adapter.lora_A.dtype, weight.dtype) != adapter.lora_A.dtype:
+            return f"its {adapter.lora_A.dtype} adapter is cast at every call"
+        return Branch(weight, adapter.lora_A, adapter.lora_B, self.bias, adapter.scale, dropout, adapter.lora_bias)
+
+    def fastpeft_report(self) -> str:
+        """``"fused"``, or why this layer does not run as one fused op."""
+        if self.disabled or self.merged or not self.active:
+            return "disabled" if self.disabled else "merged" if self.merged else "no active adapter"
+        reason = own_path_reason(self.base_layer)
+        return "fused" if reason is None else f"its base layer {reason}, so it is called and the low-rank term added"
+
+    def delta(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """``Σ scale · B A`` as ``[N, K]`` and ``Σ scale · lora_bias`` as ``[N]`` or None, in float32 or wider."""
+        weight = bias = None
+        for adapter in (self.adapters[name] for name in names):
+            dtype = torch.promote_types(adapter.lora_A.dtype, torch.float32)
+            term = adapter.scale * (adapter.lora_B.to(dtype) @ adapter.lora_A.to(dtype))
+            weight = term if weight is None else weight + term
+            if adapter.lora_bias is not None:
+                term = adapter.scale * adapter.lora_bias.to(dtype)
+                bias = term if bias is None else bias + term
+        return weight, bias
+
+    @torch.no_grad()
+    def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """The base's weight and bias with the active adapters added, in the base's layout and dtype.
+
+        Raises:
+            ValueError: there is no active adapter, a bias has nowhere to go, or a merged value is not finite.
+        """
+        if not self.active:
+            raise ValueError("no active adapter to merge")
+        delta, delta_bias = self.delta(self.active)
+        if delta_bias is not None and self.bias is None:
+            raise ValueError("lora_bias cannot be merged into a base layer without bias")
+        weight = self.weight + (delta.T if is_conv1d(self.base_layer) else delta)
+        bias = None if delta_bias is None else (self.bias + delta_bias).to(self.bias.dtype)
+        tensors = weight.to(self.weight.dtype), bias
+        for tensor in tensors:
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ValueError("the merged weights are not all finite")
+        return tensors
+
+    @torch.no_grad()
+    def merge(self, tensors: tuple[Tensor, Tensor | None] | None = None) -> None:
+        """Add the active adapters to the base. The base's own tensors are kept, so ``unmerge`` restores every bit.
+
+        Args:
+            tensors: from ``merged_tensors``, computed here if not given.
+        """
+        if self.merged:
+            raise ValueError("LoraLinear: merge of a merged layer; unmerge it first")
+        weight, bias = self.merged_tensors() if tensors is None else tensors
+        self._before_merge = self.weight.data, None if bias is None else self.bias.data
+        self.weight.data = weight
+        if bias is not None:
+            self.bias.data = bias
+        self.merged = self.active
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the base its own tensors back, bit for bit."""
+        if not self.merged:
+            raise ValueError("LoraLinear: unmerge of a layer that is not merged")
+        weight, bias = self._before_merge
+        self.weight.data = weight
+        if bias is not None:
+            self.bias.data = bias
+        self.merged, self._before_merge = (), None
+
+    def extra_repr(self) -> str:
+        state = "disabled" if self.disabled else "merged" if self.merged else "active"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {state}={list(self.active)}"
+
+    def _matrix(self) -> Tensor:
+        """The frozen weight as ``[N, K]``."""
+        weight = self.base_layer.weight
+        return weight.T if is_conv1d(self.base_layer) else weight
+
+    def _low_rank(self, x: Tensor, weights: list[Tensor | None], bias: Tensor | None) -> Tensor:
+        """The base for which a weight is given, and the term of every active adapter."""
+        adapters = [self.adapters[name] for name in self.active]
+        lora_as, lora_bs = [a.lora_A for a in adapters], [a.lora_B for a in adapters]
+        dtype = _served_dtype(lora_as[0].dtype, self.weight.dtype)
+        if any(a.dtype != dtype for a in lora_as):
+            dtype = _served_dtype(None, self.weight.dtype)
+            lora_as, lora_bs = [a.to(dtype) for a in lora_as], [b.to(dtype) for b in lora_bs]
+        for adapter in adapters:
+            if adapter.lora_bias is not None:
+                term = adapter.scale * adapter.lora_bias
+                bias = term if bias is None else bias + term
+        bias = None if bias is None else bias.to(x.dtype)
+        scales = [adapter.scale for adapter in adapters]
+        dropouts = [adapter.dropout if self.training else 0.0 for adapter in adapters]
+        if len(adapters) == 1 and weights[0] is not None:
+            return ops.lora_linear(x, weights[0], lora_as[0], lora_bs[0], bias, scales[0], dropouts[0])
+        biases = [bias] + [None] * (len(adapters) - 1)
+        ys = ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
+        return sum(ys[1:], ys[0])
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, known by its name and ``nf``, so that transformers need not be there."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def not_linear_reason(module: nn.Module) -> str | None:
+    """None for exactly ``nn.Linear`` or ``Conv1D`` with a floating-point weight, else what it is instead."""
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return f"a {type(module).__name__}"
+    weight = module.weight
+    if weight.dtype not in (*_HALF, torch.float32, torch.float64):
+        return f"a {type(module).__name__} with a {weight.dtype} weight"
+    return None
+
+
+def adapter_name(op: str, name: str) -> str:
+    """A name that can be part of a parameter's name."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
+        raise ValueError(f"{op}: name is {name!r}, expected a word without dots that nn.ModuleDict does not use itself")
+    return name
+
+
+def _served_dtype(adapter: torch.dtype | None, weight: torch.dtype) -> torch.dtype:
+    """The adapter's dtype where the op takes it beside this weight, else the one it is cast to."""
+    wide = torch.promote_types(weight, torch.float32)
+    return adapter if adapter in (weight, wide) else wide

@@ -1,0 +1,53 @@
+"""A module beside which copies of it are trained, one for each adapter (a classifier head, an embedding)."""
+
+import copy
+
+from torch import nn
+
+from .lora import adapter_name
+
+
+class TrainedCopy(nn.Module):
+    """Calls the copy of the active adapter, or the original where there is none.
+
+    Attributes that are not its own are the called module's, so that ``head.weight`` and ``head.out_features`` go on
+    working. The original is frozen.
+
+    Args:
+        original_module: the module to leave as it is.
+    """
+
+    def __init__(self, original_module: nn.Module):
+        super().__init__()
+        self.original_module = original_module.requires_grad_(False)
+        self.copies = nn.ModuleDict()
+        self.active: str | None = None
+        self.disabled = False
+        self.train(original_module.training)
+
+    def add_copy(self, name: str) -> nn.Module:
+        """Add a copy of the original; it is inactive and frozen until ``set_active``."""
+        self.copies[adapter_name("TrainedCopy", name)] = copy.deepcopy(self.original_module)
+        return self.copies[name]
+
+    def set_active(self, name: str | None, trainable: bool = True) -> None:
+        """Call this copy from now on, and train it unless told otherwise; the others are frozen."""
+        self.active = name
+        for other, module in self.copies.items():
+            module.requires_grad_(trainable and other == name)
+
+    def current(self) -> nn.Module:
+        """The module that is called."""
+        modules = self._modules
+        return modules["original_module"] if self.disabled or self.active is None else modules["copies"][self.active]
+
+    def forward(self, *args, **kwargs):
+        return self.current()(*args, **kwargs)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original_module" not in self.__dict__.get("_modules", ()):
+                raise
+            return getattr(self.current(), name)
