@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "ops": {*_OPS, "reference", "kernels", "_C"},
     "nn": {"nn", "ops", "_check"},
-    "testing": {*_OPS, "reference"},
+    "testing": {"testing", *_OPS, "reference"},
     "methods": {"methods", "nn", "ops", "_check"},
     "serving": {"serving", "nn", "ops", "_check"},
     "integrations": {"integrations", "methods", "serving", "nn", "ops", "_check"},

@@ -1,0 +1,39 @@
+"""Instruments that prove a fused op right; our own tests, benchmarks and ``fastpeft check`` are made of them.
+
+The rule of accuracy: against float64, the largest error of the fused op is at most 2 times, and its root mean square
+error at most 1.2 times, that of the same computation in plain PyTorch at the same dtype. Both are needed: a single bad
+column hides in the rms, a global error of scale hides in the maximum.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from . import lora_linear
+from .accuracy import MAX_RATIO, RMS_RATIO, Ratios, assert_no_worse, error_vs_eager, integer_inputs
+from .lora_linear import LoraProblem, eager_lora_linear
+from .memory import guarded, poisoned
+
+__all__ = [
+    "MAX_RATIO",
+    "RMS_RATIO",
+    "LoraProblem",
+    "Ratios",
+    "assert_no_worse",
+    "check_ops",
+    "eager_lora_linear",
+    "error_vs_eager",
+    "guarded",
+    "integer_inputs",
+    "poisoned",
+]
+
+
+def check_ops(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, float, float, bool]]:
+    """Run every op forward and backward on ``device``, on each backend that serves it, random values at all dtypes.
+
+    Yields (name, dtype, worst max ratio, worst rms ratio, ok), the ratios over all outputs and gradients.
+    """
+    for op in (lora_linear,):
+        for name, dtype, worst in op.check(device):
+            yield name, dtype, *worst, worst.ok

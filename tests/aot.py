@@ -1,0 +1,178 @@
+"""Compiles every kernel that the launchers launch, for GPUs that are not here, and reads what the compiler made of it.
+
+    python tests/aot.py                       a table: registers, stack, spills, shared memory, tensor-core instruction
+    python tests/aot.py --arch 90 --json      one JSON object a line, for tests/test_targets.py
+
+The launchers run on meta tensors, and each launch is compiled as it stands (dtypes, constants, divisibility of
+strides, warps, stages), so what is examined is what a GPU would be given. Needs no GPU; not under TRITON_INTERPRET.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction, MockTensor
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 89, 90, 100, 120)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# (x's dtype, the adapters', ranks of the branches, dropout, M, K, N): every BLOCK_R, and both gradients of B.
+LORA_LINEAR = (
+    *(
+        (BF16, BF16, ranks, dropout, 8192, 4096, 4096)
+        for ranks in ((8,), (32,), (64,), (256,))
+        for dropout in (0.0, 0.1)
+    ),
+    *(
+        (BF16, FP32, ranks, dropout, 8192, 4096, 4096)
+        for ranks in ((8,), (32,), (64,), (256,))
+        for dropout in (0.0, 0.1)
+    ),
+    (FP16, FP16, (16,), 0.1, 8192, 4096, 4096),
+    (FP32, FP32, (16,), 0.1, 8192, 4096, 4096),
+    (FP32, FP32, (64,), 0.1, 8192, 4096, 4096),
+    (BF16, BF16, (16, 16, 16), 0.1, 8192, 4096, 4096),  # q, k and v
+    (BF16, FP32, (16, 16, 16), 0.1, 8192, 4096, 4096),
+    (BF16, BF16, (17,), 0.1, 127, 1001, 1003),  # nothing divisible by anything
+    (BF16, FP32, (17,), 0.1, 127, 1001, 1003),
+)
+
+
+class _Driver:
+    """A GPU as far as a compilation asks. The device's number is the architecture: compiled kernels are kept apart."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self):
+        return self.architecture
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(architecture: int, record):
+    """Inside, every launch compiles for ``architecture`` instead, and ``record(name, kernel, seconds)`` is called."""
+    from fastpeft.kernels import launch, lora_linear
+
+    users = [module for module in (launch, lora_linear) if hasattr(module, "capability")]
+    run, capability = JITFunction.run, launch.capability
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        def fake(value):
+            return MockTensor(value.dtype) if isinstance(value, torch.Tensor) else value
+
+        kwargs = {name: fake(value) for name, value in kwargs.items()}
+        began = time.perf_counter()
+        kernel = run(self, *map(fake, args), grid=grid, warmup=True, **kwargs)
+        record(self.__name__, kernel, time.perf_counter() - began)
+        return kernel
+
+    triton.runtime.driver.set_active(_Driver(architecture))
+    JITFunction.run = compile_only
+    for module in users:
+        module.capability = lambda _: architecture
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+        for module in users:
+            module.capability = capability
+
+
+def lora_linear(x_dtype, dtype, ranks, dropout, m, k, n) -> None:
+    """Launch all that a forward and backward of ``lora_linear`` launches."""
+    from fastpeft.kernels import lora_linear as kernels
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    lora_as = [new(r, k) for r in ranks]
+    seeds = new(len(ranks), dtype=torch.int64) if dropout else new(0, dtype=x_dtype)
+    dropouts = [dropout] * len(ranks)
+    x, dy = new(m, k, dtype=x_dtype), new(m, n, dtype=x_dtype)
+    s = kernels.down(x, lora_as, [2.0] * len(ranks), dropouts, seeds)
+    s_0 = s.split(list(ranks), 1)[0]
+    kernels.up(s_0, new(n, ranks[0]), new(n, dtype=x_dtype), x_dtype)
+    kernels.up_backward(dy, s_0, new(n, ranks[0]), 2.0, True, True)
+    kernels.down_backward(s, x, lora_as, dropouts, seeds, True, True)
+
+
+def examine(kernel) -> dict:
+    """What ptxas made of a compiled kernel: registers, stack and spill instructions, shared memory, dot instruction."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass = _tool("nvdisasm", "-c", file.name)
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    dots = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", kernel.asm["ptx"])
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "spills": len(re.findall(r"\b(STL|LDL)\b", sass)),
+        "shared": kernel.metadata.shared,
+        "dot": dots[0] if dots else "",
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def rows(architecture: int):
+    """One dict for each distinct kernel that the cases launch, as soon as it is compiled."""
+    seen, found, case = set(), [], ()
+
+    def record(name, kernel, seconds):
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            found.append(
+                {"arch": architecture, "kernel": name, "case": case, "seconds": round(seconds, 2), **examine(kernel)}
+            )
+
+    with compiling(architecture, record):
+        for x_dtype, dtype, ranks, *rest in LORA_LINEAR:
+            names = [str(d).removeprefix("torch.") for d in (x_dtype, dtype)]
+            case = (*dict.fromkeys(names), "r=" + "+".join(map(str, ranks)), f"p={rest[0]}", f"M={rest[1]}")
+            lora_linear(x_dtype, dtype, ranks, *rest)
+            yield from found
+            found.clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, action="append", help="e.g. 90; may be repeated (default: all)")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    for architecture in options.arch or ARCHITECTURES:
+        for row in rows(architecture):
+            if options.json:
+                print(json.dumps(row), flush=True)
+                continue
+            numbers = (f"{name} {row[name]:<6}" for name in ("registers", "stack", "spills", "shared"))
+            print(
+                f"sm_{architecture:<4} {row['kernel']:20} {' '.join(row['case']):46}", *numbers, row["dot"], flush=True
+            )
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache
+        main()
