@@ -35,7 +35,7 @@ def dtype(op: str, name: str, value: Tensor, *expected: torch.dtype) -> None:
 
 def finite(op: str, name: str, value: float) -> float:
     """A finite real number."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} is {value}, expected a finite number")
     return float(value)
 

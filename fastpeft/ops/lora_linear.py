@@ -59,7 +59,7 @@ def _backward(ctx, grads, _):
     rows = next(grad.shape[0] for grad in grads if grad is not None)
     dys = [x.new_zeros(rows, b.shape[0]) if dy is None else dy for dy, b in zip(grads, lora_bs, strict=True)]
     dx, *flat = _lora_linear_backward(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds, ctx.needs, backend)
-    groups = [flat[i * count : (i + 1) * count] if need else None for i, need in enumerate(ctx.needs[1:])]
+    groups = [flat[i * count : (i + 1) * count] if need else [None] * count for i, need in enumerate(ctx.needs[1:])]
     return dx if ctx.needs[0] else None, *groups, None, None, None, None
 
 
