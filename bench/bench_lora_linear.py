@@ -1,0 +1,179 @@
+"""lora_linear and lora_linear_shared beside the frozen linear, PEFT and the addmm form.
+
+    python bench/bench_lora_linear.py --device cpu --out rows.jsonl [--quick] [--shape 768x3072] [--shape 768x768+768]
+    pytest bench --benchmark-autosave --benchmark-compare      # one pytest-benchmark case for each provider
+
+A shape is KxN, or KxN1+N2+... for projections that share their input. The ratio tables come from the first form, which
+interleaves the variants and rotates cold argument sets; the second keeps a history of times.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from functools import cache, partial
+from itertools import cycle
+from pathlib import Path
+
+import harness
+import machine
+import peers
+import torch
+import torch.nn.functional as F
+from harness import FROZEN, PEER
+from lora import SCALE, Arguments, Problem, Provider
+
+from fastpeft import _backend
+from fastpeft.ops import lora_linear, lora_linear_shared
+from fastpeft.ops.lora_linear import REASONS
+from fastpeft.reference import inverse_keep
+
+CPU_SHAPES = ("768x768", "768x3072", "2048x2048", "768x768+768+768", "768x3072+3072")
+GPU_SHAPES = ("4096x4096", "4096x1024", "4096x14336", "14336x4096", "8192x8192")
+GPU_SHARED = ("4096x4096+1024+1024", "4096x14336+14336")
+
+
+def _frozen(problem, weights):
+    return lambda x: [F.linear(x, weight) for weight in weights]
+
+
+def _peft(problem, *operands, wrap=lambda layer: layer):
+    layers = [wrap(peers.peft_layer(*each, SCALE, problem.dropout)) for each in zip(*operands, strict=True)]
+    return lambda x: [layer(x) for layer in layers]
+
+
+def _addmm(problem, *operands):
+    return lambda x: [peers.addmm_form(x, *each, SCALE, problem.dropout) for each in zip(*operands, strict=True)]
+
+
+def _separate(problem, *operands, backend=None):
+    settings = (None, SCALE, problem.dropout, None, backend)
+    return lambda x: [lora_linear(x, *each, *settings) for each in zip(*operands, strict=True)]
+
+
+def _shared(problem, weights, lora_as, lora_bs, backend=None):
+    settings = [None, [SCALE] * len(weights), [problem.dropout] * len(weights), None, backend]
+    return lambda x: list(lora_linear_shared(x, weights, lora_as, lora_bs, *settings))
+
+
+def providers(problem: Problem, compile_peft: bool) -> list[Provider]:
+    """Everybody who can run here, with PEFT's default adapters (float32), and in the base's dtype if it differs."""
+    base, wide = problem.dtype, torch.promote_types(problem.dtype, torch.float32)
+    ours = partial(Provider, own=True, inverse_keep=inverse_keep)
+    form = _shared if problem.op == "lora_linear_shared" else _separate
+    listed = [Provider(FROZEN, _frozen, None), Provider(PEER, _peft, wide), ours("ours", form, wide)]
+    if base != wide:
+        listed += [Provider("PEFT, base dtype", _peft, base), ours("ours, base dtype", form, base)]
+    if form is _shared:
+        listed.append(ours("ours, separate calls", _separate, wide))
+    if compile_peft:
+        torch.compiler.reset()
+        compiled = partial(_peft, wrap=partial(torch.compile, dynamic=False))
+        listed.append(Provider("PEFT, torch.compile", compiled, wide))
+    listed.append(Provider("addmm form", _addmm, wide))
+    x, a = torch.empty(1, 1, dtype=base, device=problem.device), torch.empty(1, 1, dtype=wide, device=problem.device)
+    serving = [name for name in _backend.ORDER if REASONS[name](x, [a]) is None]
+    return listed + [ours(f"ours, {name}", partial(form, backend=name), wide) for name in serving[1:]]
+
+
+def case(problem: Problem, compile_peft: bool = False, names: list[str] | None = None) -> harness.Case:
+    """The problem as the harness takes it. Argument sets are drawn once, when first used."""
+    draw = cache(partial(Arguments.draw, problem))
+    k, outs = problem.sizes
+    bytes_of_a_set = problem.dtype.itemsize * (problem.rows * (k + sum(outs)) + k * sum(outs))
+    sets = max(4, 1 + 3 * machine.cache_bytes(problem.device) // bytes_of_a_set)
+    variants = [p.variant(problem, draw) for p in providers(problem, compile_peft) if names is None or p.name in names]
+    return harness.Case(problem.fields, variants, sets, problem.device, problem.dtype)
+
+
+def problems(device: torch.device) -> list[Problem]:
+    """What is timed when nothing else is asked for; the most telling first, for a run that is cut short."""
+    if device.type == "cpu":
+        return [Problem(shape, 512, torch.float32, 16, p, device) for shape in CPU_SHAPES for p in (0.0, 0.1)]
+    main, rest = [(8192, 16, 0.1), (8192, 16, 0.0)], [(8192, 64, 0.1), (2048, 16, 0.1), (2048, 16, 0.0)]
+    grid = [(GPU_SHAPES, main), (GPU_SHARED, main), (GPU_SHAPES, rest)]
+    return [
+        Problem(shape, rows, torch.bfloat16, rank, p, device)
+        for shapes, settings in grid
+        for rows, rank, p in settings
+        for shape in shapes
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(f"bench_lora_linear: --device {device}, but torch {torch.__version__} sees no GPU", file=sys.stderr)
+        return 2
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    listed = problems(device)
+    if arguments.shape:
+        listed = [replace(listed[0], shape=shape, dropout=p) for shape in arguments.shape for p in (0.1, 0.0)]
+    changed = {"rows": arguments.rows, "rank": arguments.rank, "dropout": arguments.dropout}
+    changed |= {"dtype": arguments.dtype and getattr(torch, arguments.dtype)}
+    listed = [replace(p, **{name: value for name, value in changed.items() if value is not None}) for p in listed]
+    listed = list(dict.fromkeys(listed))[: 2 if arguments.quick else None]
+    names = arguments.variants.split(",") if arguments.variants else None
+    cases = [partial(case, p, _compiles(p, arguments.compile), names) for p in listed]
+    rounds, limit_s = (5, 5.0) if arguments.quick else (arguments.rounds, arguments.seconds)
+    rows = harness.run(cases, arguments.out, rounds, limit_s, arguments.gate_only)
+    print(harness.table(rows))
+    refused = sorted({f"{row['variant']}: {row['refused']}" for row in rows if row["own"] and row["refused"]})
+    for line in refused:
+        print(f"REFUSED {line}")
+    return 1 if refused or not rows else 0
+
+
+def _compiles(problem: Problem, asked: str) -> bool:
+    """A compilation takes seconds for each shape, so on a GPU the two commonest settings stand for all."""
+    usual = problem.device.type == "cuda" and problem.rows >= 8192 and problem.rank == 16
+    return asked == "yes" or (asked == "auto" and usual and problem.shape in GPU_SHAPES[:3:2])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="append the rows to this file, a JSON object a line")
+    parser.add_argument("--quick", action="store_true", help="the first two cases, five rounds")
+    parser.add_argument("--shape", action="append", help="KxN or KxN1+N2; may be repeated")
+    parser.add_argument("--rows", type=int, help="rows of x")
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--dropout", type=float)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--variants", help="names, separated by commas")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seconds", type=float, default=20.0, help="limit of one case's timing")
+    parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto", help="time torch.compile of PEFT")
+    parser.add_argument("--gate-only", action="store_true", help="check, do not time")
+    return parser
+
+
+def pytest_generate_tests(metafunc):
+    """Here and not in a decorator, so that the script runs where pytest is not installed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    listed = [p for p in problems(device) if p.rank == 16 and p.rows in (512, 8192)]
+    cases = [(p, provider.name, which) for p in listed for provider in providers(p, False) for which in harness.PASSES]
+    ids = [f"{p.shape}-{p.dropout}-{name}-{which}".replace(" ", "_") for p, name, which in cases]
+    metafunc.parametrize(("problem", "name", "which"), cases, ids=ids)
+
+
+def test_lora_linear(benchmark, problem, name, which):
+    (variant,) = case(problem, names=[name]).variants
+    _, refused = harness.gate(variant)
+    if refused:
+        raise ValueError(f"{name} gets no number: {refused}")
+    steps = cycle([variant.bind(i).step(which) for i in range(4)])
+
+    def timed():
+        next(steps)()
+        if problem.device.type == "cuda":
+            torch.cuda.synchronize(problem.device)
+
+    benchmark.group = "  ".join(f"{k}={v}" for k, v in (problem.fields | {"pass": which}).items())
+    benchmark.pedantic(timed, rounds=12, warmup_rounds=4)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
