@@ -51,20 +51,26 @@ def explain(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
     return "\n".join(lines + ([f"  {line}" for line in describe(*facts)] if describe else []))
 
 
+def _constant(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, which imports all of dynamo (and with it Triton) the moment it decorates."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 @functools.cache
 def load(op: str, backend: str) -> ModuleType:
     """The module that implements ``op``: one op has one basename in every folder."""
     return importlib.import_module(f"{_FOLDERS[backend]}.{op}")
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def triton_missing() -> str | None:
     """None when Triton imports, else the reason."""
     error = _import_error("triton")
     return None if error is None else f"Triton does not import ({error})"
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def cuda_missing() -> str | None:
     """None when the compiled extension imports, else the reason."""
     if _import_error("fastpeft._C") is not None:
@@ -72,13 +78,13 @@ def cuda_missing() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def interpreting() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors."""
     return importlib.import_module("triton").knobs.runtime.interpret
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def capability(device_index: int) -> int:
     """Compute capability as one number: 80, 90, ..."""
     return _capability(device_index)
