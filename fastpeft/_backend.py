@@ -52,7 +52,7 @@ def explain(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
 
 
 def _constant(function: Callable) -> Callable:
-    """torch.compiler.assume_constant_result, which imports all of dynamo (and with it Triton) the moment it decorates."""
+    """torch.compiler.assume_constant_result without importing dynamo, and with it Triton, at decoration."""
     function._dynamo_marked_constant = True
     return function
 
