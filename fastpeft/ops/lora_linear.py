@@ -255,8 +255,8 @@ def _triton_reason(x, lora_as):
     adapter = lora_as[0].dtype
     if x.is_cuda and torch.float64 in (x.dtype, adapter):
         return "dtype float64"
-    if not x.is_cuda and adapter == torch.bfloat16:
-        return "dtype bfloat16 (Triton's interpreter multiplies its bit patterns)"
+    if not x.is_cuda and torch.bfloat16 in (x.dtype, adapter):
+        return "dtype bfloat16 (Triton's interpreter multiplies its bit patterns, and truncates where GPUs round)"
     rank = sum(a.shape[0] for a in lora_as)
     return f"rank {rank} > {MAX_RANK}" if rank > MAX_RANK else None
 
