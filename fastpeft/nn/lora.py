@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, ops
-from .sharing import Branch, own_path_reason
+from .sharing import Branch, SharedInput, own_path_reason
 
 INITS = ("kaiming", "gaussian", "random")
 _HALF = (torch.float16, torch.bfloat16)
@@ -105,6 +105,8 @@ class LoraLinear(nn.Module):
         ValueError: naming the argument, what it is and what was expected.
     """
 
+    fastpeft_shared: SharedInput | None = None  # set by share_inputs
+
     def __init__(self, base_layer: nn.Module, name: str = "default", dtype: torch.dtype | None = None, **settings):
         super().__init__()
         reason = not_linear_reason(base_layer)
@@ -115,7 +117,6 @@ class LoraLinear(nn.Module):
         self.active: tuple[str, ...] = ()
         self.disabled = False
         self.merged: tuple[str, ...] = ()
-        self.fastpeft_shared = None  # a SharedInput, set by share_inputs
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
         self.train(base_layer.training)
         self.add_adapter(name, dtype, **settings)

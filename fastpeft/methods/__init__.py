@@ -1,0 +1,23 @@
+"""What a user attaches to a model: one config and the functions that act on the model with it."""
+
+from .attach import attach, detach
+from .checkpoint import adapter_state_dict, load, save
+from .lora import Lora
+from .report import LayerReport, Report, report
+from .switch import disable_adapter, merge, set_adapter, unmerge
+
+__all__ = [
+    "LayerReport",
+    "Lora",
+    "Report",
+    "adapter_state_dict",
+    "attach",
+    "detach",
+    "disable_adapter",
+    "load",
+    "merge",
+    "report",
+    "save",
+    "set_adapter",
+    "unmerge",
+]

@@ -1,0 +1,173 @@
+"""Which modules of a model a config means. Reads the model, never changes it; the rules are PEFT's.
+
+A model that has been attached to is read as it was: a ``LoraLinear`` stands for its base layer, a ``TrainedCopy`` for
+its original.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..nn.lora import LoraLinear, is_conv1d, not_linear_reason
+from ..nn.trained_copy import TrainedCopy
+from .lora import Lora
+
+ALL_LINEAR = "all-linear"
+_HEADS = ("score", "classifier")
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Paths to adapt and paths to copy, in the model's order."""
+
+    linears: tuple[str, ...]
+    copies: tuple[str, ...]
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the model as it was before anything was attached, every module once."""
+    inside = ()
+    for path, module in model.named_modules():
+        if inside and path.startswith(inside):
+            continue
+        if isinstance(module, LoraLinear | TrainedCopy):
+            inside = (f"{path}." if path else "",)
+        yield path, module
+
+
+def resolve(op: str, model: nn.Module, config: Lora, strict: bool = True) -> Targets:
+    """The modules that ``config`` means.
+
+    Args:
+        strict: every name in modules_to_save and every pattern must match something; a checkpoint's need not.
+
+    Raises:
+        ValueError: nothing matches (with the names of linear layers that are there), or a name in modules_to_save or
+            a pattern matches nothing, or a named module cannot be copied.
+        TypeError: a module that was named is no plain linear layer.
+    """
+    modules = dict(walk(model))
+    _refuse_foreign_adapters(op, modules)
+    copies = _copies(op, modules, config)
+    skipped = (*(_head_paths(model, modules) if config.targets == ALL_LINEAR else ()), *copies)
+    linears = []
+    for path, module in modules.items():
+        reason = None if isinstance(module, LoraLinear) else not_linear_reason(module)
+        if any(path == skip or path.startswith(f"{skip}.") for skip in skipped) or not _named(path, reason, config):
+            continue
+        if reason is not None:
+            raise TypeError(
+                f"{op}: targets names {path or 'the model'}, which is {reason}, expected nn.Linear or Conv1D"
+            )
+        if path == "":
+            raise ValueError(f"{op}: model is itself the layer to adapt, expected a model around it: use LoraLinear")
+        linears.append(path)
+    if not linears:
+        raise ValueError(
+            f"{op}: targets={_short(config.targets)} matches no module of {type(model).__name__}, "
+            f"expected some of {_candidates(modules)}"
+        )
+    if strict:
+        _check_all_used(op, linears, copies, config)
+    return Targets(tuple(linears), copies)
+
+
+def _named(path: str, reason: str | None, config: Lora) -> bool:
+    exclude, targets = config.exclude, config.targets
+    if exclude and (re.fullmatch(exclude, path) if isinstance(exclude, str) else _ends(path, exclude)):
+        return False
+    if targets == ALL_LINEAR:
+        return reason is None and path != ""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return _ends(path, targets) and _in_layers(path, config)
+
+
+def _ends(path: str, names: tuple[str, ...]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _in_layers(path: str, config: Lora) -> bool:
+    if config.layers is None:
+        return True
+    patterns = config.layers_pattern or ()
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    tries = [rf"(?:^|.*?\.){pattern}\.(?P<i>\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(?P<i>\d+)\."]
+    match = next(filter(None, (re.match(pattern, path) for pattern in tries)), None)
+    return match is not None and int(match["i"]) in config.layers
+
+
+def _copies(op: str, modules: dict[str, nn.Module], config: Lora) -> tuple[str, ...]:
+    copies = []
+    for path, module in modules.items():
+        if not path or not any(path.endswith(name) for name in config.modules_to_save):
+            continue
+        if copies and path.startswith(f"{copies[-1]}."):
+            continue
+        if isinstance(module, _CONTAINERS):
+            raise ValueError(
+                f"{op}: modules_to_save names {path}, a {type(module).__name__}, expected a module that is called"
+            )
+        adapted = [name for name, inner in modules.items() if isinstance(inner, LoraLinear) and _within(name, path)]
+        if adapted:
+            raise ValueError(f"{op}: modules_to_save names {path}, but {adapted[0]} has an adapter already")
+        copies.append(path)
+    return tuple(copies)
+
+
+def _within(path: str, parent: str) -> bool:
+    return path == parent or path.startswith(f"{parent}.")
+
+
+def _head_paths(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+    """The output head of a Hugging Face model: its output embeddings, else the head of a classifier."""
+    if not hasattr(model, "get_output_embeddings"):
+        return ()
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # what models without one raise
+        head = None
+    if head is None:
+        head = next(
+            (getattr(model, name) for name in _HEADS if isinstance(getattr(model, name, None), nn.Module)), None
+        )
+    return tuple(path for path, module in modules.items() if head is not None and module is head)
+
+
+def _refuse_foreign_adapters(op: str, modules: dict[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        if not isinstance(module, LoraLinear) and hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{op}: {path} is a LoRA layer of PEFT, expected a plain model; for PEFT use fastpeft.accelerate"
+            )
+
+
+def _check_all_used(op: str, linears: list[str], copies: tuple[str, ...], config: Lora) -> None:
+    for name in config.modules_to_save:
+        if not any(path.endswith(name) for path in copies):
+            raise ValueError(f"{op}: modules_to_save names {name!r}, which no path of the model ends with")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, name):
+            if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in linears):
+                raise ValueError(f"{op}: {name} has {pattern!r}, which matches no adapted layer")
+
+
+def _candidates(modules: dict[str, nn.Module], count: int = 8) -> str:
+    linear = (p for p, m in modules.items() if isinstance(m, LoraLinear) or not_linear_reason(m) is None)
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in linear if path))
+    if not names:
+        kinds = sorted({type(m).__name__ for m in modules.values() if isinstance(m, nn.Linear) or is_conv1d(m)})
+        return (
+            f"an nn.Linear or Conv1D, of which it has none (but {', '.join(kinds)})"
+            if kinds
+            else "an nn.Linear, of which it has none"
+        )
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _short(targets: object) -> str:
+    text = repr(targets if isinstance(targets, str) else list(targets))
+    return text if len(text) < 200 else f"{text[:197]}..."
