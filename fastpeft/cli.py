@@ -57,11 +57,11 @@ def _check(device: str | None) -> int:
     from .testing import check_ops
 
     print("Error against float64, relative to plain PyTorch's at the same dtype (at most 2 for max, 1.2 for rms):")
-    print(f"{'op':32} {'dtype':10} {'max':>6} {'rms':>6}")
+    print(f"{'op':44} {'dtype':10} {'max':>6} {'rms':>6}")
     failed = checked = 0
     for name, dtype, ratio_max, ratio_rms, ok in check_ops(torch.device(device)):
         dtype = str(dtype).removeprefix("torch.")
-        print(f"{name:32} {dtype:10} {ratio_max:6.2f} {ratio_rms:6.2f}  {'ok' if ok else 'FAILED'}", flush=True)
+        print(f"{name:44} {dtype:10} {ratio_max:6.2f} {ratio_rms:6.2f}  {'ok' if ok else 'FAILED'}", flush=True)
         checked += 1
         failed += not ok
     print(f"{checked - failed} passed, {failed} failed on {device}")
