@@ -23,7 +23,8 @@ from .dropout import keep_tile, threshold
 from .launch import branch_table, capability, launch, math, reduce_partials, split
 
 STEPS = ("down", "up", "up_backward", "down_backward")
-ONE_PASS_RANK = 64  # above it the partial results of up_backward outweigh a second read of dY
+# Above these ranks the partial results of up_backward outweigh a second read of dY (and float32 ones spill).
+ONE_PASS_RANK, ONE_PASS_RANK_WIDE = 64, 32
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,16 @@ class Config:
 def config(step: str, rank: int, dtype: torch.dtype, capability: int) -> Config:
     """The tile sizes of ``step`` for S's dtype: by shape, dtype and capability, never by a GPU's name."""
     block_r = min(max(16, triton.next_power_of_2(rank)), 64)
-    wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory and registers
+    wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
     if step == "down":
-        return Config(64, 64 if wide else 128, block_r, 4, 2 if wide else 3)
+        warps = 8 if block_r > (16 if wide else 32) else 4
+        return Config(32 if wide and block_r > 32 else 64, 32 if wide else 64, block_r, warps, 4)
     if step == "up":
-        return Config(64, 64 if wide else 128, block_r if not wide else min(block_r, 32), 4, 2)
+        return Config(64, 64 if wide else 128, min(block_r, 32) if wide else block_r, 4, 2)
     if step == "up_backward":  # columns decide how many partial dS there are: 2 r / block_k of dY's bytes
-        return Config(32, 128, block_r, 8 if block_r > 16 else 4, 2)
+        return Config(32, 64 if wide and block_r > 16 else 128, block_r, 8 if block_r > 16 else 4, 2)
     if step == "down_backward":
-        return Config(32 if wide else 64, 64, block_r, 4, 2)
+        return Config(32 if wide else 64, 64, min(block_r, 32) if wide else block_r, 4, 2)
     raise ValueError(f"config: step is {step!r}, expected down, up, up_backward or down_backward")
 
 
@@ -218,7 +220,7 @@ def up_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``dS = scale · dY B`` ``[M, r]`` and ``dB = dYᵀ S`` ``[N, r]``, in B's dtype."""
     rank = b.shape[1]
-    if rank > ONE_PASS_RANK or not (need_ds and need_db):
+    if rank > (ONE_PASS_RANK_WIDE if b.dtype.itemsize > 2 else ONE_PASS_RANK) or not (need_ds and need_db):
         ds = _project(dy, b.T, [rank], [scale], [0.0], None) if need_ds else None
         db = _outer(s, dy, [rank], [0.0], None).T if need_db else None
         return ds, db
@@ -271,8 +273,8 @@ def _project(x, a, ranks, scales, dropouts, seeds):
 
 
 def _expand(s, b, bias, dtype, ranks, dropouts, seeds):
-    (m, rank), k, c = s.shape, b.shape[0], config("up", s.shape[1], s.dtype, capability(s))
-    acc, dropout = math(s, b), any(map(threshold, dropouts))
+    (m, rank), k, dropout = s.shape, b.shape[0], any(map(threshold, dropouts))
+    acc, c = math(s, b), config("down_backward" if dropout else "up", rank, s.dtype, capability(s))
     y = s.new_empty(m, k, dtype=dtype)
     table = branch_table(tuple(ranks), (1.0,) * len(ranks), tuple(dropouts), acc.torch, s.device)
     launch(
