@@ -69,7 +69,7 @@ def providers(problem: Problem, compile_peft: bool) -> list[Provider]:
         torch.compiler.reset()
         compiled = partial(_peft, wrap=partial(torch.compile, dynamic=False))
         listed.append(Provider("PEFT, torch.compile", compiled, wide))
-    listed.append(Provider("addmm form", _addmm, wide))
+    listed.append(Provider("addmm form", _addmm, base))  # it casts its adapters to the base's dtype anyway
     x, a = torch.empty(1, 1, dtype=base, device=problem.device), torch.empty(1, 1, dtype=wide, device=problem.device)
     serving = [name for name in _backend.ORDER if REASONS[name](x, [a]) is None]
     return listed + [ours(f"ours, {name}", partial(form, backend=name), wide) for name in serving[1:]]

@@ -1,7 +1,7 @@
 """A LoRA problem to benchmark: its shape, its argument sets, and a way of computing it that the harness can check.
 
-Checking needs the dropout mask of every provider, ours and others', each with its own random stream. It is read from the
-provider itself: with W = 0 and one adapter left, dX is 0 exactly where that adapter's input was dropped.
+Checking needs the dropout mask of every provider, ours and others', each with its own random stream. It is read from
+the provider itself: with W = 0 and one adapter left, dX is 0 exactly where that adapter's input was dropped.
 """
 
 from collections.abc import Callable
@@ -80,7 +80,8 @@ class Arguments:
             normal(m, k),
             [normal(n, k, spread=k**-0.5) for n in outs],
             [normal(r, k, spread=k**-0.5, dtype=torch.float32) for _ in outs],
-            [normal(n, r, spread=r**-0.5, dtype=torch.float32) for n in outs],
+            # The low-rank term is then half the size of the base's: an adapter late in training, not its first step.
+            [normal(n, r, spread=0.25 * r**-0.5, dtype=torch.float32) for n in outs],
             [normal(m, n) for n in outs],
         )
 
