@@ -107,7 +107,7 @@ def _without_autocast(implementation: Callable) -> Callable:
     # The public functions have applied autocast's casts already; inside, every dtype is meant as it is.
     def run(*args):
         device_type = next(a.device.type for a in _flatten(args)[0] if isinstance(a, Tensor))
-        if not torch.is_autocast_enabled(device_type):
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return implementation(*args)
         with torch.autocast(device_type, enabled=False):
             return implementation(*args)

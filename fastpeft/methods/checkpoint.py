@@ -164,6 +164,7 @@ def _compare(directory: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
         for key, shape in expected.items()
         if key in tensors and tuple(tensors[key].shape) != shape
     ]
+    problems += [f"{k} is {t.dtype}" for k, t in tensors.items() if ".lora_" in k and not t.is_floating_point()]
     if problems:
         shown = "\n  ".join([*problems[:8], *([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])])
         raise ValueError(f"load: {directory} is a checkpoint for another model:\n  {shown}")

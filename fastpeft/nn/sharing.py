@@ -236,7 +236,7 @@ def unshare_inputs(model: nn.Module) -> None:
 def _conditions(x: Tensor) -> tuple:
     """What must not differ between the call that computed an output and the call that asks for it."""
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return (
         x._version,
         torch.is_grad_enabled(),

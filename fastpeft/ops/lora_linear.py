@@ -200,7 +200,7 @@ def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, bac
     if not isinstance(x, Tensor) or x.dim() == 0:
         raise TypeError(f"{op}: x is {x if not isinstance(x, Tensor) else 'a scalar'}, expected a tensor [..., K]")
     shape, device = x.shape, x.device
-    if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
+    if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
         wanted = torch.get_autocast_dtype(device.type)
         x, *tensors = (None if t is None else t.to(wanted) for t in (x, *weights, *biases))
         weights, biases = tensors[: len(weights)], tensors[len(weights) :]
