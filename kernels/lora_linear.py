@@ -75,6 +75,7 @@ def _down_kernel(
     x_tile = x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk  # [BLOCK_M, BLOCK_K]
     a_tile = a_ptr + k[:, None] * stride_ak + r[None, :] * stride_ar  # [BLOCK_K, BLOCK_R]
     acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
+    step = tl.full((), BLOCK_K, tl.int64)  # times a stride: past 2**31 when columns lie far apart
     for k0 in range(first, tl.minimum(first + SPAN, K), BLOCK_K):
         k_ok = k0 + tl.arange(0, BLOCK_K) < K
         x = tl.load(x_tile, mask=(m < M)[:, None] & k_ok[None, :], other=0.0)
@@ -87,8 +88,8 @@ def _down_kernel(
                 acc = _dot(tl.where(keep, x, 0.0).to(x.dtype), a_p, acc, PRECISION)
         else:
             acc = _dot(x, a, acc, PRECISION)
-        x_tile += BLOCK_K * stride_xk
-        a_tile += BLOCK_K * stride_ak
+        x_tile += step * stride_xk
+        a_tile += step * stride_ak
     scale = tl.zeros((BLOCK_R,), ACC)
     for p in tl.static_range(BRANCHES):
         mine = (r >= tl.load(branch_ptr + p * 5)) & (r < tl.load(branch_ptr + p * 5 + 1))
@@ -154,7 +155,7 @@ def _up_backward_kernel(
     db = tl.zeros((BLOCK_K, BLOCK_R), ACC)
     first = pid_p * SPAN
     for m0 in range(first, tl.minimum(first + SPAN, M), BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
+        m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
         dy_tile = dy_ptr + m[:, None] * stride_ym + k[None, :] * stride_yk
         dy = tl.load(dy_tile, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         ds = _dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), ACC), PRECISION) * scale
@@ -181,7 +182,7 @@ def _outer_kernel(
     acc = tl.zeros((BLOCK_K, BLOCK_R), ACC)
     first = pid_p * SPAN
     for m0 in range(first, tl.minimum(first + SPAN, M), BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
+        m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
         x_tile = x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk
         s_tile = s_ptr + m[:, None] * stride_sm + r[None, :] * stride_sr
         x = tl.load(x_tile, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
