@@ -186,6 +186,8 @@ class LoraLinear(nn.Module):
         if is_conv1d(self.base_layer):
             return "its base layer is a Conv1D"  # whose transposed weight is another tensor object at every call
         adapter = self.adapters[self.active[0]]
+        if "parametrizations" in adapter._modules:
+            return "its adapter is parametrised"
         weight, dropout = self.weight, adapter.dropout if self.training else 0.0
         if _served_dtype(adapter.lora_A.dtype, weight.dtype) != adapter.lora_A.dtype:
             return f"its {adapter.lora_A.dtype} adapter is cast at every call"

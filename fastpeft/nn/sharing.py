@@ -90,9 +90,9 @@ class SharedInput:
     ``forward(module, x)`` returns the module's output, or None where the module must compute it itself. Pending outputs
     belong to one thread; they are neither copied nor pickled, and an output is let go when it is handed out.
 
-    Recomputation under gradient checkpointing repeats what forward did: a group never changes while saved-tensor hooks
-    are active or a backward pass runs, and where dropout is active nothing is shared without grad mode, since the
-    forward of reentrant checkpointing cannot be told from an evaluation.
+    Recomputation under gradient checkpointing repeats what forward did: once a group has computed under saved-tensor
+    hooks or inside a backward pass, who shares with whom stays as it is; and where dropout is active, nothing is shared
+    without grad mode, since the forward of reentrant checkpointing cannot be told from an evaluation.
 
     Args:
         members: the sibling modules, in the order in which the model calls them; each offers ``fastpeft_branch()``.
@@ -103,6 +103,7 @@ class SharedInput:
         self.rounds = 0  # calls of the shared op
         self._parts = [0] * len(self.members)  # members with one number share
         self._unclaimed = 0  # rounds in a row whose outputs nobody asked for
+        self._settled = False  # computed under checkpointing, whose recomputation must find the same parts
         self._thread = threading.local()
 
     def __getstate__(self):
@@ -148,7 +149,7 @@ class SharedInput:
 
     def _learn(self, me: int, last: _Round) -> None:
         """A new tensor came while outputs of the last one were left: who shares with whom was guessed wrong."""
-        if _replayable():
+        if self._settled or _replayable():
             return
         if me in last.outputs:
             self._split({me, *last.outputs})
@@ -183,6 +184,7 @@ class SharedInput:
             dropouts=columns[5],
         )
         self.rounds += 1
+        self._settled = self._settled or _replayable()
         kept = {i: (b, b._versions(), y) for (i, b), y in zip(branches.items(), outputs, strict=True)}
         output = kept.pop(me)[2]
         rounds[self._parts[me]] = _Round(x, conditions, kept)
