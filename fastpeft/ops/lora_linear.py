@@ -84,7 +84,7 @@ def _backward_implementation(dys, x, s, weights, lora_as, lora_bs, scales, dropo
         *(dy.T @ x if need_dw and weight.numel() else None for dy, weight in zip(dys, weights, strict=True)),
         *(das if need_da else absent),
         *(db for _, db in steps),
-        *(dy.sum(0) if need_dbias else None for dy in dys),
+        *(dy.sum(0, dtype=b.dtype) if need_dbias else None for dy, b in zip(dys, lora_bs, strict=True)),
     ]
     return [x.new_empty(0) if grad is None else grad for grad in grads]
 
@@ -97,7 +97,7 @@ def _backward_fake(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds
         *(empty(w.shape) if need_dw and w.numel() else empty(0) for w in weights),
         *(torch.empty_like(a, memory_format=torch.contiguous_format) if need_da else empty(0) for a in lora_as),
         *(torch.empty_like(b, memory_format=torch.contiguous_format) if need_db else empty(0) for b in lora_bs),
-        *(empty(dy.shape[1]) if need_dbias else empty(0) for dy in dys),
+        *(empty(b.shape[0], dtype=b.dtype) if need_dbias else empty(0) for b in lora_bs),
     ]
 
 
@@ -139,7 +139,7 @@ def lora_linear(
         weight: ``[N, K]`` in x's dtype, any strides (a Conv1D passes ``weight.T``). It gets a gradient only if it asks.
         lora_a: ``[r, K]``; lora_b: ``[N, r]``. Both in x's dtype or both float32; then the low-rank branch is computed
             in float32 and x is never copied to float32.
-        bias: ``[N]`` in x's dtype.
+        bias: ``[N]`` in x's dtype or the adapter's.
         scale: factor of the low-rank term: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
         dropout: probability of dropping an element of x in the low-rank branch, in [0, 1), rounded to 2**-16.
         seed: of the dropout mask (see ``fastpeft.reference.keep_mask``): a 64-bit integer, an int64 tensor of one
@@ -245,7 +245,7 @@ def _check_branch(op, plural, x, weight, a, b, bias, adapter_dtype, sizes):
         raise ValueError(f"{op}: lora_a{plural} has r=0, expected r>=1")
     if bias is not None:
         _check.tensor(op, "bias" if not plural else "biases", bias, "N", sizes, x)
-        _check.dtype(op, "bias" if not plural else "biases", bias, x.dtype)
+        _check.dtype(op, "bias" if not plural else "biases", bias, x.dtype, adapter_dtype)
 
 
 def _triton_reason(x, lora_as):
