@@ -48,15 +48,17 @@ def plan(layer: nn.Module, x: Tensor | None = None) -> list[Branch] | str:
 def run(x: Tensor, branches: list[Branch]) -> Tensor:
     """The fused op over a plan: one adapter, or the sum of several."""
     weights, lora_as, lora_bs, biases, scales, dropouts, lora_biases = map(list, zip(*branches, strict=True))
+    stack = len(branches) > 1 and not any(dropouts)
     for i, scale in enumerate(scales):
         if lora_biases[i] is not None:
             term = scale * lora_biases[i]
             biases[0] = term if biases[0] is None else biases[0] + term
-        if isinstance(scale, Tensor):  # from PEFT's compiled hot-swap: stays a tensor, so that no new value recompiles
+        # PEFT's compiled hot-swap makes scales tensors, and as tensors they stay, so that no new value recompiles.
+        if stack or isinstance(scale, Tensor):
             lora_bs[i], scales[i] = lora_bs[i] * scale, 1.0
-    if biases[0] is not None and biases[0].dtype != weights[0].dtype:
-        biases[0] = biases[0].to(weights[0].dtype)
-    if len(branches) == 1:
+    if stack:  # without masks several adapters are one of the summed rank
+        lora_as, lora_bs, weights = [torch.cat(lora_as)], [torch.cat(lora_bs, 1)], weights[:1]
+    if len(weights) == 1:
         return ops.lora_linear(x, weights[0], lora_as[0], lora_bs[0], biases[0], scales[0], dropouts[0])
     y, *deltas = ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
     return sum(deltas, y)
