@@ -8,6 +8,7 @@ interleaves the variants and rotates cold argument sets; the second keeps a hist
 """
 
 import argparse
+import re
 import sys
 from dataclasses import replace
 from functools import cache, partial
@@ -114,11 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     changed |= {"dtype": arguments.dtype and getattr(torch, arguments.dtype)}
     listed = [replace(p, **{name: value for name, value in changed.items() if value is not None}) for p in listed]
     listed = list(dict.fromkeys(listed))[: 2 if arguments.quick else None]
-    names = arguments.variants.split(",") if arguments.variants else None
-    cases = [partial(case, p, _compiles(p, arguments.compile), names) for p in listed]
+    cases = [partial(case, p, _compiles(p, arguments.compile), arguments.variant) for p in listed]
     rounds, limit_s = (5, 5.0) if arguments.quick else (arguments.rounds, arguments.seconds)
     rows = harness.run(cases, arguments.out, rounds, limit_s, arguments.gate_only)
-    print(harness.table(rows))
+    print(harness.table(rows), harness.summary(rows), sep="\n\n")
     refused = sorted({f"{row['variant']}: {row['refused']}" for row in rows if row["own"] and row["refused"]})
     for line in refused:
         print(f"REFUSED {line}")
@@ -131,17 +131,23 @@ def _compiles(problem: Problem, asked: str) -> bool:
     return asked == "yes" or (asked == "auto" and usual and problem.shape in GPU_SHAPES[:3:2])
 
 
+def _shape(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(\+[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected KxN or KxN1+N2")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="append the rows to this file, a JSON object a line")
     parser.add_argument("--quick", action="store_true", help="the first two cases, five rounds")
-    parser.add_argument("--shape", action="append", help="KxN or KxN1+N2; may be repeated")
+    parser.add_argument("--shape", action="append", type=_shape, help="KxN or KxN1+N2; may be repeated")
     parser.add_argument("--rows", type=int, help="rows of x")
     parser.add_argument("--rank", type=int)
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
-    parser.add_argument("--variants", help="names, separated by commas")
+    parser.add_argument("--variant", action="append", help="a name; may be repeated")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--seconds", type=float, default=20.0, help="limit of one case's timing")

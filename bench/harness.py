@@ -24,6 +24,7 @@ from fastpeft.testing import Ratios, error_vs_eager
 FROZEN, PEER = "frozen linear", "PEFT"  # the variants that the ratios of a row refer to
 FORWARD, BOTH = "fwd", "fwd+bwd"
 PASSES = (FORWARD, BOTH)
+CASE = ("op", "shape", "rows", "dtype", "rank", "dropout")  # the columns that tell cases apart
 
 
 @dataclass(frozen=True)
@@ -175,18 +176,37 @@ def run(
 
 def table(rows: Sequence[dict]) -> str:
     """The rows for people: a block for each case, a line for each variant."""
-    keys = ("op", "shape", "rows", "dtype", "rank", "dropout")
     columns = "".join(
         f"{which + ' us':>11} {'p20-p80':>17} {'xfloor':>6} {'xfrozen':>7} {'xPEFT':>6}" for which in PASSES
     )
     lines = []
-    for facts, block in groupby(rows, lambda row: {key: row[key] for key in keys}):
-        lines += ["", "  ".join(f"{value}" if key in keys[:2] else f"{key}={value}" for key, value in facts.items())]
+    for facts, block in groupby(rows, _case):
+        settings = [f"{name}={value}" for name, value in zip(CASE[2:], facts[2:], strict=True)]
+        lines += ["", "  ".join([*facts[:2], *settings])]
         lines.append(f"  {'variant':22}{columns} {'saved MB':>9} {'err max':>8} {'rms':>5}")
         for name, of_variant in groupby(block, lambda row: row["variant"]):
             of_variant = list(of_variant)
             lines.append(f"  {name:22}{''.join(map(_cells, of_variant))} {_memory(of_variant[0])}")
     return "\n".join(lines)
+
+
+def summary(rows: Sequence[dict]) -> str:
+    """Time over the frozen linear, forward and backward together: a line for each case, a column for each variant."""
+    timed = {(_case(row), row["variant"]): row["ratio_frozen"] for row in rows if row["pass"] == BOTH}
+    names = [name for name in dict.fromkeys(name for _, name in timed) if name != FROZEN]
+    widths = [max(8, len(name)) for name in names]
+    lines = [f"Time over the frozen linear's, {BOTH}", " " * 44 + "  ".join(map(str.rjust, names, widths))]
+    for facts in dict.fromkeys(facts for facts, _ in timed):
+        shape, count, dtype, rank, dropout = facts[1:]
+        cells = [timed.get((facts, name)) for name in names]
+        cells = ["-" if ratio is None else f"{ratio:.3f}" for ratio in cells]
+        label = f"{shape} rows={count} {dtype} r={rank} p={dropout}"
+        lines.append(f"{label:44}" + "  ".join(map(str.rjust, cells, widths)))
+    return "\n".join(lines)
+
+
+def _case(row: dict) -> tuple:
+    return tuple(row[key] for key in CASE)
 
 
 def _cells(row: dict) -> str:

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in under 8 minutes and without a network:
+#
+#     bash bench/gpu.sh OUT_DIR          (default: $OUT, or out/)
+#     bash bench/gpu.sh --dry OUT_DIR    the same steps on the CPU, each cut to seconds: proves this script
+#
+# Installs the package into a throwaway folder, prints `fastpeft env`, checks every op, runs the tests, then memcheck on
+# small ragged shapes, then the benchmarks. A step that fails stops no other; the table printed last names it and the exit
+# code is 1. OUT_DIR gets 8 files at most: summary.txt, five logs, rows.jsonl and overhead.png.
+#
+# Variables: PYTHON (python3); STEPS, the names of the steps to run (all); BENCH_ARGS, further arguments of the benchmark;
+# FASTPEFT_COMMIT, the commit that rows carry where the checkout came without its history.
+set -uo pipefail
+
+dry=
+if [[ ${1:-} == --dry ]]; then
+    dry=1
+    shift
+fi
+out=${1:-${OUT:-out}}
+python=${PYTHON:-python3}
+deadline=460 # seconds for all steps together
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+cd "$root" || exit 2
+work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
+rm -f "$out"/{summary.txt,install.log,env.log,tests.log,sanitizer.log,bench.log,rows.jsonl,overhead.png}
+
+failed=0
+note() { # step, result, seconds
+    printf '%-10s %-28s %5s s\n' "$1" "$2" "$3" >>"$out/summary.txt"
+}
+
+step() { # name, seconds at most, log, command...
+    local name=$1 limit=$2 log=$out/$3 start=$SECONDS code
+    shift 3
+    if [[ " ${STEPS:-$name} " != *" $name "* ]]; then return; fi
+    if ((deadline - start < limit)); then limit=$((deadline - start)); fi
+    if ((limit < 5)); then
+        note "$name" "FAILED: no time left" 0
+        failed=1
+        return
+    fi
+    printf -- '--- %s\n' "$name" | tee -a "$log"
+    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
+    code=$?
+    case $code in
+    0) note "$name" ok $((SECONDS - start)) ;;
+    124 | 137) note "$name" "FAILED: over $limit s" $((SECONDS - start)) ;;
+    *) note "$name" "FAILED: exit code $code" $((SECONDS - start)) ;;
+    esac
+    if ((code)); then
+        failed=1
+        tail -n 12 "$log"
+    fi
+}
+
+# The installed package before the checkout, which serves if the installation failed; -P keeps the current folder out of
+# the first place, where Python knows it.
+export PYTHONPATH=$work/site:$root HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET FASTPEFT_BACKEND
+safe=()
+"$python" -P -c '' 2>/dev/null && safe=(-P)
+
+if [[ $dry ]]; then
+    check=(--help)
+    tests=(tests/test_layout.py -k law)
+    bench=(--device cpu --quick --shape 128x96 --rows 64 --threads 1)
+    figure=()
+else
+    check=(--device cuda)
+    # What needs no GPU ran elsewhere: the layout, packaging, every configuration compiled, this script.
+    tests=(tests -m "gpu or not slow" --maxfail=30)
+    for name in layout packaging targets cli demo bench; do tests+=(--ignore "tests/test_$name.py"); done
+    bench=(--device cuda)
+    figure=(--rows 8192)
+    "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8 --dist loadgroup)
+fi
+read -r -a more <<<"${BENCH_ARGS:-}"
+
+# From a copy, since a build writes into its source folder.
+mkdir "$work/source" && cp -r pyproject.toml setup.py README.md LICENSE fastpeft kernels csrc "$work/source"
+step install 60 install.log \
+    "$python" -m pip install --no-index --no-deps --no-build-isolation --target "$work/site" "$work/source"
+step env 30 env.log "$python" "${safe[@]}" -m fastpeft.cli env
+step check 90 env.log "$python" "${safe[@]}" -m fastpeft.cli check "${check[@]}"
+step tests 150 tests.log "$python" "${safe[@]}" -m pytest -q -p no:cacheprovider "${tests[@]}"
+
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+if [[ ! $dry && -x $sanitizer ]]; then
+    # Without the caching allocator, so that an access past a tensor is an access past an allocation. API errors are not
+    # reported: torch probes the driver and expects some.
+    step sanitizer 70 sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        "$sanitizer" --tool memcheck --error-exitcode 9 --report-api-errors no \
+        "$python" bench/bench_lora_linear.py --device cuda --gate-only --compile no --rows 130 --rank 5 \
+        --shape 200x136 --shape 136x200+72 --variant ours --variant "ours, base dtype"
+else
+    why=${dry:+dry run}
+    why=${why:-no compute-sanitizer}
+    note sanitizer "skipped: $why" 0
+fi
+
+step bench 250 bench.log "$python" bench/bench_lora_linear.py --out "$out/rows.jsonl" "${bench[@]}" "${more[@]}"
+step plot 30 bench.log "$python" bench/plot.py "$out/rows.jsonl" "$out/overhead.png" "${figure[@]}"
+
+sed -n '/^Time over/,/^---/p' "$out/bench.log" | sed '/^---/d'
+cat "$out/summary.txt"
+exit $failed
