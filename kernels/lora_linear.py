@@ -223,7 +223,7 @@ def up_backward(
     rank = b.shape[1]
     if rank > (ONE_PASS_RANK_WIDE if b.dtype.itemsize > 2 else ONE_PASS_RANK) or not (need_ds and need_db):
         ds = _project(dy, b.T, [rank], [scale], [0.0], None) if need_ds else None
-        db = _outer(s, dy, [rank], [0.0], None).T if need_db else None
+        db = _outer(s, dy, [rank], [0.0], None).T.contiguous() if need_db else None
         return ds, db
     (m, n), c = dy.shape, config("up_backward", rank, b.dtype, capability(dy))
     blocks = triton.cdiv(n, c.block_k)

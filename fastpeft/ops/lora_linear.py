@@ -202,14 +202,14 @@ def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, bac
     shape, device = x.shape, x.device
     if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
         wanted = torch.get_autocast_dtype(device.type)
-        x, *tensors = (None if t is None else t.to(wanted) for t in (x, *weights, *biases))
+        x, *tensors = (t.to(wanted) if isinstance(t, Tensor) else t for t in (x, *weights, *biases))
         weights, biases = tensors[: len(weights)], tensors[len(weights) :]
-        lora_as, lora_bs = ([t if t.dtype == torch.float32 else t.to(wanted) for t in ts] for ts in (lora_as, lora_bs))
+        lora_as, lora_bs = ([_adapter_to(t, wanted) for t in ts] for ts in (lora_as, lora_bs))
     if not x.is_floating_point():
         raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point dtype")
     sizes = {"K": shape[-1]}
     for weight, a, b, bias in zip(weights, lora_as, lora_bs, biases, strict=True):
-        _check_branch(op, plural, x, weight, a, b, bias, lora_as[0].dtype, {**sizes})
+        _check_branch(op, plural, x, weight, a, b, bias, lora_as[0], {**sizes})
     scales = [_check.finite(op, f"scale{plural}", scale) for scale in scales]
     dropouts = [_check.probability(op, f"dropout{plural}", dropout) for dropout in dropouts]
     backend = _backend.choose(op, backend, REASONS, x, lora_as)
@@ -232,20 +232,24 @@ def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, bac
     return [y.reshape(*shape[:-1], y.shape[-1]) for y in ys]
 
 
-def _check_branch(op, plural, x, weight, a, b, bias, adapter_dtype, sizes):
+def _adapter_to(t, wanted):
+    return t.to(wanted) if isinstance(t, Tensor) and t.dtype != torch.float32 else t
+
+
+def _check_branch(op, plural, x, weight, a, b, bias, first_a, sizes):
     if weight is not None:
         _check.tensor(op, f"weight{plural}", weight, "N K", sizes, x)
         _check.dtype(op, f"weight{plural}", weight, x.dtype)
     _check.tensor(op, f"lora_a{plural}", a, "r K", sizes, x)
     _check.tensor(op, f"lora_b{plural}", b, "N r", sizes, x)
     _check.dtype(op, f"lora_a{plural}", a, x.dtype, torch.promote_types(x.dtype, torch.float32))
-    _check.dtype(op, f"lora_a{plural}", a, adapter_dtype)
-    _check.dtype(op, f"lora_b{plural}", b, adapter_dtype)
+    _check.dtype(op, f"lora_a{plural}", a, first_a.dtype)
+    _check.dtype(op, f"lora_b{plural}", b, first_a.dtype)
     if a.shape[0] == 0:
         raise ValueError(f"{op}: lora_a{plural} has r=0, expected r>=1")
     if bias is not None:
         _check.tensor(op, "bias" if not plural else "biases", bias, "N", sizes, x)
-        _check.dtype(op, "bias" if not plural else "biases", bias, x.dtype, adapter_dtype)
+        _check.dtype(op, "bias" if not plural else "biases", bias, x.dtype, first_a.dtype)
 
 
 def _triton_reason(x, lora_as):
