@@ -25,6 +25,15 @@ SMALL = lora.Problem("96x64", 40, torch.float32, 8, 0.25, CPU)
 SHARED = replace(SMALL, shape="96x64+32")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Small calls on two threads wait for each other for milliseconds where the machine has other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def case_of(problem, *names):
     return bench_lora_linear.case(problem, names=names or None)
 
@@ -110,7 +119,8 @@ def test_rows_have_every_column_and_survive_json(tmp_path):
     assert len(rows) == 6
     columns = """op shape rows dtype rank dropout variant own adapter_dtype pass
         median_us p20_us p80_us host_us rounds ratio_frozen ratio_peft bytes flops floor_us
-        error_max error_rms saved_bytes peak_bytes refused device capability driver torch triton peft python threads commit dirty date""".split()
+        error_max error_rms saved_bytes peak_bytes refused device capability driver
+        torch triton peft python threads commit dirty date""".split()
     assert all(list(row) == columns for row in rows)
     empty = {name for row in rows for name, value in row.items() if value is None}
     assert empty <= {"adapter_dtype", "peak_bytes", "refused", "capability", "driver", "commit", "dirty"}
