@@ -1,4 +1,4 @@
-"""A model with fused PEFT layers through its life: settings changed, adapters swapped, compiled, restored, registered."""
+"""A model with fused PEFT layers through its life: changed settings, swapped adapters, compiled, restored, registered."""
 
 import copy
 import subprocess
