@@ -1,4 +1,4 @@
-"""A model with fused PEFT layers through its life: changed settings, swapped adapters, compiled, restored, registered."""
+"""A model with fused PEFT layers through its life: changed settings, other adapters, compilation, restore, register."""
 
 import copy
 import subprocess

@@ -5,8 +5,9 @@
 
 A call that the op cannot serve (DoRA and other variants, mixed batches, merged or disabled adapters, quantised bases,
 hooks on the inner modules, ...) runs PEFT's own forward. ``fastpeft.report(model)`` says which layers, and why.
-Two differences remain: dropout masks come from another generator than ``torch.nn.Dropout``'s, and gradients of
-gradients are not defined.
+Three differences remain: dropout masks come from another generator than ``torch.nn.Dropout``'s; gradients of gradients
+are not defined; and the input itself is kept for backward, so it must not be modified in place after the call (PEFT
+keeps a copy where there is dropout or a float32 adapter).
 """
 
 import functools
