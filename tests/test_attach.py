@@ -141,12 +141,18 @@ class TestAttachAndDetach:
             ({"targets": ["q_proj"]}, ["layers.0.q_proj", "layers.1.q_proj", "layers.2.q_proj"]),
             ({"targets": ["1.q_proj", "score.0"]}, ["layers.1.q_proj", "score.0"]),
             ({"targets": r"layers\.[02]\.(q|v)_proj"}, [f"layers.{i}.{n}_proj" for i in (0, 2) for n in "qv"]),
-            ({"targets": ["q_proj", "out"], "layers": [1], "layers_pattern": "layers", "exclude": ["out"]}, ["layers.1.q_proj"]),
+            (
+                {"targets": ["q_proj", "out"], "layers": [1], "layers_pattern": "layers", "exclude": ["out"]},
+                ["layers.1.q_proj"],
+            ),
             ({"targets": ["q_proj"], "layers": 2, "layers_pattern": ["layers"]}, ["layers.2.q_proj"]),
             ({"exclude": r".*_proj|.*out"}, ["score.0", "score.2"]),
-            ({"modules_to_save": ["score", "embed"], "exclude": r".*[12]\..*|.*(k|v)_proj"}, ["layers.0.q_proj", "layers.0.out"]),
+            (
+                {"modules_to_save": ["score", "embed"], "exclude": r".*[12]\..*|.*(k|v)_proj"},
+                ["layers.0.q_proj", "layers.0.out"],
+            ),
         ],
-    )  # fmt: skip
+    )
     def test_targets(self, settings, paths):
         model = attached(**settings)
         assert [path for path, m in model.named_modules() if isinstance(m, LoraLinear)] == paths

@@ -52,7 +52,8 @@ def to_peft(config: Lora, linears: Sequence[str], fan_in_fan_out: bool, base_mod
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
         modules_to_save=fields["modules_to_save"] or None,
-        init_lora_weights=_INITS[config.init],
+        # PEFT refuses lora_bias beside "gaussian"; how a trained adapter once started does not matter.
+        init_lora_weights=True if config.lora_bias else _INITS[config.init],
         fan_in_fan_out=fan_in_fan_out,
         peft_type="LORA",
         base_model_name_or_path=base_model,
@@ -68,7 +69,7 @@ def from_peft(op: str, fields: object) -> Lora:
     Raises:
         ValueError: not a LoRA config of PEFT, or a field asks for what is not served here (DoRA, other variants, ...).
     """
-    if not isinstance(fields, dict) or any(name not in fields for name in _REQUIRED):
+    if not isinstance(fields, dict) or any(fields.get(name) is None for name in _REQUIRED):
         raise ValueError(f"{op}: adapter_config.json is no LoRA config, expected the fields {', '.join(_REQUIRED)}")
     if fields["peft_type"] != "LORA":
         raise ValueError(f"{op}: adapter_config.json has peft_type={fields['peft_type']!r}, expected 'LORA'")
