@@ -4,7 +4,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: demo test test-oldest bench gpu check
+.PHONY: demo test test-oldest mutants bench gpu check
 
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
@@ -16,6 +16,10 @@ test: .venv/ready test-oldest
 # The same tests of what depends on the versions of others, with the oldest Triton, PEFT and transformers in front.
 test-oldest: .venv/oldest
 	PYTHONPATH=$(CURDIR)/.venv/oldest $(PYTEST) -m oldest
+
+# Breaks the package in one place at a time; a test must fail each time. `make test` runs a sample.
+mutants: .venv/ready
+	$(PY) tests/mutants/run.py
 
 bench: .venv/ready
 	$(PY) -m pytest bench --benchmark-autosave --benchmark-compare --benchmark-group-by=group

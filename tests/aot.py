@@ -28,24 +28,24 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # (x's dtype, the adapters', ranks of the branches, dropout, M, K, N): every BLOCK_R, and both gradients of B.
+_LARGE = (8192, 4096, 4096)
 LORA_LINEAR = (
     *(
-        (BF16, BF16, ranks, dropout, 8192, 4096, 4096)
-        for ranks in ((8,), (32,), (64,), (256,))
-        for dropout in (0.0, 0.1)
+        (BF16, dtype, ranks, dropout, *size)
+        for dtype in (BF16, FP32)
+        for ranks, dropout, size in (
+            ((8,), 0.0, _LARGE),
+            ((16,), 0.1, _LARGE),
+            ((32,), 0.0, _LARGE),
+            ((64,), 0.1, _LARGE),
+            ((256,), 0.0, _LARGE),
+            ((16, 16, 16), 0.1, _LARGE),  # q, k and v
+            ((17,), 0.1, (127, 1001, 1003)),  # nothing divisible by anything
+        )
     ),
-    *(
-        (BF16, FP32, ranks, dropout, 8192, 4096, 4096)
-        for ranks in ((8,), (32,), (64,), (256,))
-        for dropout in (0.0, 0.1)
-    ),
-    (FP16, FP16, (16,), 0.1, 8192, 4096, 4096),
-    (FP32, FP32, (16,), 0.1, 8192, 4096, 4096),
-    (FP32, FP32, (64,), 0.1, 8192, 4096, 4096),
-    (BF16, BF16, (16, 16, 16), 0.1, 8192, 4096, 4096),  # q, k and v
-    (BF16, FP32, (16, 16, 16), 0.1, 8192, 4096, 4096),
-    (BF16, BF16, (17,), 0.1, 127, 1001, 1003),  # nothing divisible by anything
-    (BF16, FP32, (17,), 0.1, 127, 1001, 1003),
+    (FP16, FP16, (16,), 0.1, *_LARGE),
+    (FP32, FP32, (16,), 0.1, *_LARGE),
+    (FP32, FP32, (64,), 0.0, *_LARGE),
 )
 
 
@@ -118,13 +118,13 @@ def examine(kernel) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        sass = _tool("nvdisasm", "-c", file.name)
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        sass = _tool("nvdisasm", "-c", file.name) if stack else ""  # spills live on the stack
     dots = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", kernel.asm["ptx"])
     return {
-        "registers": int(registers),
-        "stack": int(stack),
+        "registers": registers,
+        "stack": stack,
         "spills": len(re.findall(r"\b(STL|LDL)\b", sass)),
         "shared": kernel.metadata.shared,
         "dot": dots[0] if dots else "",

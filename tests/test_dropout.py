@@ -56,8 +56,19 @@ def backend_mask(backend, seed, dropout, rows, columns):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dropout", [0.25, 0.9])
-@pytest.mark.parametrize(("rows", "columns"), [(70, 33), (33, 130), (1, 1), (65, 64)])
+@pytest.mark.parametrize("element", [(0, 0), (3, 7), (20, 33)], ids=str)
+def test_an_element_at_the_threshold_is_kept(backend, element):
+    """The probability at which this element is kept for the last time; one lane value further it is dropped."""
+    m, k = element
+    lane = next(t for t in range(65536) if not keep_by_hand(8, (t + 1) / 65536, m, k))
+    for drop, wanted in ((lane, True), (lane + 1, False)):
+        y, *_ = backend_mask(backend, 8, drop / 65536, m + 1, k + 1)
+        assert (y[m, k] != 0).item() == wanted
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", [0.1, 0.9])  # 0.1 is 6553.6 lane values: rounded up
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (70, 33), (33, 130), (65, 64)])
 def test_every_backend_draws_the_reference_mask(backend, dropout, rows, columns):
     wanted = mask(77, dropout, rows, columns, dtype=FP32) * inverse_keep(dropout)
     y, dx, da = backend_mask(backend, 77, dropout, rows, columns)
