@@ -10,8 +10,8 @@ demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
 
 test: .venv/ready test-oldest
-	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	$(PYTEST)
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 # The same tests of what depends on the versions of others, with the oldest Triton, PEFT and transformers in front.
 test-oldest: .venv/oldest
