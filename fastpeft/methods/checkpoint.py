@@ -19,7 +19,7 @@ from .attach import apply, check_attachable
 from .attachment import Attachment, attachment_of, holder_of, original_names, refuse_merged
 from .lora import Lora
 from .peft_format import from_peft, to_peft
-from .targets import Targets, resolve
+from .targets import Targets, resolve, walk
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -51,7 +51,8 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str = "default") 
             raise ValueError(f"save: {key} is on the meta device, expected values")
     linears = [path for path in state.linears if name in holder.get_submodule(path).adapters]
     conv1d = any(is_conv1d(holder.get_submodule(path).base_layer) for path in linears)
-    fields = to_peft(config, linears, conv1d, getattr(holder, "name_or_path", None) or None)
+    paths = [path for path, _ in walk(holder)]
+    fields = to_peft(config, linears, paths, conv1d, getattr(holder, "name_or_path", None) or None)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)

@@ -1,5 +1,6 @@
 """PEFT's ``adapter_config.json`` to and from ``Lora``. Fields that mean something we do not do are refused by name."""
 
+import re
 from collections.abc import Sequence
 
 from .lora import BIASES, Lora
@@ -43,12 +44,19 @@ _INITS = {"kaiming": True, "gaussian": "gaussian", "random": False}
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def to_peft(config: Lora, linears: Sequence[str], fan_in_fan_out: bool, base_model: str | None) -> dict:
-    """The fields of PEFT's LoraConfig for ``config``; "all-linear" becomes the paths of the adapted layers."""
+def to_peft(
+    config: Lora, linears: Sequence[str], paths: Sequence[str], fan_in_fan_out: bool, base_model: str | None
+) -> dict:
+    """The fields of PEFT's LoraConfig for ``config``.
+
+    "all-linear" and ``layers`` become the paths of the adapted layers, ``linears``: which layers the former means, and
+    which paths the latter finds, has changed between versions of PEFT. ``paths`` are those of all modules.
+    """
     fields = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    if config.targets == ALL_LINEAR or config.layers is not None:
+        fields.update(target_modules=_exactly(linears, paths), layers_to_transform=None, layers_pattern=None)
     fields.update(
-        target_modules=sorted(linears) if config.targets == ALL_LINEAR else fields["target_modules"],
         rank_pattern=dict(config.rank_pattern),
         alpha_pattern=dict(config.alpha_pattern),
         modules_to_save=fields["modules_to_save"] or None,
@@ -61,6 +69,14 @@ def to_peft(config: Lora, linears: Sequence[str], fan_in_fan_out: bool, base_mod
         task_type=None,
     )
     return dict(sorted(fields.items()))
+
+
+def _exactly(linears: Sequence[str], paths: Sequence[str]) -> list[str] | str:
+    """The paths, or a regular expression for them where PEFT would take one for the end of another module's."""
+    ends, adapted = tuple(f".{path}" for path in linears), set(linears)
+    if any(path.endswith(ends) and path not in adapted for path in paths):
+        return f"({'|'.join(map(re.escape, sorted(linears)))})"
+    return sorted(linears)
 
 
 def from_peft(op: str, fields: object) -> Lora:
