@@ -296,10 +296,12 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def not_linear_reason(module: nn.Module) -> str | None:
-    """None for exactly ``nn.Linear`` or ``Conv1D`` with a floating-point weight, else what it is instead."""
+    """None for exactly ``nn.Linear`` or ``Conv1D`` with a plain floating-point weight, else what it is instead."""
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"a {type(module).__name__}"
     weight = module.weight
+    if type(weight) not in (nn.Parameter, Tensor):  # quantised by torchao, sharded by fully_shard
+        return f"a {type(module).__name__} with a {type(weight).__name__} weight"
     if weight.dtype not in (*_HALF, torch.float32, torch.float64):
         return f"a {type(module).__name__} with a {weight.dtype} weight"
     return None
