@@ -1,6 +1,6 @@
 """DistributedDataParallel and FSDP2 on two gloo processes: the trained weights are those of one process.
 
-This file is also the program that the processes run: ``python test_distributed.py MODE RANK FOLDER``.
+This file is also the program that the processes run: ``python test_distributed.py RANK FOLDER``.
 """
 
 import os
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastpeft
 
+pytestmark = pytest.mark.xdist_group("distributed")  # so that the processes run once
 WORLD, STEPS, BATCH = 2, 3, 8
 MODES = {
     "ddp": {},
@@ -71,43 +72,47 @@ def wrapped(mode, model):
     return fully_shard(model)
 
 
-def main(mode, rank, folder):
+def main(rank, folder):
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(os.path.join(folder, "store"), WORLD)
-    torch.distributed.init_process_group("gloo", store=store, rank=int(rank), world_size=WORLD)
-    model = build(**MODES[mode])
-    train(wrapped(mode, model), int(rank), WORLD)
-    shared = model[0].q_proj.fastpeft_shared.rounds > 0
-    if shared == (mode == "fsdp2 every layer"):
-        raise RuntimeError(f"{mode}: inputs shared: {shared}")
-    fastpeft.save(model, os.path.join(folder, "adapter"))
-    torch.save({k: v for k, v in fastpeft.methods.adapter_state_dict(model).items() if mode.startswith("ddp")},
-               os.path.join(folder, f"rank{rank}.pt"))  # fmt: skip
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    for mode, settings in MODES.items():
+        model = build(**settings)
+        train(wrapped(mode, model), rank, WORLD)
+        shared = model[0].q_proj.fastpeft_shared.rounds > 0
+        if shared == (mode == "fsdp2 every layer"):
+            raise RuntimeError(f"{mode}: inputs shared: {shared}")
+        fastpeft.save(model, os.path.join(folder, mode))
+        if mode.startswith("ddp"):
+            torch.save(fastpeft.methods.adapter_state_dict(model), os.path.join(folder, mode + f" rank {rank}.pt"))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def run(mode, folder):
-    command = [sys.executable, __file__, mode]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where two processes have trained and saved every mode."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    path = tmp_path_factory.mktemp("distributed")
     environment = {**os.environ, "PYTHONPATH": str(Path(fastpeft.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, __file__, str(rank), str(path)], env=environment, stderr=subprocess.PIPE)
         for rank in range(WORLD)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
+    return path
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 @pytest.mark.parametrize("mode", [mode for mode in MODES if "dropout" not in mode])
-def test_trained_weights_are_those_of_one_process(mode, tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    run(mode, tmp_path)
+def test_trained_weights_are_those_of_one_process(mode, folder):
     single = build()
     start = {key: value.clone() for key, value in fastpeft.methods.adapter_state_dict(single).items()}
     train(single)
     expected = fastpeft.methods.adapter_state_dict(single)
-    model = fastpeft.load(build(), tmp_path / "adapter")
+    model = fastpeft.load(build(), folder / mode)
     actual = fastpeft.methods.adapter_state_dict(model)
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
@@ -116,10 +121,8 @@ def test_trained_weights_are_those_of_one_process(mode, tmp_path):
         assert (start[key] - value).abs().max() > 1e-3
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
-def test_ddp_with_dropout_keeps_the_processes_together(tmp_path):
-    run("ddp dropout", tmp_path)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD))
+def test_ddp_with_dropout_keeps_the_processes_together(folder):
+    first, second = (torch.load(folder / f"ddp dropout rank {rank}.pt", weights_only=True) for rank in range(WORLD))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
@@ -145,4 +148,4 @@ torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(int(sys.argv[1]), sys.argv[2])
