@@ -4,7 +4,7 @@
     pytest bench --benchmark-autosave --benchmark-compare      # one pytest-benchmark case for each provider
 
 A shape is KxN, or KxN1+N2+... for projections that share their input. The ratio tables come from the first form, which
-interleaves the variants and rotates cold argument sets; the second keeps a history of times.
+interleaves the variants and, on a GPU, rotates cold argument sets; the second keeps a history of times.
 """
 
 import argparse
@@ -78,14 +78,21 @@ def providers(problem: Problem, compile_peft: bool) -> list[Provider]:
     return listed
 
 
-def case(problem: Problem, compile_peft: bool = False, names: list[str] | None = None) -> harness.Case:
-    """The problem as the harness takes it. Argument sets are drawn once, when first used."""
+def case(
+    problem: Problem, compile_peft: bool = False, names: list[str] | None = None, sets: int | None = None
+) -> harness.Case:
+    """The problem as the harness takes it. Argument sets are drawn once, when first used.
+
+    How many, if not said: on a GPU four, or more until they are three times its cache; on a CPU one, since there x and
+    dY come from the layers around and are often still in its cache in training too.
+    """
     draw = cache(partial(Arguments.draw, problem))
     k, outs = problem.sizes
     bytes_of_a_set = problem.dtype.itemsize * (problem.rows * (k + sum(outs)) + k * sum(outs))
-    sets = max(4, 1 + 3 * machine.cache_bytes(problem.device) // bytes_of_a_set)
+    cached = machine.cache_bytes(problem.device)
+    sets = sets or (max(4, 1 + 3 * cached // bytes_of_a_set) if cached else 1)
     variants = [p.variant(problem, draw) for p in providers(problem, compile_peft) if names is None or p.name in names]
-    return harness.Case(problem.fields, variants, sets, problem.device, problem.dtype)
+    return harness.Case({**problem.fields, "sets": sets}, variants, sets, problem.device, problem.dtype)
 
 
 def problems(device: torch.device) -> list[Problem]:
@@ -117,9 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     changed |= {"dtype": arguments.dtype and getattr(torch, arguments.dtype)}
     listed = [replace(p, **{name: value for name, value in changed.items() if value is not None}) for p in listed]
     listed = list(dict.fromkeys(listed))[: 2 if arguments.quick else None]
-    cases = [partial(case, p, _compiles(p, arguments.compile), arguments.variant) for p in listed]
+    cases = [partial(case, p, _compiles(p, arguments.compile), arguments.variant, arguments.sets) for p in listed]
     rounds, limit_s = (5, 5.0) if arguments.quick else (arguments.rounds, arguments.seconds)
-    rows = harness.run(cases, arguments.out, rounds, limit_s, arguments.gate_only)
+    rows = harness.run(cases, arguments.out, rounds, limit_s, arguments.gate_only, arguments.total)
     print(harness.table(rows), harness.summary(rows), sep="\n\n")
     refused = sorted({f"{row['variant']}: {row['refused']}" for row in rows if row["own"] and row["refused"]})
     for line in refused:
@@ -150,9 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--variant", action="append", help="a name; may be repeated")
+    parser.add_argument("--sets", type=int, help="argument sets that calls rotate through")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--seconds", type=float, default=20.0, help="limit of one case's timing")
+    parser.add_argument("--total", type=float, default=float("inf"), help="no case is begun after so many seconds")
     parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto", help="time torch.compile of PEFT")
     parser.add_argument("--gate-only", action="store_true", help="check, do not time")
     return parser

@@ -72,7 +72,7 @@ else
     # What needs no GPU ran elsewhere: the layout, packaging, every configuration compiled, this script.
     tests=(tests -m "gpu or not slow" --maxfail=30)
     for name in layout packaging targets cli demo bench; do tests+=(--ignore "tests/test_$name.py"); done
-    bench=(--device cuda)
+    bench=(--device cuda --total 200)
     figure=(--rows 8192)
     "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8 --dist loadgroup)
 fi

@@ -2,13 +2,14 @@
 
 1. Gate: every output and gradient of a variant against float64, by the rule of ``fastpeft.testing``: the error is at
    most 2x (max) and 1.2x (rms) that of the same computation in plain PyTorch at the same dtypes.
-2. Time (clock.py): all variants and both passes interleaved in one run, caches cold; median and p20-p80.
+2. Time (clock.py): all variants and both passes interleaved in one run, a GPU's cache cold; median, p20-p80.
 3. Rows: one JSON object for each variant and pass, with the least bytes and operations of what the variant computes,
    the time below which they cannot be done (``floor_us``), what is saved for backward, and the machine.
 """
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -159,11 +160,23 @@ def _timing(times: dict[tuple[str, str], Times], name: str, which: str) -> dict:
 
 
 def run(
-    cases: Sequence[Callable[[], Case]], out: Path | None, rounds: int, limit_s: float, gate_only: bool = False
+    cases: Sequence[Callable[[], Case]],
+    out: Path | None,
+    rounds: int,
+    limit_s: float,
+    gate_only: bool = False,
+    total_s: float = float("inf"),
 ) -> list[dict]:
-    """Make and measure every case; its rows are written at once, so that a run cut short keeps what it had."""
-    rows, facts = [], None
-    for make in _progress(cases):
+    """Make and measure every case; its rows are written at once, so that a run cut short keeps what it had.
+
+    Args:
+        limit_s: seconds for the timing of one case; total_s: seconds after which no further case is begun.
+    """
+    rows, facts, end = [], None, time.monotonic() + total_s
+    for number, make in enumerate(_progress(cases)):
+        if time.monotonic() > end:
+            print(f"time is over: {len(cases) - number} of {len(cases)} cases not run", file=sys.stderr)
+            break
         case = make()
         facts = facts or machine.facts(case.device)
         found = [{**row, **facts} for row in measure(case, rounds, limit_s, gate_only)]

@@ -117,11 +117,12 @@ class Provider:
         weights, dys = ([t.to(dtype or t.dtype) for t in ts] for ts in (arguments.weights, arguments.dys))
         count = len(weights)
         adapters = [None, None] if self.adapter_dtype is None else [leaves[1 : 1 + count], leaves[1 + count :]]
-        ys = peers.plain(leaves[0], weights, *adapters, SCALE, masks)
+        factors = [None if mask is None else mask.double() * self.inverse_keep(problem.dropout) for mask in masks]
+        ys = peers.plain(leaves[0], weights, *adapters, SCALE, factors)
         return [*ys, *torch.autograd.grad(ys, leaves, dys)]
 
     def masks(self, problem: Problem, arguments: Arguments) -> list[Tensor | None]:
-        """What this provider's dropout keeps after ``torch.manual_seed``, read from dX, times ``1 / (1 - p)``."""
+        """What this provider's dropout keeps after ``torch.manual_seed``, read from dX: bool, one for each projection."""
         count, p = len(arguments.weights), problem.dropout
         if self.adapter_dtype is None or p == 0:
             return [None] * count
@@ -129,11 +130,11 @@ class Provider:
         for projection in range(count):
             call = self.bind(problem, arguments.only(projection))
             torch.manual_seed(harness.SEED)
-            kept.append((call.both()[0] != 0).double())
-        shares = [1 - mask.mean().item() for mask in kept]
+            kept.append(call.both()[0] != 0)
+        shares = [1 - mask.double().mean().item() for mask in kept]
         if any(abs(share - p) > 6 * (p * (1 - p) / kept[0].numel()) ** 0.5 for share in shares):
             raise ValueError(f"dropout {p} dropped the shares {shares}")
-        return [mask * self.inverse_keep(p) for mask in kept]
+        return kept
 
     def variant(self, problem: Problem, draw: Callable[[int], Arguments]) -> Variant:
         masks = cache(lambda: self.masks(problem, draw(0)))

@@ -53,10 +53,10 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last-level cache; four argument sets larger than it three times over make every call a cold one."""
+    """Of the cache that argument sets are rotated out of; 0 on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    return 0  # a CPU's is shared with whoever else runs; four sets are rotated there too
+    return 0
 
 
 def seconds(function, device: torch.device, repeats: int) -> float:

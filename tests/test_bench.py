@@ -117,7 +117,7 @@ def test_rows_have_every_column_and_survive_json(tmp_path):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["variant"], row["pass"]) for row in rows[:2]] == [(FROZEN, FORWARD), (FROZEN, BOTH)]
     assert len(rows) == 6
-    columns = """op shape rows dtype rank dropout variant own adapter_dtype pass
+    columns = """op shape rows dtype rank dropout sets variant own adapter_dtype pass
         median_us p20_us p80_us host_us rounds ratio_frozen ratio_peft bytes flops floor_us
         error_max error_rms saved_bytes peak_bytes refused device capability driver
         torch triton peft python threads commit dirty date""".split()
@@ -165,6 +165,11 @@ def test_calls_interleave_and_never_reuse_a_set_at_once():
 
 def test_a_slow_run_stops_at_its_limit_but_not_before_five_rounds():
     assert clock.interleave({"a": [lambda: None]}, CPU, rounds=50, limit_s=0.0)["a"].rounds == 5
+
+
+def test_a_run_out_of_time_keeps_what_it_has(capsys):
+    assert harness.run([partial(case_of, SMALL, FROZEN)] * 3, None, rounds=1, limit_s=1.0, total_s=-1.0) == []
+    assert "3 of 3 cases not run" in capsys.readouterr().err
 
 
 def test_quantiles():
