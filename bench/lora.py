@@ -122,7 +122,7 @@ class Provider:
         return [*ys, *torch.autograd.grad(ys, leaves, dys)]
 
     def masks(self, problem: Problem, arguments: Arguments) -> list[Tensor | None]:
-        """What this provider's dropout keeps after ``torch.manual_seed``, read from dX: bool, one for each projection."""
+        """What this provider's dropout keeps after ``torch.manual_seed``, read from dX: a bool mask a projection."""
         count, p = len(arguments.weights), problem.dropout
         if self.adapter_dtype is None or p == 0:
             return [None] * count

@@ -167,6 +167,37 @@ def test_a_slow_run_stops_at_its_limit_but_not_before_five_rounds():
     assert clock.interleave({"a": [lambda: None]}, CPU, rounds=50, limit_s=0.0)["a"].rounds == 5
 
 
+def test_the_cuda_clock_sleeps_in_front_of_the_call_and_reads_its_events(monkeypatch):
+    """With a device made of a list: the order of what is queued, and the times of the events around the call."""
+    queue = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(queue)
+            queue.append("event")
+
+        def elapsed_time(self, end):
+            between = queue[self.at : end.at]
+            return sum(item / 1e6 for item in between if isinstance(item, int)) + between.count("kernel") * 0.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", queue.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: queue.append("synchronize"))
+    timer = clock.CudaClock(torch.device("cuda"))
+    assert timer.cycles_per_us == pytest.approx(1000.0)
+    queue.clear()
+    device_us, host_us = timer(lambda: queue.append("kernel"), sleep_us=30.0)
+    assert queue == ["synchronize", 30_000, "event", "kernel", "event", "synchronize"]
+    assert device_us == 250.0, "the sleep is not counted"
+    assert 0 < host_us < 1e6
+    steps = {name: [partial(queue.append, "kernel")] * 4 for name in "ab"}
+    times = clock.interleave(steps, torch.device("cuda"), rounds=6)
+    assert [times[name].quantile(0.5) for name in "ab"] == [250.0, 250.0]
+
+
 def test_a_run_out_of_time_keeps_what_it_has(capsys):
     assert harness.run([partial(case_of, SMALL, FROZEN)] * 3, None, rounds=1, limit_s=1.0, total_s=-1.0) == []
     assert "3 of 3 cases not run" in capsys.readouterr().err
