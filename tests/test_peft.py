@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 import fastpeft
@@ -78,6 +79,31 @@ def test_outputs_and_gradients_are_pefts(architecture, share_inputs):
     shared = sum(bool(layer.shares_with) for layer in fastpeft.report(ours))
     assert (shared > 0) == (share_inputs and architecture is not gpt2)
     assert_equal(step(ours, tokens()), step(model, tokens()), 1e-12)
+
+
+@pytest.mark.parametrize("case", ["two adapters", "tensor scaling", "lora_bias", "sharing taken back"])
+def test_siblings_in_every_state(case):
+    model = peft_model(llama, torch.float64, lora_bias=case == "lora_bias")
+    if case == "two adapters":
+        model.add_adapter("b", LoraConfig(r=3, init_lora_weights=False, target_modules="all-linear"))
+        model.base_model.set_adapter(["default", "b"])
+    if case == "tensor scaling":
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.scaling["default"] = torch.tensor(0.7)
+    ours = fastpeft.accelerate(copy.deepcopy(model), strict=True)
+    if case == "sharing taken back":
+        fastpeft.accelerate(ours, share_inputs=False)
+    assert any(layer.shares_with for layer in fastpeft.report(ours)) == (case == "lora_bias")
+    assert_equal(step(ours, tokens()), step(model, tokens()), 1e-12)
+
+
+def test_bias_of_a_wide_adapter_keeps_its_precision():
+    """float32 adapters on a bfloat16 model: the gradient of B's bias is not rounded to bfloat16, shared or not."""
+    ours = fastpeft.accelerate(peft_model(llama, torch.bfloat16, lora_bias=True), strict=True)
+    grads = {name: grad for name, grad in step(ours, tokens()).items() if name.endswith("lora_B.default.bias")}
+    assert len(grads) == 14
+    assert all(grad.dtype == torch.float32 and (grad.bfloat16() != grad).any() for grad in grads.values())
 
 
 @MODELS

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.oldest
 
 
 class Special(nn.Linear):
-    pass
+    def forward(self, x):
+        return -super().forward(x)
 
 
 class Shout(nn.Module):
@@ -68,16 +69,32 @@ CHANGES = {
     "hook of accelerate": (lambda layer: add_hook_to_module(layer.base_layer, ModelHook()), "replaced forward"),
     "weight is a subclass": (lambda layer: _packed(layer.base_layer), "base_layer.weight is Packed"),
     "A is a subclass": (lambda layer: _packed(layer.lora_A.default), "Packed"),
+    "B is a subclass": (lambda layer: _packed(layer.lora_B.default), "Packed"),
     "pruned": (lambda layer: prune.l1_unstructured(layer.lora_A.default, "weight", 0.5), "hooks"),
     "base is a subclass": (_use_subclass, "base_layer is Quantised"),
     "dropout module": (lambda layer: layer.lora_dropout.update({"default": Shout()}), "lora_dropout is Shout"),
     "dropout of 1": (lambda layer: layer.lora_dropout.update({"default": nn.Dropout(1.0)}), "p=1.0"),
+    "dropout in place": (lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5, True)}), "inplace=True"),
     "bias in A": (_bias_in_a, "lora_A"),
     "scaling is a vector": (_vector_scaling, "scaling"),
-    "A is no Linear": (lambda layer: setattr(layer.lora_A.default, "__class__", Special), "lora_A"),
+    "A is no Linear": (lambda layer: setattr(layer.lora_A.default, "__class__", Special), "lora_B are Special"),
+    "B is no Linear": (lambda layer: setattr(layer.lora_B.default, "__class__", Special), "and Special, not nn.Linear"),
     "narrow adapter": (lambda layer: layer.lora_A.to(torch.float16) and layer.lora_B.to(torch.float16), "float16"),
     "adapter dtypes differ": (lambda layer: layer.lora_B.to(torch.float64), "differ in dtype"),
 }  # fmt: skip
+
+
+def assert_same(ours, plain, x):
+    """The same bits, or the same error where PEFT cannot serve the call either."""
+    torch.manual_seed(0)
+    try:
+        expected = plain(x.clone())
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=str(error)[:20]):
+            ours(x.clone())
+    else:
+        torch.manual_seed(0)
+        assert torch.equal(ours(x.clone()), expected)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -88,13 +105,7 @@ def test_falls_back_to_pefts_own_forward(change, monkeypatch):
     for model in (plain, ours):
         apply(up(model))
     with counted(monkeypatch) as fused:
-        try:
-            expected = up(plain)(torch.ones(3, 12))
-        except RuntimeError as error:  # PEFT cannot either
-            with pytest.raises(RuntimeError, match=str(error)[:20]):
-                up(ours)(torch.ones(3, 12))
-        else:
-            assert torch.equal(up(ours)(torch.ones(3, 12)), expected)
+        assert_same(up(ours), up(plain), torch.randn(3, 12))
     assert fused == []
     assert reason in statuses(ours)["up"]
     assert statuses(ours)["down"] == "fused"
@@ -165,6 +176,27 @@ def test_transforms_see_pefts_forward(transform, monkeypatch):
         assert fused == []
         ours(x)
         assert fused == [1]
+
+
+def test_inputs_that_do_not_fit_are_pefts(monkeypatch):
+    plain = up(peft_model()).eval()
+    ours, wide = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    ours.__class__ = FastLoraLinear
+    wide_ours = copy.deepcopy(wide)
+    wide_ours.__class__ = FastLoraLinear
+    x = torch.randn(3, 12)
+    with counted(monkeypatch) as fused:
+        assert_same(ours, plain, x.as_subclass(Packed))
+        assert_same(ours, plain, x.bfloat16())
+        assert_same(ours, plain, x.to("meta"))
+        assert_same(wide_ours, wide, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_same(wide_ours, wide, x)
+        assert fused == []
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(wide_ours(x.double()), wide(x.double()))  # autocast leaves float64 alone
+            ours(x.bfloat16())
+    assert fused == [1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -197,6 +197,16 @@ def test_register_declines_what_is_not_exactly_linear():
     assert type(up(model)) is Linear
 
 
+def test_register_declines_quantised_weights_and_lone_parameters():
+    """A weight that is a tensor subclass (torchao), and PEFT's target_parameters."""
+    build = fastpeft.register(config())._custom_modules[nn.Linear]
+    settings = dict.fromkeys(("r", "lora_alpha"), 4)
+    linear = nn.Linear(4, 4)
+    assert build(linear, "default", parameter_name="weight", config=config(), **settings) is None
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(type("Packed", (torch.Tensor,), {})))
+    assert build(linear, "default", config=config(), **settings) is None
+
+
 def test_register_survives_a_copy_and_is_not_saved(tmp_path):
     registered = fastpeft.register(config())
     model = get_peft_model(Model(), copy.deepcopy(registered))
