@@ -67,7 +67,7 @@ def test_an_element_at_the_threshold_is_kept(backend, element):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dropout", [0.1, 0.9])  # 0.1 is 6553.6 lane values: rounded up
+@pytest.mark.parametrize("dropout", [0.1, 0.9, 0.999999])  # 6553.6 lane values: rounded up; 65535.9: one is kept
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (70, 33), (33, 130), (65, 64)])
 def test_every_backend_draws_the_reference_mask(backend, dropout, rows, columns):
     wanted = mask(77, dropout, rows, columns, dtype=FP32) * inverse_keep(dropout)

@@ -95,8 +95,8 @@ def test_non_contiguous_gradient_gives_wrong_values(backend):
 
 @each_backend
 def test_first_branch_served_for_all(backend):
-    """Different A, B, scale and rank in every projection; the last one counts as well."""
-    p = LoraProblem.make((9, 20), (5, 6, 7), (1, 9, 4), device=DEVICE, integers=True)
+    """Different A, B, scale, rank and mask in every projection; the last one counts as well."""
+    p = LoraProblem.make((9, 20), (5, 6, 7), (1, 9, 4), device=DEVICE, dropout=0.5, integers=True)
     exact = p.exact()
     assert all(torch.equal(value.double(), exact[name]) for name, value in p.fused(backend).items())
 

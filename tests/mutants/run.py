@@ -5,7 +5,8 @@
     python tests/mutants/run.py --shard 1/6      every sixth, from the second on
 
 Each mutant gets its own copy of the package. The tests run in a fork of a process that has torch and Triton loaded, in
-Triton's interpreter, with tests ordered so that most mutants die within seconds. A crash or a hang counts as a death.
+Triton's interpreter, with tests ordered so that most mutants die within seconds. A crash counts as a death, running out
+of time does not.
 """
 
 import argparse
@@ -20,17 +21,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-SECONDS = 300  # past this a mutant hangs
+SECONDS = 600  # past this there is no verdict, and the mutant counts as alive
 TESTS = (
     "tests/test_dropout.py::test_bits_are_those_of_the_formula",
     "tests/test_dropout.py::test_no_dropout",
     "tests/test_dropout.py::test_dropout_near_1_keeps_one_lane_value",
     "tests/test_dropout.py::test_dtype",
+    "tests/test_lora_linear.py::test_the_definition_is_the_formula",
+    "tests/test_lora_linear_peers.py::test_first_branch_served_for_all",
+    "tests/test_dropout.py::test_every_seed_has_its_mask_in_the_shared_form",
+    "tests/test_lora_linear_edges.py::test_leading_dimensions",
     "tests/test_dropout.py::test_an_element_at_the_threshold_is_kept",
     "tests/test_dropout.py::test_every_backend_draws_the_reference_mask",
-    "tests/test_dropout.py::test_every_seed_has_its_mask_in_the_shared_form",
-    "tests/test_lora_linear.py::test_the_definition_is_the_formula",
-    "tests/test_lora_linear_edges.py::test_leading_dimensions",
     "tests/test_lora_linear_edges.py::test_what_is_trained",
     "tests/test_lora_linear_memory.py::test_only_x_and_s_are_kept_for_backward",
     "tests/test_lora_linear_memory.py::test_nothing_is_read_or_written_outside",
@@ -91,6 +93,8 @@ def start(copy: Path) -> int:
 def verdict(status: int, copy: Path) -> tuple[bool, str]:
     """Whether the mutant is dead, and what killed it."""
     if os.WIFSIGNALED(status):
+        if os.WTERMSIG(status) == signal.SIGKILL:
+            return False, "SURVIVED: out of time or of memory"
         return True, f"signal {os.WTERMSIG(status)}"
     output = (copy / "output.txt").read_text()
     failed = [line for line in output.splitlines() if line.startswith("FAILED")]
