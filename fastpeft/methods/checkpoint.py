@@ -80,10 +80,11 @@ def load(model: nn.Module, directory: str | os.PathLike, name: str = "default") 
     directory = Path(directory)
     config = from_peft("load", _read_config(directory))
     tensors = _read_tensors(safetensors, directory)
-    holder, state = (model, None) if attachment_of(model) is None else holder_of("load", model)
+    attached = isinstance(model, nn.Module) and any(attachment_of(module) is not None for module in model.modules())
+    holder, state = holder_of("load", model) if attached else (model, None)
     targets = None
     if state is None or name not in state.configs:
-        check_attachable("load", model, config, name)
+        check_attachable("load", holder, config, name)
         targets = resolve("load", holder, config, strict=False)
         expected = _expected(holder, config, targets)
     else:

@@ -61,7 +61,8 @@ class LoraAdapter(nn.Module):
         self.scale = self.alpha / (math.sqrt(r) if rslora else r)
         self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=device))
-        self.lora_bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if lora_bias else None
+        bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if lora_bias else None
+        self.register_parameter("lora_bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -183,15 +184,20 @@ class LoraLinear(nn.Module):
         reason = own_path_reason(self.base_layer)
         if reason is not None:
             return f"its base layer {reason}"
-        if is_conv1d(self.base_layer):
+        # Past nn.Module's slow __getattr__: this runs several times for every group and call.
+        base, adapter = self._modules["base_layer"], self._modules["adapters"]._modules[self.active[0]]
+        if is_conv1d(base):
             return "its base layer is a Conv1D"  # whose transposed weight is another tensor object at every call
-        adapter = self.adapters[self.active[0]]
         if "parametrizations" in adapter._modules:
             return "its adapter is parametrised"
-        weight, dropout = self.weight, adapter.dropout if self.training else 0.0
-        if _served_dtype(adapter.lora_A.dtype, weight.dtype) != adapter.lora_A.dtype:
-            return f"its {adapter.lora_A.dtype} adapter is cast at every call"
-        return Branch(weight, adapter.lora_A, adapter.lora_B, self.bias, adapter.scale, dropout, adapter.lora_bias)
+        frozen, trained = base._parameters, adapter._parameters
+        if frozen.get("weight") is None or trained.get("lora_A") is None:
+            return "its weights are no parameters"
+        weight, lora_a, dropout = frozen["weight"], trained["lora_A"], adapter.dropout if self.training else 0.0
+        if _served_dtype(lora_a.dtype, weight.dtype) != lora_a.dtype:
+            return f"its {lora_a.dtype} adapter is cast at every call"
+        bias, lora_bias = frozen["bias"], trained["lora_bias"]
+        return Branch(weight, lora_a, trained["lora_B"], bias, adapter.scale, dropout, lora_bias)
 
     def fastpeft_report(self) -> str:
         """``"fused"``, or why this layer does not run as one fused op."""
@@ -316,5 +322,6 @@ def adapter_name(op: str, name: str) -> str:
 
 def _served_dtype(adapter: torch.dtype | None, weight: torch.dtype) -> torch.dtype:
     """The adapter's dtype where the op takes it beside this weight, else the one it is cast to."""
-    wide = torch.promote_types(weight, torch.float32)
-    return adapter if adapter in (weight, wide) else wide
+    if adapter == weight:
+        return adapter
+    return torch.promote_types(weight, torch.float32)  # the adapter's own, or what it is cast to

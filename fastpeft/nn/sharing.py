@@ -38,7 +38,6 @@ SIBLINGS = (
 # A parent with such a name feeds its first sibling, the query, from elsewhere: the others share without it.
 _CROSS = re.compile(r"cross|encoder_attn|encdec|(^|\.)attn2(\.|$)", re.IGNORECASE)
 _PLAIN = frozenset({Tensor, nn.Parameter})
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Branch(NamedTuple):
@@ -69,11 +68,20 @@ class Branch(NamedTuple):
         return (bias if self.bias is None else bias + self.bias).to(self.weight.dtype)
 
     def _unchanged(self, versions: tuple, other: "Branch") -> bool:
-        same = all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(self, other, strict=True))
-        return same and versions == other._versions()
+        same = (
+            self.weight is other.weight
+            and self.lora_a is other.lora_a
+            and self.lora_b is other.lora_b
+            and self.bias is other.bias
+            and self.lora_bias is other.lora_bias
+            and (self.scale, self.dropout) == (other.scale, other.dropout)
+        )
+        return same and versions == self._versions()
 
     def _versions(self) -> tuple:
-        return tuple(t._version for t in self if isinstance(t, Tensor))
+        weight, a, b, bias, _, _, lora_bias = self
+        optional = bias is not None and bias._version, lora_bias is not None and lora_bias._version
+        return weight._version, a._version, b._version, *optional
 
 
 class _Round(NamedTuple):
@@ -199,15 +207,17 @@ def branch_of(module: nn.Module) -> Branch | str:
     branch = module.fastpeft_branch()
     if isinstance(branch, str):
         return branch
-    for tensor in branch:
-        if isinstance(tensor, Tensor) and (type(tensor) not in _PLAIN or tensor.is_inference()):
+    for tensor in (branch.weight, branch.lora_a, branch.lora_b, branch.bias, branch.lora_bias):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_inference():
             return f"a parameter is a {type(tensor).__name__}" if type(tensor) not in _PLAIN else "inference tensors"
     return branch
 
 
 def own_path_reason(module: nn.Module) -> str | None:
     """Why calling ``module`` is more than running its class's forward on its parameters, or None."""
-    if any(getattr(module, name) for name in _HOOKS):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     if "forward" in module.__dict__:
         return "has its forward overridden on the instance"
