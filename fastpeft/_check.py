@@ -6,21 +6,23 @@ import torch
 from torch import Tensor
 
 
-def tensor(op: str, name: str, value: object, dimensions: str, sizes: dict[str, int], like: Tensor) -> Tensor:
-    """Check one argument against names of dimensions such as ``"N K"``; a new name takes the tensor's size.
+def tensor(
+    op: str, name: str, value: object, dimensions: tuple[str, ...], sizes: dict[str, int], like: Tensor
+) -> Tensor:
+    """Check one argument against names of dimensions such as ``("N", "K")``; a new name takes the tensor's size.
 
     ``sizes`` is shared by the checks of one call, so that the first tensor to name a dimension defines it.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} is {type(value).__name__}, expected a tensor [{', '.join(dimensions.split())}]")
-    names = dimensions.split()
-    if value.dim() != len(names):
-        raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected [{', '.join(names)}]")
+        raise TypeError(f"{op}: {name} is {type(value).__name__}, expected a tensor [{', '.join(dimensions)}]")
+    shape = value.shape
+    if len(shape) != len(dimensions):
+        raise ValueError(f"{op}: {name} has shape {list(shape)}, expected [{', '.join(dimensions)}]")
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} has dtype {value.dtype}, expected a floating-point dtype")
     if value.device != like.device:
         raise ValueError(f"{op}: {name} is on {value.device}, expected {like.device}")
-    for dimension, size in zip(names, value.shape, strict=True):
+    for dimension, size in zip(dimensions, shape, strict=True):
         if sizes.setdefault(dimension, size) != size:
             raise ValueError(f"{op}: {name} has {dimension}={size}, expected {dimension}={sizes[dimension]}")
     return value

@@ -27,8 +27,9 @@ def register_op(
 
     Args:
         schema: the part after the name, as in ``"(Tensor x, Tensor[] weights) -> (Tensor[], Tensor)"``.
-        implementation: computes the outputs from concrete tensors; must not modify or return an input. An op with a
-            gradient returns a list of outputs and one more tensor that is kept for backward.
+        implementation: computes the outputs from concrete tensors; must not modify or return an input. Its first
+            argument is a tensor or a list of tensors. An op with a gradient returns a list of outputs and one more
+            tensor that is kept for backward.
         fake: the outputs' shapes, dtypes and strides.
         setup_context: ``(ctx, inputs, output)``, saves what backward needs; None for an op without a gradient.
         backward: ``(ctx, output_grads, saved_grad)``, one gradient for each input, a list for a list of tensors.
@@ -44,69 +45,66 @@ def register_op(
     function = None if backward is None else _eager_function(run, setup_context, backward)
 
     def call(*args):
-        flat, lengths = _flatten(args)
-        if torch.compiler.is_compiling() or not all(type(a) in _PLAIN for a in flat if isinstance(a, Tensor)):
+        if torch.compiler.is_compiling():
             return registered(*args)
-        if function is None or not torch.is_grad_enabled():
+        tensors, counts = _flatten(args)
+        needs_grad = False
+        for tensor in tensors:
+            if type(tensor) not in _PLAIN:
+                return registered(*args)
+            needs_grad = needs_grad or tensor.requires_grad
+        if function is None or not needs_grad or not torch.is_grad_enabled():
             return run(*args)
-        if not any(a.requires_grad for a in flat if isinstance(a, Tensor)):
-            return run(*args)
-        return function(lengths, *flat)
+        *outputs, saved = function(args, counts, *tensors)
+        return outputs, saved
 
     return call
 
 
 def _eager_function(run: Callable, setup_context: Callable, backward: Callable) -> Callable:
     class Eager(torch.autograd.Function):
+        # ``args`` hold the very tensors that autograd sees as ``tensors``.
         @staticmethod
-        def forward(ctx, lengths, *flat):
-            args = _unflatten(flat, lengths)
+        def forward(ctx, args, counts, *tensors):
             outputs, saved = run(*args)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(saved)
             setup_context(ctx, args, (outputs, saved))
-            ctx.lengths = lengths
+            ctx.counts = counts
             return (*outputs, saved)
 
         @staticmethod
         @once_differentiable
         def backward(ctx, *grads):
-            flat = [None]
+            flat = [None, None]
             if all(grad is None for grad in grads[:-1]):
-                return (None, *(None for length in ctx.lengths for _ in range(abs(length))))
-            for grad, length in zip(backward(ctx, grads[:-1], grads[-1]), ctx.lengths, strict=True):
-                flat.extend(grad if isinstance(grad, list) else [grad] * abs(length))
+                return (*flat, *[None] * sum(ctx.counts))
+            for grad, count in zip(backward(ctx, grads[:-1], grads[-1]), ctx.counts, strict=True):
+                if count:
+                    flat.extend(grad if isinstance(grad, list) else [grad] * count)
             return tuple(flat)
 
-    def apply(lengths, *flat):
-        *outputs, saved = Eager.apply(lengths, *flat)
-        return outputs, saved
-
-    return apply
+    return Eager.apply
 
 
-def _flatten(args: Sequence) -> tuple[list, list[int]]:
-    """One flat list, and for each argument its length if it was a list, else -1."""
-    flat, lengths = [], []
+def _flatten(args: Sequence) -> tuple[list[Tensor], list[int]]:
+    """All tensors in ``args``, also those in lists, and how many each argument holds."""
+    tensors, counts = [], []
     for arg in args:
-        if isinstance(arg, list):
-            flat.extend(arg)
-            lengths.append(len(arg))
-        else:
-            flat.append(arg)
-            lengths.append(-1)
-    return flat, lengths
-
-
-def _unflatten(flat: Sequence, lengths: Sequence[int]) -> list:
-    items = iter(flat)
-    return [next(items) if length < 0 else [next(items) for _ in range(length)] for length in lengths]
+        before = len(tensors)
+        if isinstance(arg, Tensor):
+            tensors.append(arg)
+        elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+            tensors.extend(arg)
+        counts.append(len(tensors) - before)
+    return tensors, counts
 
 
 def _without_autocast(implementation: Callable) -> Callable:
     # The public functions have applied autocast's casts already; inside, every dtype is meant as it is.
     def run(*args):
-        device_type = next(a.device.type for a in _flatten(args)[0] if isinstance(a, Tensor))
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        device_type = first.device.type
         if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return implementation(*args)
         with torch.autocast(device_type, enabled=False):

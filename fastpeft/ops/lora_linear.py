@@ -213,7 +213,7 @@ def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, bac
     scales = [_check.finite(op, f"scale{plural}", scale) for scale in scales]
     dropouts = [_check.probability(op, f"dropout{plural}", dropout) for dropout in dropouts]
     backend = _backend.choose(op, backend, REASONS, x, lora_as)
-    flat = x.reshape(-1, shape[-1])
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     absent = x.new_empty(0)
     drawn = []
     if any(map(threshold, dropouts)):
@@ -229,7 +229,7 @@ def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, bac
         drawn[0] if len(drawn) == 1 else torch.cat(drawn) if drawn else absent,
         backend,
     )
-    return [y.reshape(*shape[:-1], y.shape[-1]) for y in ys]
+    return ys if len(shape) == 2 else [y.reshape(*shape[:-1], y.shape[-1]) for y in ys]
 
 
 def _adapter_to(t, wanted):
@@ -238,17 +238,17 @@ def _adapter_to(t, wanted):
 
 def _check_branch(op, plural, x, weight, a, b, bias, first_a, sizes):
     if weight is not None:
-        _check.tensor(op, f"weight{plural}", weight, "N K", sizes, x)
+        _check.tensor(op, f"weight{plural}", weight, ("N", "K"), sizes, x)
         _check.dtype(op, f"weight{plural}", weight, x.dtype)
-    _check.tensor(op, f"lora_a{plural}", a, "r K", sizes, x)
-    _check.tensor(op, f"lora_b{plural}", b, "N r", sizes, x)
+    _check.tensor(op, f"lora_a{plural}", a, ("r", "K"), sizes, x)
+    _check.tensor(op, f"lora_b{plural}", b, ("N", "r"), sizes, x)
     _check.dtype(op, f"lora_a{plural}", a, x.dtype, torch.promote_types(x.dtype, torch.float32))
     _check.dtype(op, f"lora_a{plural}", a, first_a.dtype)
     _check.dtype(op, f"lora_b{plural}", b, first_a.dtype)
     if a.shape[0] == 0:
         raise ValueError(f"{op}: lora_a{plural} has r=0, expected r>=1")
     if bias is not None:
-        _check.tensor(op, "bias" if not plural else "biases", bias, "N", sizes, x)
+        _check.tensor(op, "bias" if not plural else "biases", bias, ("N",), sizes, x)
         _check.dtype(op, "bias" if not plural else "biases", bias, x.dtype, first_a.dtype)
 
 
@@ -273,4 +273,4 @@ REASONS = {
 
 
 def _split(s: Tensor, lora_as: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return s.split([a.shape[0] for a in lora_as], 1)
+    return (s,) if len(lora_as) == 1 else s.split([a.shape[0] for a in lora_as], 1)

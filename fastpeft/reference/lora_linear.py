@@ -56,7 +56,7 @@ def down(
     if len(set(scales)) == 1 and not any(map(threshold, dropouts)):
         return (x.to(dtype) @ _stack(lora_as).T).mul_(scales[0])
     s = x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_as), dtype=dtype)
-    for p, (a, s_p) in enumerate(zip(lora_as, s.split([a.shape[0] for a in lora_as], 1), strict=True)):
+    for p, (a, s_p) in enumerate(zip(lora_as, _split(s, lora_as), strict=True)):
         mask = _mask(x, dropouts[p], seeds, p)
         dropped = x if mask is None else mask.mul_(x)
         torch.mm(dropped.to(dtype), a.T, out=s_p)
@@ -96,7 +96,7 @@ def down_backward(
     if need_dx and not need_da and not any(map(threshold, dropouts)):
         return (ds @ _stack(lora_as)).to(x.dtype), None
     dx, das = None, []
-    for p, (a, ds_p) in enumerate(zip(lora_as, ds.split([a.shape[0] for a in lora_as], 1), strict=True)):
+    for p, (a, ds_p) in enumerate(zip(lora_as, _split(ds, lora_as), strict=True)):
         mask = _mask(ds, dropouts[p], seeds, p, columns=a.shape[1])
         if mask is not None:
             ds_p = ds_p * inverse_keep(dropouts[p])
@@ -106,6 +106,10 @@ def down_backward(
         if need_da:
             das.append(ds_p.T @ (x.to(ds.dtype) if mask is None else mask.mul_(x)))
     return dx.to(x.dtype) if need_dx else None, das if need_da else None
+
+
+def _split(s: Tensor, lora_as: Sequence[Tensor]) -> Sequence[Tensor]:
+    return (s,) if len(lora_as) == 1 else s.split([a.shape[0] for a in lora_as], 1)
 
 
 def _stack(matrices: Sequence[Tensor]) -> Tensor:

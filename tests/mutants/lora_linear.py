@@ -106,6 +106,6 @@ MUTANTS = {
     },
     "fastpeft/_library.py": {
         "second gradient silently wrong": ("        @once_differentiable\n", ""),
-        "gradients shifted by one argument": ("flat = [None]\n", "flat = []\n"),
+        "gradients shifted by one argument": ("flat = [None, None]\n", "flat = [None]\n"),
     },
 }  # fmt: skip
