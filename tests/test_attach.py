@@ -273,6 +273,23 @@ class TestSeveralAdapters:
         assert torch.equal(model(X), alone(X))
         assert not any(p.requires_grad for name, p in model.named_parameters() if ".b." in name)
 
+    def test_second_leaves_the_others_as_they_are(self):
+        model = attached(targets=["q_proj"])
+        fastpeft.set_adapter(model, "default", trainable=False)
+        attached("b", model, targets=["layers.1.q_proj", "out"], modules_to_save=["score"])
+        assert not any(p.requires_grad for p in model.parameters())
+        fastpeft.set_adapter(model, [])
+        attached("c", model, targets=["q_proj"])
+        assert torch.equal(model(X), build()(X))
+
+    def test_many_layers_with_numbers(self):
+        """layers.1 is no beginning of layers.10."""
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+        fastpeft.attach(model, Lora(targets=["1"]))
+        model[10] = LoraLinear(model[10], r=2)
+        with pytest.raises(ValueError, match="10 has adapters of its own"):
+            fastpeft.attach(model, Lora(targets=["2"]), "b")
+
     def test_deltas_add_up(self):
         model = self.both()
         fastpeft.set_adapter(model, ["default", "b"])

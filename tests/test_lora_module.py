@@ -130,7 +130,7 @@ def test_starts_as_the_base():
 def test_init():
     torch.manual_seed(0)
     kaiming, gaussian, random = (
-        LoraAdapter(400, 300, r=16, init=init, lora_bias=True) for init in fastpeft.nn.lora.INITS
+        LoraAdapter(400, 300, r=16, init=init, lora_bias=True) for init in fastpeft.nn.adapter.INITS
     )
     # Uniform on (-1/sqrt(K), 1/sqrt(K)): standard deviation 1/sqrt(3 K). 6,400 draws: 3 % is five standard errors.
     for a, std in ((kaiming.lora_A, 1200**-0.5), (random.lora_A, 1200**-0.5), (gaussian.lora_A, 1 / 16)):

@@ -308,6 +308,13 @@ class TestAlone:
         self.check(lambda m: register(m.k_proj.base_layer, "weight", Twice()), calls, "parametrised")
         self.check(lambda m: register(m.k_proj.adapters["default"], "lora_A", Twice()), calls, "parametrised")
 
+    def test_other_device(self, calls):
+        model = build()
+        model.q_proj.adapters.to("meta")
+        with pytest.raises(ValueError, match="is on meta, expected cpu"):
+            model.q_proj(input_())
+        assert calls == []
+
     def test_replica(self, calls):
         """What DataParallel makes of every module: a shallow copy whose group is the original's."""
         model, x = build(), input_()

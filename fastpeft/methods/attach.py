@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..nn.lora import LoraLinear, adapter_name
+from ..nn.adapter import adapter_name
+from ..nn.lora import LoraLinear
 from ..nn.sharing import share_inputs, unshare_inputs
 from ..nn.trained_copy import TrainedCopy
 from .attachment import KEY, Attachment, attachment_of, holder_of, layers_of, original_names, refuse_merged
@@ -43,9 +44,9 @@ def check_attachable(op: str, model: nn.Module, config: Lora, name: str) -> None
     """Whether another adapter can be added to the model as it is now."""
     adapter_name(op, name)
     state = attachment_of(model)
-    known = (*state.linears, *state.copies) if state else ()
+    known = tuple(f"{path}." for path in (*state.linears, *state.copies)) if state else ()
     for path, module in model.named_modules():
-        if isinstance(module, LoraLinear | TrainedCopy) and path not in known and not path.startswith(tuple(known)):
+        if isinstance(module, LoraLinear | TrainedCopy) and not f"{path}.".startswith(known):
             raise ValueError(f"{op}: {path} has adapters of its own, expected a model without")
     if state is None:
         return
@@ -74,6 +75,9 @@ def apply(model: nn.Module, config: Lora, name: str, targets: Targets) -> None:
         if module is not modules[path]:
             _replace(model, path, module)
             (state.linears if isinstance(module, LoraLinear) else state.copies).append(path)
+            if isinstance(module, LoraLinear):
+                module.set_adapter([])
+    first = not state.configs
     state.configs[name] = config
     setattr(model, KEY, state)
     _freeze(model, state)
@@ -82,7 +86,8 @@ def apply(model: nn.Module, config: Lora, name: str, targets: Targets) -> None:
     unshare_inputs(model)
     if all(c.share_inputs for c in state.configs.values()):
         share_inputs(model, lambda module: isinstance(module, LoraLinear))
-    set_adapter(model, state.active or name)
+    if first:
+        set_adapter(model, name)
 
 
 def detach(model: nn.Module, keep_merged: bool = False) -> nn.Module:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import _check
-from ..nn.lora import INITS
+from ..nn.adapter import INITS
 
 BIASES = ("none", "all", "lora_only")
 

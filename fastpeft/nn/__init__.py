@@ -1,7 +1,9 @@
 """Thin modules: parameters, initialisation, state dict. Their forward is one call into ops."""
 
-from .lora import LoraAdapter, LoraLinear
-from .sharing import Branch, SharedInput, share_inputs, unshare_inputs
+from .adapter import LoraAdapter
+from .branch import Branch
+from .lora import LoraLinear
+from .sharing import SharedInput, share_inputs, unshare_inputs
 from .trained_copy import TrainedCopy
 
 __all__ = ["Branch", "LoraAdapter", "LoraLinear", "SharedInput", "TrainedCopy", "share_inputs", "unshare_inputs"]

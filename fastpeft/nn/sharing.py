@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .branch import PLAIN, Branch, branch_of
 
 # Names of children of one parent that are usually called with one tensor.
 SIBLINGS = (
@@ -37,51 +38,6 @@ SIBLINGS = (
 )
 # A parent with such a name feeds its first sibling, the query, from elsewhere: the others share without it.
 _CROSS = re.compile(r"cross|encoder_attn|encdec|(^|\.)attn2(\.|$)", re.IGNORECASE)
-_PLAIN = frozenset({Tensor, nn.Parameter})
-
-
-class Branch(NamedTuple):
-    """One projection of x as ``fastpeft.ops.lora_linear`` takes it.
-
-    Attributes:
-        weight: ``[N, K]`` frozen, any strides.
-        lora_a: ``[r, K]``; lora_b: ``[N, r]``.
-        bias: ``[N]`` of the frozen layer, or None.
-        scale: dimensionless factor of the low-rank term.
-        dropout: probability that holds for this call, 0 outside training.
-        lora_bias: ``[N]`` of lora_b, trained, or None; it enters as ``bias + scale · lora_bias``.
-    """
-
-    weight: Tensor
-    lora_a: Tensor
-    lora_b: Tensor
-    bias: Tensor | None
-    scale: float
-    dropout: float
-    lora_bias: Tensor | None = None
-
-    def folded_bias(self) -> Tensor | None:
-        """``bias + scale · lora_bias`` in the weight's dtype."""
-        if self.lora_bias is None:
-            return self.bias
-        bias = self.scale * self.lora_bias
-        return (bias if self.bias is None else bias + self.bias).to(self.weight.dtype)
-
-    def _unchanged(self, versions: tuple, other: "Branch") -> bool:
-        same = (
-            self.weight is other.weight
-            and self.lora_a is other.lora_a
-            and self.lora_b is other.lora_b
-            and self.bias is other.bias
-            and self.lora_bias is other.lora_bias
-            and (self.scale, self.dropout) == (other.scale, other.dropout)
-        )
-        return same and versions == self._versions()
-
-    def _versions(self) -> tuple:
-        weight, a, b, bias, _, _, lora_bias = self
-        optional = bias is not None and bias._version, lora_bias is not None and lora_bias._version
-        return weight._version, a._version, b._version, *optional
 
 
 class _Round(NamedTuple):
@@ -122,7 +78,7 @@ class SharedInput:
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """The module's output from a shared call, or None: then the module computes alone."""
-        if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.is_inference():
+        if torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_inference():
             return None
         me = next((i for i, member in enumerate(self.members) if member is module), None)
         if me is None or self._parts.count(self._parts[me]) < 2:  # None: a replica, or a copy of one layer
@@ -153,7 +109,7 @@ class SharedInput:
 
     def _still_valid(self, me: int, branch: Branch, versions: tuple, output: Tensor) -> Tensor | None:
         now = branch_of(self.members[me])
-        return output if isinstance(now, Branch) and now._unchanged(versions, branch) else None
+        return output if isinstance(now, Branch) and now.unchanged(versions, branch) else None
 
     def _learn(self, me: int, last: _Round) -> None:
         """A new tensor came while outputs of the last one were left: who shares with whom was guessed wrong."""
@@ -179,7 +135,9 @@ class SharedInput:
         if isinstance(mine, str):
             return None
         branches = {i: b for i, b in branches.items() if isinstance(b, Branch) and _fits(mine, b)}
-        if len(branches) < 2 or (_reentrant_possible() and any(b.dropout for b in branches.values())):
+        if me not in branches or len(branches) < 2:
+            return None
+        if _reentrant_possible() and any(b.dropout for b in branches.values()):
             return None
         columns = list(zip(*branches.values(), strict=True))
         outputs = ops.lora_linear_shared(
@@ -193,35 +151,12 @@ class SharedInput:
         )
         self.rounds += 1
         self._settled = self._settled or _replayable()
-        kept = {i: (b, b._versions(), y) for (i, b), y in zip(branches.items(), outputs, strict=True)}
+        kept = {i: (b, b.versions(), y) for (i, b), y in zip(branches.items(), outputs, strict=True)}
         output = kept.pop(me)[2]
+        for gone in rounds.keys() - set(self._parts):  # another thread has split the part
+            del rounds[gone]
         rounds[self._parts[me]] = _Round(x, conditions, kept)
         return output
-
-
-def branch_of(module: nn.Module) -> Branch | str:
-    """The module's branch, or the reason why it cannot share its input."""
-    reason = own_path_reason(module)
-    if reason is not None:
-        return f"it {reason}"
-    branch = module.fastpeft_branch()
-    if isinstance(branch, str):
-        return branch
-    for tensor in (branch.weight, branch.lora_a, branch.lora_b, branch.bias, branch.lora_bias):
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or tensor.is_inference():
-            return f"a parameter is a {type(tensor).__name__}" if type(tensor) not in _PLAIN else "inference tensors"
-    return branch
-
-
-def own_path_reason(module: nn.Module) -> str | None:
-    """Why calling ``module`` is more than running its class's forward on its parameters, or None."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "has hooks"
-    if "forward" in module.__dict__:
-        return "has its forward overridden on the instance"
-    return "is parametrised" if "parametrizations" in module._modules else None
 
 
 def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> list[SharedInput]:

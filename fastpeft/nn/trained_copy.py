@@ -4,7 +4,7 @@ import copy
 
 from torch import nn
 
-from .lora import adapter_name
+from .adapter import adapter_name
 
 
 class TrainedCopy(nn.Module):
