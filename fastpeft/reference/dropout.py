@@ -34,9 +34,9 @@ def inverse_keep(dropout: float) -> float:
     return LANES / (LANES - threshold(dropout))
 
 
-def _shift_right(z: Tensor, bits: int, width: int) -> Tensor:
+def _shift_right(z: Tensor, bits: int, width: int, out: Tensor | None = None) -> Tensor:
     # PyTorch has no logical shift for signed integers, and no shift at all for unsigned ones on the CPU.
-    return (z >> bits).bitwise_and_((1 << (width - bits)) - 1)
+    return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_((1 << (width - bits)) - 1)
 
 
 def _signed(constant: int, width: int) -> int:
@@ -64,8 +64,9 @@ def keep_mask(seed: Tensor, dropout: float, rows: int, columns: int, dtype: torc
     lo, hi = row_keys(seed, rows).view(torch.int32).view(rows, 2, 1).unbind(1)  # little-endian halves
     j = torch.arange(pairs, dtype=torch.int32, device=seed.device).mul_(_signed(0x9E3779B1, 32))
     z = torch.bitwise_xor(j, lo).mul_(_signed(0x85EBCA6B, 32))
-    z = z.bitwise_xor_(_shift_right(z, 15, 32)).add_(hi).mul_(_signed(0xC2B2AE35, 32))
-    z = z.bitwise_xor_(_shift_right(z, 16, 32))
+    shifted = _shift_right(z, 15, 32)
+    z = z.bitwise_xor_(shifted).add_(hi).mul_(_signed(0xC2B2AE35, 32))
+    z = z.bitwise_xor_(_shift_right(z, 16, 32, out=shifted))  # fresh memory would cost more than the shift
     lanes = z.view(torch.int16)[:, :columns]
     keep = torch.empty(rows, columns, dtype=dtype, device=seed.device)
     return torch.ge(lanes, threshold(dropout) - LANES // 2, out=keep)

@@ -104,7 +104,9 @@ def down_backward(
             part = ds_p @ a if mask is None else (ds_p @ a).mul_(mask)
             dx = part if dx is None else dx.add_(part)
         if need_da:
-            das.append(ds_p.T @ (x.to(ds.dtype) if mask is None else mask.mul_(x)))
+            dropped = x.to(ds.dtype) if mask is None else mask.mul_(x)
+            # Not dS_pᵀ x: with the long side as rows the product takes two thirds of the time on a CPU.
+            das.append((dropped.T @ ds_p).T.contiguous())
     return dx.to(x.dtype) if need_dx else None, das if need_da else None
 
 

@@ -22,7 +22,7 @@ MUTANTS = {
     "fastpeft/reference/dropout.py": {
         "rows counted from 0": ("torch.arange(1, rows + 1,", "torch.arange(0, rows,"),
         "seed ignored": (".add_(seed.reshape(()))", ".add_(seed.reshape(()) * 0)"),
-        "arithmetic shift": ("(z >> bits).bitwise_and_((1 << (width - bits)) - 1)", "z >> bits"),
+        "arithmetic shift": ("out=out).bitwise_and_((1 << (width - bits)) - 1)", "out=out)"),
         "halves of the row key swapped": ("lo, hi = row_keys", "hi, lo = row_keys"),
         "threshold off by one": ("torch.ge(lanes,", "torch.gt(lanes,"),
         "last column of an odd number lost": ("pairs = (columns + 1) // 2", "pairs = columns // 2 + columns % 2 * 0"),
