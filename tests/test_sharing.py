@@ -334,6 +334,11 @@ class TestAlone:
             model(torch.ones(M, K, dtype=torch.float64))
         assert model.group.forward(model.q_proj, torch.ones(M, K, dtype=torch.float64).as_subclass(Own)) is None
         assert calls == []
+        for tensor in (model.k_proj.weight, model.v_proj.adapters["default"].lora_B):
+            before = model.group.partners(model.q_proj)
+            tensor.__class__ = Own  # as DTensor and quantised tensors are
+            assert "a parameter is a Own" in map(sharing.branch_of, before)
+            assert len(model.group.partners(model.q_proj)) == len(before) - 1
 
 
 def test_compiled_siblings_compute_alone(calls):
@@ -466,7 +471,7 @@ class TestCheckpointing:
         def run(module):
             def forward(x):
                 q = checkpoint(module.q_proj, x, use_reentrant=reentrant)
-                k = checkpoint(module.k_proj, x, use_reentrant=reentrant)
+                k = checkpoint(lambda x: module.k_proj(x).tanh(), x, use_reentrant=reentrant)
                 return torch.cat([q * module.v_proj(x), k], -1).tanh()
 
             return forward

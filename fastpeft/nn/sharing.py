@@ -113,7 +113,7 @@ class SharedInput:
 
     def _learn(self, me: int, last: _Round) -> None:
         """A new tensor came while outputs of the last one were left: who shares with whom was guessed wrong."""
-        if self._settled or _replayable():
+        if self._settled:
             return
         if me in last.outputs:
             self._split({me, *last.outputs})
@@ -189,7 +189,6 @@ def _conditions(x: Tensor) -> tuple:
         torch.is_grad_enabled(),
         autocast and torch.get_autocast_dtype(device),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
-        torch._C._current_graph_task_id(),
     )
 
 
