@@ -49,15 +49,18 @@ def test_settings_changed_after_accelerate_hold(monkeypatch):
     torch.testing.assert_close(merged(IDS), expected(IDS))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-6])
 @pytest.mark.parametrize("lora_bias", [False, True])
 @pytest.mark.parametrize("tensor_scaling", [False, True])
-def test_several_adapters_and_their_gradients(lora_bias, tensor_scaling):
+def test_several_adapters_and_their_gradients(lora_bias, tensor_scaling, dropout):
     plain = peft_model(torch.float64, lora_bias=lora_bias, target_modules=["up"])
     plain.add_adapter("b", config(r=3, lora_alpha=5, lora_bias=lora_bias, target_modules=["up"]))
     plain.base_model.set_adapter(["default", "b"])
     if tensor_scaling:
         up(plain).scaling = {name: torch.tensor(value) for name, value in up(plain).scaling.items()}
     ours = fastpeft.accelerate(copy.deepcopy(plain), strict=True)
+    for name in ("default", "b") if dropout else ():  # so small that no mask is drawn, but the way is that of dropout
+        up(ours).lora_dropout[name] = nn.Dropout(dropout)
     for model in (ours, plain):
         model(IDS).square().sum().backward()
     for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
