@@ -30,7 +30,7 @@ def guarded(tensor: Tensor, width: int = 32, fill: float = torch.nan) -> tuple[T
 
 
 class poisoned(TorchDispatchMode):
-    """Context in which uninitialised memory is NaN (integers: the lowest value) and has guards on both sides.
+    """Context in which uninitialised memory, and a guard on both sides of it, is NaN (integers: the lowest value).
 
     Covers torch.empty, empty_like, empty_strided, new_empty and new_empty_strided, also in backward. What an op should
     have written and did not stays NaN; leaving the context raises AssertionError if an element before or after one of
@@ -38,7 +38,6 @@ class poisoned(TorchDispatchMode):
     """
 
     GUARD = 64  # elements: keeps the alignment that kernels specialise on
-    SENTINEL = -77  # a number in every dtype, in nobody's results
     _ALLOCATIONS = frozenset(
         getattr(torch.ops.aten, name)
         for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -54,10 +53,9 @@ class poisoned(TorchDispatchMode):
             return result
         used = 1 + sum((size - 1) * stride for size, stride in zip(result.shape, result.stride(), strict=True))
         used = used if result.numel() else 0
-        buffer = torch.full((used + 2 * self.GUARD,), self.SENTINEL, dtype=result.dtype, device=result.device)
         poison = torch.nan if result.dtype.is_floating_point else torch.iinfo(result.dtype).min
-        buffer[self.GUARD : self.GUARD + used] = poison
-        self._buffers.append((buffer, used))
+        buffer = torch.full((used + 2 * self.GUARD,), poison, dtype=result.dtype, device=result.device)
+        self._buffers.append((buffer, used, poison))
         # set_, since a view would be treated as one by autograd.
         return torch.empty(0, dtype=result.dtype, device=result.device).set_(
             buffer.untyped_storage(), self.GUARD, result.shape, result.stride()
@@ -65,7 +63,7 @@ class poisoned(TorchDispatchMode):
 
     def __exit__(self, kind, value, trace):
         super().__exit__(kind, value, trace)
-        for buffer, used in self._buffers if kind is None else ():
+        for buffer, used, poison in self._buffers if kind is None else ():
             outside = torch.cat([buffer[: self.GUARD], buffer[self.GUARD + used :]])
-            if (outside != torch.tensor(self.SENTINEL, dtype=buffer.dtype, device=buffer.device)).any():
+            if not (outside.isnan() if poison != poison else outside == poison).all():
                 raise AssertionError(f"poisoned: a write outside an allocation of {used} elements, {buffer.dtype}")

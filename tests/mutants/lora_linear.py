@@ -26,7 +26,7 @@ MUTANTS = {
         # up, and dX
         "up: no bias": ("    if BIAS:\n", "    if False:\n"),
         "up: bias's stride ignored": ("k * stride_bias", "k * 1"),
-        "up: bias without bound": ("tl.load(bias_ptr + k * stride_bias, mask=k < K, other=0.0)", "tl.load(bias_ptr + k * stride_bias)"),
+        "up: bias's last element lost": ("tl.load(bias_ptr + k * stride_bias, mask=k < K, other=0.0)", "tl.load(bias_ptr + k * stride_bias, mask=k < K - 1, other=0.0)"),
         "up: ranks of the next branch": ("start, stop = tl.load(branch_ptr + p * 5).to(tl.int32), tl.load(branch_ptr + p * 5 + 1).to(tl.int32)", "start, stop = tl.load(branch_ptr + p * 5).to(tl.int32), R"),
         "up: branch starts one late": ("start, stop = tl.load(branch_ptr + p * 5).to(tl.int32),", "start, stop = tl.load(branch_ptr + p * 5).to(tl.int32) + 1,"),
         "up: rank not bounded": ("s = tl.load(s_tile, mask=(m < M)[:, None] & (r < stop)[None, :], other=0.0)\n        ", "s = tl.load(s_tile, mask=(m < M)[:, None] & (r >= 0)[None, :], other=0.0)\n        "),
