@@ -69,6 +69,16 @@ def test_several_adapters_and_their_gradients(lora_bias, tensor_scaling, dropout
             torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_each_adapter_has_its_own_dropout():
+    """One adapter drops and adds nothing, the other never drops: the output is the one without dropout."""
+    model = peft_model(torch.float64, lora_dropout=0.5, target_modules=["up"])
+    model.add_adapter("b", config(target_modules=["up"]))
+    model.base_model.set_adapter(["default", "b"])
+    nn.init.zeros_(up(model).lora_B["default"].weight)
+    expected = model.eval()(IDS)
+    torch.testing.assert_close(fastpeft.accelerate(model, strict=True).train()(IDS), expected)
+
+
 def test_dropout_masks_are_pefts_in_distribution():
     """Mean and variance over draws agree with PEFT's; the mean is the output without dropout."""
     plain = up(peft_model(torch.float64, lora_dropout=0.3))
