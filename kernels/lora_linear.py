@@ -46,11 +46,13 @@ def config(step: str, rank: int, dtype: torch.dtype, capability: int) -> Config:
         warps = 8 if block_r > 16 else 4
         return Config(32 if wide and block_r > 32 else 64, 32 if wide else 64, block_r, warps, 4)
     if step == "up":
-        return Config(64, 64 if wide else 128, min(block_r, 32) if wide else block_r, 8 if block_r > 16 else 4, 2)
+        return Config(64, 64 if wide else 128, 16 if wide else block_r, 8 if wide or block_r > 16 else 4, 2)
     if step == "up_backward":  # columns decide how many partial dS there are: 2 r / block_k of dY's bytes
         return Config(32, 64 if wide and block_r > 16 else 128, block_r, 8 if wide or block_r > 16 else 4, 2)
     if step == "down_backward":
-        return Config(32 if wide else 64, 64, min(block_r, 32) if wide else block_r, 4, 2 if wide else 3)
+        if wide:
+            return Config(32, 64, min(block_r, 32), 4, 2)
+        return Config(64, 64, block_r, 8 if block_r > 16 else 4, 3)
     raise ValueError(f"config: step is {step!r}, expected down, up, up_backward or down_backward")
 
 
