@@ -43,7 +43,7 @@ class FastLoraLinear(Linear):
             plan = _fusable.plan(self, x)
             if type(plan) is list:
                 shared = self.fastpeft_shared
-                y = None if shared is None or len(plan) > 1 else shared.forward(self, x)
+                y = None if shared is None else shared.forward(self, x)
                 return _fusable.run(x, plan) if y is None else y
         return super().forward(x, *args, **kwargs)
 
