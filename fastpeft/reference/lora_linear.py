@@ -104,9 +104,8 @@ def down_backward(
             part = ds_p @ a if mask is None else (ds_p @ a).mul_(mask)
             dx = part if dx is None else dx.add_(part)
         if need_da:
-            dropped = x.to(ds.dtype) if mask is None else mask.mul_(x)
-            # Not dS_pᵀ x: with the long side as rows the product takes two thirds of the time on a CPU.
-            das.append((dropped.T @ ds_p).T.contiguous())
+            # Not (xᵀ dS_p)ᵀ: a third faster on a CPU, but its sums over rows err a quarter more.
+            das.append(ds_p.T @ (x.to(ds.dtype) if mask is None else mask.mul_(x)))
     return dx.to(x.dtype) if need_dx else None, das if need_da else None
 
 

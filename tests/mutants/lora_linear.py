@@ -84,7 +84,7 @@ MUTANTS = {
         "dX: one seed for all": ("mask = _mask(ds, dropouts[p], seeds, p,", "mask = _mask(ds, dropouts[p], seeds, 0,"),
         "dX: only the last branch": ("dx = part if dx is None else dx.add_(part)", "dx = part"),
         "dX, dA: no 1 / (1 - p)": ("            ds_p = ds_p * inverse_keep(dropouts[p])\n", "            pass\n"),
-        "dA: mask not applied": ("dropped = x.to(ds.dtype) if mask is None else mask.mul_(x)\n            # Not", "dropped = x.to(ds.dtype)\n            # Not"),
+        "dA: mask not applied": ("ds_p.T @ (x.to(ds.dtype) if mask is None else mask.mul_(x))", "ds_p.T @ x.to(ds.dtype)"),
         "dX: written into dS": ("ds_p = ds_p * inverse_keep", "ds_p = ds_p.mul_(0.5) * inverse_keep"),
     },
     "fastpeft/ops/lora_linear.py": {
