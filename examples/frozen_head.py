@@ -24,7 +24,7 @@ def minimise(features: Tensor, labels: Tensor, classes: int, penalty: float) -> 
     """``min cross_entropy(head(z)) + penalty |W|^2`` over ``z = (x - mean) / std``: convex, so L-BFGS finds it."""
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)  # MiniLM has features that are always zero
     standardised = (features - mean) / std
-    head = nn.Linear(features.shape[1], classes, device=features.device)
+    head = nn.Linear(features.shape[1], classes, device=features.device, dtype=features.dtype)
     head.weight.zero_()
     head.bias.zero_()
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")

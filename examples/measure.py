@@ -40,11 +40,18 @@ def peak_memory(device: torch.device, work: Callable[[], None]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device)
-    forget = Path("/proc/self/clear_refs")
-    if forget.exists():
-        forget.write_text("5")  # the peak so far, of loading; Linux only
+    forgot = forget_peak()
     work()
-    if forget.exists():
-        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    if forgot:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> bool:
+    """Forget the peak so far, that of loading the model. Only Linux can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -15,7 +15,6 @@ class Row:
 
     accuracy: float
     trained: int
-    training_s: float
     step_s: float | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
@@ -25,7 +24,6 @@ class Row:
 COLUMNS = {
     "test accuracy": ("accuracy", "{:.1f} %", 100),
     "trained parameters": ("trained", "{:,.0f}", 1),
-    "training": ("training_s", "{:.0f} s", 1),
     "a step (median)": ("step_s", "{:.3f} s", 1),
     "saved for backward": ("saved_bytes", "{:.0f} MB", 1e-6),
     "peak memory": ("peak_bytes", "{:.0f} MB", 1e-6),
@@ -76,7 +74,7 @@ def plot(rows: dict[str, Row], plain: dict[str, list[float]], losses: dict[str, 
     top, bottom = figure.subfigures(2, 1)
     left, right = top.subplots(1, 2, width_ratios=(1, 2))
     curves(left, plain, colours, "Loss at dropout 0: one curve", window=1)
-    curves(right, losses, colours, "Loss of the training (mean of 10 steps)", window=10)
+    curves(right, losses, colours, "Loss of the training, with dropout (mean of 10 steps)", window=10)
     panels = ("test accuracy", "a step (median)", "saved for backward", "peak memory")
     for axis, title in zip(bottom.subplots(1, len(panels)), panels, strict=True):
         bars(axis, rows, title, colours)
