@@ -22,7 +22,7 @@ import measure
 import peft
 import results
 import torch
-from encoder import Batch, Classifier, Texts, load_encoder, load_tokenizer
+from encoder import BUNDLED, Batch, Classifier, Texts, load_encoder, load_tokenizer
 from results import Row
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         compare(options)
     except OSError as error:  # no such model, no network, no space, no permission
-        print(f"finetune: {error}", file=sys.stderr)
+        print(f"finetune: --model {options.model or BUNDLED}, --out {options.out}: {error}", file=sys.stderr)
         return 1
     return 0
 
