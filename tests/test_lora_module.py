@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastpeft
-from fastpeft.nn import LoraAdapter, LoraLinear
+from fastpeft.nn import LoraAdapter, LoraLinear, share_inputs
 
 M, K, N = 5, 12, 7
 EPS = torch.finfo(torch.float64).eps
@@ -74,6 +74,33 @@ def test_output_and_gradients_equal_the_definition(kind, settings):
     close(layer(x), definition(layer, x))
     for ours, theirs in zip(gradients(layer(x), layer, x), gradients(definition(layer, x), layer, x), strict=True):
         close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["alone", "shared", "with another adapter", "base with hooks"])
+def test_a_float32_lora_bias_is_not_rounded_to_the_bases_dtype(way, dtype):
+    """1 + (0.25 + 0.375) eps is 1 + eps in 16 bits; it is 1 where 1 + 0.25 eps, the two biases, is rounded before."""
+    eps = torch.finfo(dtype).eps
+    layer = LoraLinear(nn.Linear(K, N).to(dtype), r=1, alpha=1, lora_bias=True)
+    adapter = layer.adapters["default"]
+    for tensor, value in ((layer.weight, 0), (layer.bias, 1), (adapter.lora_A, 1 / K), (adapter.lora_B, 0.375 * eps)):
+        nn.init.constant_(tensor, value)
+    nn.init.constant_(adapter.lora_bias, 0.25 * eps)
+    if way == "with another adapter":
+        layer.add_adapter("zero", r=1)
+        layer.set_adapter(["default", "zero"])
+    if way == "base with hooks":  # the base's output is 16-bit then: the low-rank term alone is seen in full
+        layer.base_layer.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    if way == "shared":
+        parent = nn.ModuleDict({"q_proj": layer, "k_proj": copy.deepcopy(layer)})
+        (group,) = share_inputs(parent, lambda module: isinstance(module, LoraLinear))
+    y = layer(torch.ones(2, K, dtype=dtype))
+    assert y.dtype == dtype
+    assert torch.equal(y, torch.full_like(y, 0.625 * eps if way == "base with hooks" else 1 + eps))
+    if way == "shared":
+        assert group.rounds == 1
+    y.backward(torch.tensor([[1.0], [0.25 * eps]], dtype=dtype).expand(2, N))
+    assert torch.equal(adapter.lora_bias.grad, torch.full((N,), 1 + 0.25 * eps))
 
 
 def test_transformers_conv1d():

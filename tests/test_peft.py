@@ -101,6 +101,7 @@ def test_siblings_in_every_state(case):
 def test_bias_of_a_wide_adapter_keeps_its_precision():
     """float32 adapters on a bfloat16 model: the gradient of B's bias is not rounded to bfloat16, shared or not."""
     ours = fastpeft.accelerate(peft_model(llama, torch.bfloat16, lora_bias=True), strict=True)
+    assert {bool(layer.shares_with) for layer in fastpeft.report(ours)} == {True, False}
     grads = {name: grad for name, grad in step(ours, tokens()).items() if name.endswith("lora_B.default.bias")}
     assert len(grads) == 14
     assert all(grad.dtype == torch.float32 and (grad.bfloat16() != grad).any() for grad in grads.values())

@@ -56,8 +56,6 @@ class FastLoraLinear(Linear):
             return "several adapters are active"
         if isinstance(plan[0].scale, Tensor):
             return "its scaling is a tensor"
-        if plan[0].lora_bias is not None and plan[0].lora_bias.dtype != plan[0].weight.dtype:
-            return "the bias of its adapter is wider than its base layer"
         return "its base layer is a Conv1D" if _fusable.is_conv1d(self.base_layer) else plan[0]
 
     def fastpeft_report(self) -> str:

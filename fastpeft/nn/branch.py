@@ -28,11 +28,11 @@ class Branch(NamedTuple):
     lora_bias: Tensor | None = None
 
     def folded_bias(self) -> Tensor | None:
-        """``bias + scale · lora_bias`` in the weight's dtype."""
+        """``bias + scale · lora_bias`` in the adapter's dtype: a float32 one is not rounded to 16 bits."""
         if self.lora_bias is None:
             return self.bias
-        bias = self.scale * self.lora_bias
-        return (bias if self.bias is None else bias + self.bias).to(self.weight.dtype)
+        bias = self.scale * self.lora_bias.to(self.lora_a.dtype)
+        return bias if self.bias is None else bias + self.bias
 
     def unchanged(self, versions: tuple, other: "Branch") -> bool:
         """Whether this is ``other`` as it was when its tensors had these versions."""

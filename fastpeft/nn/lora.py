@@ -219,9 +219,8 @@ class LoraLinear(nn.Module):
             lora_as, lora_bs = [a.to(dtype) for a in lora_as], [b.to(dtype) for b in lora_bs]
         for adapter in adapters:
             if adapter.lora_bias is not None:
-                term = adapter.scale * adapter.lora_bias
+                term = adapter.scale * adapter.lora_bias.to(dtype)
                 bias = term if bias is None else bias + term
-        bias = None if bias is None else bias.to(x.dtype)
         scales = [adapter.scale for adapter in adapters]
         dropouts = [adapter.dropout if self.training else 0.0 for adapter in adapters]
         if len(adapters) == 1 and weights[0] is not None:
