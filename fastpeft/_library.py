@@ -61,6 +61,24 @@ def register_op(
     return call
 
 
+def register_inplace_op(name: str, schema: str, implementation: Callable) -> Callable:
+    """Register ``fastpeft::name``, which writes into its first argument, a list of tensors, and returns nothing.
+
+    It has no gradient: whoever calls it has checked that none is asked for.
+    """
+    run = _without_autocast(implementation)
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastpeft::{name}", lambda *_: None, lib=_LIBRARY)
+    registered = getattr(torch.ops.fastpeft, name).default
+
+    def call(*args):
+        plain = not torch.compiler.is_compiling() and all(type(t) in _PLAIN for t in _flatten(args)[0])
+        return run(*args) if plain else registered(*args)
+
+    return call
+
+
 def _eager_function(run: Callable, setup_context: Callable, backward: Callable) -> Callable:
     class Eager(torch.autograd.Function):
         # ``args`` hold the very tensors that autograd sees as ``tensors``.

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,17 @@ def split(size: int, block: int, programs: int, least: int = 4) -> tuple[int, in
 def reduce_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over the first dimension in a fixed order: deterministic, unlike atomics."""
     return (partials[0] if partials.shape[0] == 1 else partials.sum(0)).to(dtype)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes (rows, columns, rank) and launch options of one kernel."""
+
+    block_m: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
 
 
 class Math(NamedTuple):
@@ -77,6 +89,13 @@ def capability(tensor: Tensor) -> int:
     return _capability(tensor.device.index) if tensor.is_cuda else 0
 
 
+@contextlib.contextmanager
+def on_device(tensor: Tensor):
+    """Makes the tensor's device, which need not be the current one, that of the launches inside."""
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
+        yield
+
+
 def launch(kernel, grid: tuple[int, ...], config, acc: Math, *args, **constants) -> None:
     """Launch on the tensors' device, which need not be the current one. An empty grid launches nothing."""
     if 0 in grid:
@@ -84,5 +103,5 @@ def launch(kernel, grid: tuple[int, ...], config, acc: Math, *args, **constants)
     # Contracted multiply-adds, stated because Triton's default differs between versions and changes bits.
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.block_r}
-    with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
+    with on_device(args[0]):
         kernel[grid](*args, ACC=acc.triton, PRECISION=acc.precision, **blocks, **constants, **options)

@@ -12,7 +12,6 @@ three TF32 terms (float32 accuracy on tensor cores). Sums that cross programs go
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,22 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_tile, threshold
-from .launch import branch_table, capability, launch, math, reduce_partials, split
+from .launch import Config, branch_table, capability, launch, math, reduce_partials, split
 
 STEPS = ("down", "up", "up_backward", "down_backward")
 # Above these ranks the partial results of up_backward outweigh a second read of dY (and float32 ones spill).
 ONE_PASS_RANK, ONE_PASS_RANK_WIDE = 64, 32
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes (rows, columns, rank) and launch options of one kernel."""
-
-    block_m: int
-    block_k: int
-    block_r: int
-    num_warps: int
-    num_stages: int
 
 
 def config(step: str, rank: int, dtype: torch.dtype, capability: int) -> Config:

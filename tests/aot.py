@@ -47,6 +47,24 @@ LORA_LINEAR = (
     (FP32, FP32, (16,), 0.1, *_LARGE),
     (FP32, FP32, (64,), 0.0, *_LARGE),
 )
+# (dtype, the adapters', ranks of the slices, dropout, tile, T, K, N): both tiles, one plane and several.
+MULTI_LORA = (
+    *(
+        (BF16, dtype, ranks, dropout, tile, *size)
+        for dtype in (BF16, FP32)
+        for ranks, dropout, tile, size in (
+            ((16,), 0.0, 16, (64, 4096, 4096)),
+            ((64,), 0.0, 16, (64, 14336, 4096)),
+            ((16, 16, 16), 0.0, 16, (64, 4096, 1024)),
+            ((256,), 0.0, 64, _LARGE),
+            ((16, 16), 0.1, 64, _LARGE),
+            ((17,), 0.1, 16, (127, 1001, 1003)),
+        )
+    ),
+    (FP16, FP16, (16,), 0.0, 16, 64, 4096, 4096),
+    (FP32, FP32, (16, 16, 16), 0.1, 16, 64, 768, 768),
+    (FP32, FP32, (64,), 0.0, 64, *_LARGE),
+)
 
 
 class _Driver:
@@ -68,13 +86,15 @@ class _Driver:
 @contextlib.contextmanager
 def compiling(architecture: int, record):
     """Inside, every launch compiles for ``architecture`` instead, and ``record(name, kernel, seconds)`` is called."""
-    from fastpeft.kernels import launch, lora_linear
+    from fastpeft.kernels import launch, lora_linear, multi_lora
 
-    users = [module for module in (launch, lora_linear) if hasattr(module, "capability")]
+    users = [module for module in (launch, lora_linear, multi_lora) if hasattr(module, "capability")]
     run, capability = JITFunction.run, launch.capability
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         def fake(value):
+            if isinstance(value, tuple):
+                return tuple(map(fake, value))
             return MockTensor(value.dtype) if isinstance(value, torch.Tensor) else value
 
         kwargs = {name: fake(value) for name, value in kwargs.items()}
@@ -113,6 +133,28 @@ def lora_linear(x_dtype, dtype, ranks, dropout, m, k, n) -> None:
     kernels.down_backward(s, x, lora_as, dropouts, seeds, True, True)
 
 
+def multi_lora(x_dtype, dtype, ranks, dropout, tile, tokens, k, n) -> None:
+    """Launch all that routing, and a forward and backward of ``multi_lora_shared``, launches."""
+    from fastpeft.kernels import multi_lora as kernels
+    from fastpeft.kernels import routing
+    from fastpeft.reference import Routing, Slots
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    slots, p = 32, len(ranks)
+    tables = routing.route(new(tokens, dtype=torch.int32), slots, tile, 40)
+    dropouts = (new(slots, dtype=torch.int32), new(p, slots, dtype=torch.int64)) if dropout else (None, None)
+    slot = Slots(new(slots, dtype=FP32), new(p, slots, dtype=torch.int32), *dropouts)
+    routing = Routing(*tables, slots, tile)
+    x, dys = new(tokens, k, dtype=x_dtype), [new(tokens, n, dtype=x_dtype) for _ in ranks]
+    lora_as, lora_bs = [new(slots, r, k) for r in ranks], [new(slots, n, r) for r in ranks]
+    s = kernels.shrink(x, lora_as, routing, slot)
+    kernels.expand_(dys, s, lora_bs, routing, slot)
+    ds, _ = kernels.expand_backward(dys, s, lora_bs, routing, slot, True, True)
+    kernels.shrink_backward(ds, x, lora_as, routing, slot, True, True)
+
+
 def examine(kernel) -> dict:
     """What ptxas made of a compiled kernel: registers, stack and spill instructions, shared memory, dot instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -146,11 +188,12 @@ def rows(architecture: int):
                 {"arch": architecture, "kernel": name, "case": case, "seconds": round(seconds, 2), **examine(kernel)}
             )
 
+    cases = [(lora_linear, *case) for case in LORA_LINEAR] + [(multi_lora, *case) for case in MULTI_LORA]
     with compiling(architecture, record):
-        for x_dtype, dtype, ranks, *rest in LORA_LINEAR:
+        for op, x_dtype, dtype, ranks, dropout, *sizes in cases:
             names = [str(d).removeprefix("torch.") for d in (x_dtype, dtype)]
-            case = (*dict.fromkeys(names), "r=" + "+".join(map(str, ranks)), f"p={rest[0]}", f"M={rest[1]}")
-            lora_linear(x_dtype, dtype, ranks, *rest)
+            case = (*dict.fromkeys(names), op.__name__, "r=" + "+".join(map(str, ranks)), f"p={dropout}", f"{sizes}")
+            op(x_dtype, dtype, ranks, dropout, *sizes)
             yield from found
             found.clear()
 

@@ -3,9 +3,18 @@
 from importlib import import_module
 
 from .lora_linear import lora_linear, lora_linear_shared
+from .multi_lora import multi_lora, multi_lora_, multi_lora_shared
+from .routing import route
 
-_PAGES = ("lora_linear",)
-__all__ = ["explain", "lora_linear", "lora_linear_shared"]
+__all__ = [
+    "explain",
+    "lora_linear",
+    "lora_linear_shared",
+    "multi_lora",
+    "multi_lora_",
+    "multi_lora_shared",
+    "route",
+]
 
 
 def explain(op: str, *args, **kwargs) -> str:
@@ -17,4 +26,5 @@ def explain(op: str, *args, **kwargs) -> str:
         raise ValueError(
             f"explain: op is {op!r}, expected one of {', '.join(name for name in __all__ if name != 'explain')}"
         )
-    return import_module(f"{__name__}.{op}").explain(*args, **kwargs)
+    page = {"route": "routing"}.get(op, op.removesuffix("_").removesuffix("_shared"))
+    return import_module(f"{__name__}.{page}").explain(*args, **kwargs)

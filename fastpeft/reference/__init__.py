@@ -2,5 +2,7 @@
 
 from .dropout import inverse_keep, keep_mask
 from .lora_linear import lora_linear
+from .multi_lora import Slots, multi_lora
+from .routing import Routing
 
-__all__ = ["inverse_keep", "keep_mask", "lora_linear"]
+__all__ = ["Routing", "Slots", "inverse_keep", "keep_mask", "lora_linear", "multi_lora"]

@@ -37,7 +37,9 @@ class poisoned(TorchDispatchMode):
     these allocations was written.
     """
 
-    GUARD = 64  # elements: keeps the alignment that kernels specialise on
+    # Elements: a tile that misses its mask ends within, so that the check sees it before the heap is corrupted; and a
+    # multiple of 64 keeps the alignment that kernels specialise on.
+    GUARD = 4096
     _ALLOCATIONS = frozenset(
         getattr(torch.ops.aten, name)
         for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")

@@ -1,0 +1,352 @@
+"""LoRA for a batch whose tokens belong to different adapters, forward and backward.
+
+    y[t] += S[t] B[s]ᵀ          S[t] = scale[s] · drop(x[t]) A[s]ᵀ     s = token_slots[t]     saved: x and S
+    dS[t] = scale[s] · dY[t] B[s]             dB[s] = Σ dY[t]ᵀ S[t]
+    dX[t] = mask ∘ (dS[t] A[s]) / (1 - p)     dA[s] = Σ dS[t]ᵀ drop(x[t])     over the tokens t of slot s, in their order
+
+Adapters of any ranks share the padded tensors ``[slots, R, K]`` and ``[slots, N, R]``; what lies beyond a slot's true
+rank, or in a slot that no token names, is never read. Tokens without an adapter cost nothing. The shared form serves
+several projections of the same x (q, k and v; gate and up) in one call. S is float32 (float64 for float64 adapters), and
+y is rounded once. Every step is deterministic, and a token's result does not depend on the other tokens of the batch.
+
+Sources: Chen et al., "Punica: Multi-Tenant LoRA Serving" (2023); Sheng et al., "S-LoRA" (2023).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _check
+from .._library import register_inplace_op, register_op
+from ..reference import Routing, Slots
+from ..reference.dropout import threshold
+from .routing import route
+
+MAX_RANK = 512
+MAX_SLICES = 4
+
+
+def _implementation(x, lora_as, lora_bs, ys, order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend):
+    impl, routing, slots = _prepare(order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend)
+    s = impl.shrink(x, lora_as, routing, slots)
+    outs = [
+        y.clone(memory_format=torch.contiguous_format) if y.dim() == 2 else x.new_zeros(x.shape[0], b.shape[1])
+        for y, b in zip(ys, lora_bs, strict=True)
+    ]
+    impl.expand_(outs, s, lora_bs, routing, slots)
+    return outs, s
+
+
+def _inplace(ys, x, lora_as, lora_bs, order, starts, tiles, scales, ranks, tile, backend):
+    absent = x.new_empty(0)
+    impl, routing, slots = _prepare(order, starts, tiles, scales, ranks, absent, absent, tile, backend)
+    impl.expand_(ys, impl.shrink(x, lora_as, routing, slots), lora_bs, routing, slots)
+
+
+def _fake(x, lora_as, lora_bs, ys, order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend):
+    outs = [x.new_empty(x.shape[0], b.shape[1]) for b in lora_bs]
+    rank, dtype = sum(a.shape[1] for a in lora_as), torch.promote_types(lora_as[0].dtype, torch.float32)
+    planes = _backend.load("multi_lora", backend).planes(x.shape[1], tile)
+    return outs, x.new_empty(planes, x.shape[0], rank, dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    x, lora_as, lora_bs, ys, *tables, tile, backend = inputs
+    ctx.needs = [x.requires_grad, *(any(t.requires_grad for t in ts) for ts in (lora_as, lora_bs, ys))]
+    _, need_da, need_db, _ = ctx.needs
+    absent = x.new_empty(0)
+    ctx.save_for_backward(x if need_da else absent, output[1] if need_db else absent, *tables, *lora_as, *lora_bs)
+    ctx.settings = len(lora_as), tile, backend
+
+
+def _backward(ctx, grads, _):
+    x, s, *rest = ctx.saved_tensors
+    count, tile, backend = ctx.settings
+    tables, lora_as, lora_bs = rest[:7], rest[7 : 7 + count], rest[7 + count :]
+    dys = [x.new_zeros(len(tables[0]), b.shape[1]) if dy is None else dy for dy, b in zip(grads, lora_bs, strict=True)]
+    dx, *flat = _multi_lora_backward(dys, x, s, lora_as, lora_bs, *tables, ctx.needs, tile, backend)
+    need_dx, need_da, need_db, need_dy = ctx.needs
+    das, dbs = (flat[:count] if need_da else [None] * count), (flat[count:] if need_db else [None] * count)
+    return dx if need_dx else None, das, dbs, dys if need_dy else [None] * count, *[None] * 9
+
+
+def _backward_implementation(
+    dys, x, s, lora_as, lora_bs, order, starts, tiles, scales, ranks, thresholds, seeds, needs, tile, backend
+):
+    """``[dX, *dA, *dB]``; what is not needed is an empty tensor."""
+    impl, routing, slots = _prepare(order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend)
+    need_dx, need_da, need_db, _ = needs
+    ds, dbs = impl.expand_backward(dys, s if need_db else None, lora_bs, routing, slots, need_dx or need_da, need_db)
+    dx = das = None
+    if need_dx or need_da:
+        x = x if need_da else dys[0].new_empty(1, 1).expand(dys[0].shape[0], lora_as[0].shape[2])
+        dx, das = impl.shrink_backward(ds, x, lora_as, routing, slots, need_dx, need_da)
+    absent = [None] * len(dys)
+    return [dys[0].new_empty(0) if grad is None else grad for grad in (dx, *(das or absent), *(dbs or absent))]
+
+
+def _backward_fake(dys, x, s, lora_as, lora_bs, order, *_):
+    *_, needs, _, _ = _
+    need_dx, need_da, need_db, _ = needs
+    empty = dys[0].new_empty
+    return [
+        empty(order.shape[0], lora_as[0].shape[2]) if need_dx else empty(0),
+        *(empty(a.shape, dtype=a.dtype) if need_da else empty(0) for a in lora_as),
+        *(empty(b.shape, dtype=b.dtype) if need_db else empty(0) for b in lora_bs),
+    ]
+
+
+def _prepare(order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend):
+    slots = Slots(scales, *(table if table.numel() else None for table in (ranks, thresholds, seeds)))
+    routing = Routing(order, starts, tiles, starts.shape[0] - 1, tile)
+    return _backend.load("multi_lora", backend), routing, slots
+
+
+_ROUTING = "Tensor order, Tensor starts, Tensor tiles, Tensor scales, Tensor ranks"
+_DROPOUT = "Tensor thresholds, Tensor seeds"
+_multi_lora_backward = register_op(
+    "multi_lora_backward",
+    f"(Tensor[] dys, Tensor x, Tensor s, Tensor[] lora_as, Tensor[] lora_bs, {_ROUTING}, {_DROPOUT}, "
+    "bool[] needs, int tile, str backend) -> Tensor[]",
+    _backward_implementation,
+    _backward_fake,
+)
+_multi_lora = register_op(
+    "multi_lora",
+    f"(Tensor x, Tensor[] lora_as, Tensor[] lora_bs, Tensor[] ys, {_ROUTING}, {_DROPOUT}, int tile, str backend)"
+    " -> (Tensor[], Tensor)",
+    _implementation,
+    _fake,
+    _setup_context,
+    _backward,
+)
+_multi_lora_ = register_inplace_op(
+    "multi_lora_",
+    f"(Tensor(a!)[] ys, Tensor x, Tensor[] lora_as, Tensor[] lora_bs, {_ROUTING}, int tile, str backend) -> ()",
+    _inplace,
+)
+
+
+def multi_lora(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    token_slots: Tensor | Routing,
+    scales: Tensor,
+    ranks: Tensor | None = None,
+    y: Tensor | None = None,
+    backend: str | None = None,
+    *,
+    dropouts: Sequence[float] | None = None,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """``y[t] + scale[s] · (drop(x[t]) A[s]ᵀ) B[s]ᵀ`` with ``s = token_slots[t]``; y[t] itself where s is -1.
+
+    Args:
+        x: ``[..., K]``, T tokens, float16, bfloat16, float32 or float64, any strides.
+        lora_a: ``[slots, R, K]``; lora_b: ``[slots, N, R]``; both in x's dtype or both float32.
+        token_slots: int32 or int64, one for each token, or what ``route`` made of it (once for all layers of a step).
+        scales: float32 ``[slots]``, on x's device (float64 with float64 adapters).
+        ranks: int32 ``[slots]``, the slots' true ranks, 0 ... R; None: R.
+        y: ``[..., N]`` in x's dtype, is not modified; None: 0.
+        backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
+        dropouts: for each slot the probability of dropping an element of x, in [0, 1).
+        seeds: int64 ``[slots]`` of the dropout masks, None: drawn from torch's generator. A mask's rows count the slot's
+            own tokens, so an adapter draws in any batch the mask that ``lora_linear`` draws for its tokens alone.
+
+    Returns:
+        ``[..., N]`` in x's dtype. Differentiable in x, lora_a, lora_b and y.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what was expected.
+    """
+    operands = x, [lora_a], [lora_b], token_slots, scales, ranks, [y], backend
+    return _call("multi_lora", "", *operands, dropouts, seeds)[0]
+
+
+def multi_lora_shared(
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    token_slots: Tensor | Routing,
+    scales: Tensor,
+    ranks: Tensor | None = None,
+    ys: Sequence[Tensor | None] | None = None,
+    backend: str | None = None,
+    *,
+    dropouts: Sequence[float] | None = None,
+    seeds: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """``multi_lora`` for up to 4 projections (slices) of one x, which is read once for all of them.
+
+    Each slice has its own R and N. ``scales`` and ``ranks`` are ``[slots]``, or ``[P, slots]`` where slices differ;
+    ``seeds`` is ``[P, slots]``: every slice has its own mask. Otherwise as ``multi_lora``.
+
+    Returns:
+        One ``[..., N_p]`` for each slice.
+    """
+    ys = [None] * len(lora_as) if ys is None else ys
+    operands = x, lora_as, lora_bs, token_slots, scales, ranks, ys, backend
+    return tuple(_call("multi_lora_shared", "s", *operands, dropouts, seeds))
+
+
+def multi_lora_(
+    y: Tensor | Sequence[Tensor],
+    x: Tensor,
+    lora_a: Tensor | Sequence[Tensor],
+    lora_b: Tensor | Sequence[Tensor],
+    token_slots: Tensor | Routing,
+    scales: Tensor,
+    ranks: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | Sequence[Tensor]:
+    """``multi_lora`` in place on y, for serving: no gradient, no dropout, nothing else is written.
+
+    y, lora_a and lora_b are tensors, or sequences of them for the slices of the shared form. Rows of y (any strides, but
+    no two elements in one place) whose token has no adapter are not touched.
+
+    Returns:
+        y.
+    """
+    one = isinstance(y, Tensor)
+    lists = [[t] if one else t for t in (lora_a, lora_b, y)]
+    _call("multi_lora_", "" if one else "s", x, *lists[:2], token_slots, scales, ranks, lists[2], backend, inplace=True)
+    return y
+
+
+def explain(x: Tensor, lora_a: Tensor, lora_b: Tensor, token_slots: Tensor | Routing, *_, backend=None, **__) -> str:
+    """Which backend serves ``multi_lora`` on these tensors, its configuration, and why the others do not."""
+    routing = token_slots if isinstance(token_slots, Routing) else route(token_slots, lora_a.shape[0])
+    return _backend.explain("multi_lora", backend, REASONS, x, [lora_a], routing)
+
+
+def _call(
+    op, plural, x, lora_as, lora_bs, token_slots, scales, ranks, ys, backend, dropouts=None, seeds=None, inplace=False
+):
+    """Check everything, route the tokens if nobody has, flatten x's leading dimensions once and restore them."""
+    if not isinstance(x, Tensor) or x.dim() == 0 or not x.is_floating_point():
+        given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{op}: x is {given}, expected a floating-point tensor [..., K]")
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        ys = ys if inplace else [y if y is None else y.to(x.dtype) for y in ys]
+    shape = x.shape
+    flat = x.reshape(-1, shape[-1])
+    sizes = {"T": flat.shape[0], "K": shape[-1]}
+    _check_slices(op, plural, x, lora_as, lora_bs, ys, sizes)
+    slots, count = sizes["slots"], len(lora_as)
+    routing = _routing(op, token_slots, slots, sizes["T"], x, backend)
+    backend = _backend.choose(op, backend, REASONS, x, lora_as, routing)
+    wanted = torch.float64 if lora_as[0].dtype == torch.float64 else torch.float32
+    scales = _table(op, "scales", scales, wanted, count, slots, x)
+    absent = x.new_empty(0)
+    ranks = absent if ranks is None else _table(op, "ranks", ranks, torch.int32, count, slots, x)
+    tables = *routing[:3], scales, ranks
+    if inplace:
+        _check_inplace(op, x, lora_as, lora_bs, ys)
+        views = [y.view(-1, y.shape[-1]) for y in ys]
+        _multi_lora_(views, flat, list(lora_as), list(lora_bs), *tables, routing.tile, backend)
+        return ys
+    thresholds, seeds = _dropout(op, dropouts, seeds, count, slots, x)
+    flat_ys = [absent if y is None else y.reshape(-1, y.shape[-1]) for y in ys]
+    dropout = (absent if table is None else table for table in (thresholds, seeds))
+    outs, _ = _multi_lora(flat, list(lora_as), list(lora_bs), flat_ys, *tables, *dropout, routing.tile, backend)
+    return [out.reshape(*shape[:-1], out.shape[-1]) for out in outs]
+
+
+def _check_slices(op, plural, x, lora_as, lora_bs, ys, sizes):
+    if not 1 <= len(lora_as) <= MAX_SLICES:
+        raise ValueError(f"{op}: lora_a{plural} has {len(lora_as)} items, expected 1 ... {MAX_SLICES}")
+    for name, values in (("lora_b", lora_bs), ("y", ys)):
+        if len(values) != len(lora_as):
+            raise ValueError(f"{op}: {name}{plural} has {len(values)} items, expected {len(lora_as)}")
+    first = lora_as[0]
+    for a, b, y in zip(lora_as, lora_bs, ys, strict=True):
+        of_slice = {name: size for name, size in sizes.items() if name in ("T", "K", "slots")}
+        _check.tensor(op, f"lora_a{plural}", a, ("slots", "R", "K"), of_slice, x)
+        _check.tensor(op, f"lora_b{plural}", b, ("slots", "N", "R"), of_slice, x)
+        _check.dtype(op, f"lora_a{plural}", a, x.dtype, torch.promote_types(x.dtype, torch.float32))
+        _check.dtype(op, f"lora_a{plural}", a, first.dtype)
+        _check.dtype(op, f"lora_b{plural}", b, first.dtype)
+        if a.shape[0] == 0 or a.shape[1] == 0:
+            raise ValueError(f"{op}: lora_a{plural} has shape {list(a.shape)}, expected slots>=1 and R>=1")
+        if y is not None:
+            if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
+                given = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+                raise ValueError(f"{op}: y{plural} is {given}, expected {[*x.shape[:-1], b.shape[1]]}")
+            _check.tensor(op, f"y{plural}", y.reshape(-1, y.shape[-1]), ("T", "N"), of_slice, x)
+            _check.dtype(op, f"y{plural}", y, x.dtype)
+        sizes["slots"] = of_slice["slots"]
+
+
+def _check_inplace(op, x, lora_as, lora_bs, ys):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora_as, *lora_bs, *ys)):
+        raise ValueError(f"{op}: an operand requires a gradient, expected none (multi_lora is differentiable)")
+    for y in ys:
+        if y.dim() > 2 and not y.is_contiguous():
+            raise ValueError(
+                f"{op}: y has shape {list(y.shape)} and strides {y.stride()}, expected [T, N] or contiguous"
+            )
+
+
+def _routing(op, token_slots, slots, tokens, x, backend):
+    routing = token_slots
+    if not isinstance(token_slots, Routing):
+        if not isinstance(token_slots, Tensor) or token_slots.numel() != tokens:
+            given = list(token_slots.shape) if isinstance(token_slots, Tensor) else type(token_slots).__name__
+            raise ValueError(f"{op}: token_slots is {given}, expected one slot for each of {tokens} tokens")
+        routing = route(token_slots, slots, backend=backend)
+    if routing.slots != slots or routing.order.shape[0] != tokens or routing.order.device != x.device:
+        given = f"{routing.order.shape[0]} tokens, {routing.slots} slots on {routing.order.device}"
+        raise ValueError(
+            f"{op}: token_slots was routed for {given}, expected {tokens} tokens, {slots} slots on {x.device}"
+        )
+    return routing
+
+
+def _table(op, name, table, dtype, count, slots, x):
+    if not isinstance(table, Tensor) or table.dtype != dtype or table.device != x.device:
+        given = f"{table.dtype} on {table.device}" if isinstance(table, Tensor) else type(table).__name__
+        raise TypeError(f"{op}: {name} is {given}, expected {dtype} on {x.device}")
+    if table.shape not in ((slots,), (count, slots)):
+        shapes = f"[{slots}]" + f" or [{count}, {slots}]" * (count > 1)
+        raise ValueError(f"{op}: {name} has shape {list(table.shape)}, expected {shapes}")
+    return table if table.stride(-1) == 1 else table.contiguous()
+
+
+def _dropout(op, dropouts, seeds, count, slots, x):
+    if dropouts is None:
+        return None, None
+    if len(dropouts) != slots:
+        raise ValueError(f"{op}: dropouts has {len(dropouts)} items, expected {slots}, one for each slot")
+    thresholds = [threshold(_check.probability(op, "dropouts", dropout)) for dropout in dropouts]
+    if not any(thresholds):
+        return None, None
+    shape = (slots,) if count == 1 else (count, slots)
+    if seeds is None:
+        seeds = torch.randint(1 << 62, shape, dtype=torch.int64, device=x.device)
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.shape != shape or seeds.device != x.device:
+        given = f"{seeds.dtype} {list(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise ValueError(f"{op}: seeds is {given}, expected torch.int64 {list(shape)} on {x.device}")
+    return torch.tensor(thresholds, dtype=torch.int32, device=x.device), seeds.contiguous()
+
+
+def _triton_reason(x, lora_as, routing):
+    reason = _backend.triton_reason(x.device)
+    if reason is not None:
+        return reason
+    adapter = lora_as[0].dtype
+    if x.is_cuda and torch.float64 in (x.dtype, adapter):
+        return "dtype float64"
+    if not x.is_cuda and torch.bfloat16 in (x.dtype, adapter):
+        return "dtype bfloat16 (Triton's interpreter multiplies its bit patterns, and truncates where GPUs round)"
+    rank = max(a.shape[1] for a in lora_as)
+    return f"rank {rank} > {MAX_RANK}" if rank > MAX_RANK else None
+
+
+REASONS = {
+    "cuda": lambda x, lora_as, routing: _backend.cuda_missing() or "fastpeft._C has no multi_lora",
+    "triton": _triton_reason,
+    "reference": lambda x, lora_as, routing: None,
+}

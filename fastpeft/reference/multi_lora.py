@@ -1,0 +1,185 @@
+"""LoRA for a batch whose tokens belong to different adapters: the definition, and the steps that every backend offers.
+
+``multi_lora`` is what the op means: each adapter's tokens go through ``lora_linear`` as if they were alone. The four
+steps below it are the same algebra cut where the kernels cut it; on the CPU they are also what runs. Shapes: ``x [T,
+K]``, ``a [slots, R, K]``, ``b [slots, N, R]``; S is ``[planes, T, R]``, R summed over the slices (q, k and v) that share
+x, its rows in the order of ``Routing``. A sum over the planes is the S that is meant; here there is one plane.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dropout import LANES, keep_mask
+from .lora_linear import lora_linear
+from .routing import Routing
+
+
+class Slots(NamedTuple):
+    """What differs between slots, as tables on the device: ``[slots]``, or ``[P, slots]`` where slices differ too.
+
+    Attributes:
+        scales: float; ranks: int32, the slots' true ranks, or None for all that there is; thresholds: int32 ``[slots]``
+            of the dropout (see ``fastpeft.reference.dropout``), or None for no dropout; seeds: int64.
+    """
+
+    scales: Tensor
+    ranks: Tensor | None = None
+    thresholds: Tensor | None = None
+    seeds: Tensor | None = None
+
+    def of(self, p: int) -> "Slots":
+        """The tables of slice p."""
+        return Slots(*(table[p] if table is not None and table.dim() == 2 else table for table in self))
+
+
+def multi_lora(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    token_slots: Tensor,
+    scales: Tensor,
+    ranks: Tensor | None = None,
+    y: Tensor | None = None,
+    dropouts: Sequence[float] | None = None,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """``y[t] + scale[s] · (drop(x[t]) A[s]ᵀ) B[s]ᵀ`` with ``s = token_slots[t]``; y[t] where s is -1.
+
+    Args:
+        x: ``[T, K]``; lora_a: ``[slots, R, K]``; lora_b: ``[slots, N, R]``; token_slots: ``[T]``; scales: ``[slots]``.
+        ranks: ``[slots]``, true ranks: rows of A and columns of B beyond them are not read. y: ``[T, N]`` or None for 0.
+        dropouts: one probability for each slot; seeds: int64 ``[slots]``. The mask's rows count a slot's own tokens,
+            so that an adapter draws the mask that it would draw alone.
+
+    Returns:
+        ``[T, N]`` in x's dtype.
+    """
+    y = x.new_zeros(len(x), lora_b.shape[1]) if y is None else y
+    for slot, scale in enumerate(scales.tolist()):
+        tokens = (token_slots == slot).nonzero()[:, 0]
+        rank = lora_a.shape[1] if ranks is None else int(ranks[slot])
+        if rank == 0 or len(tokens) == 0:
+            continue
+        drop = (0.0, None) if dropouts is None else (dropouts[slot], seeds[slot])
+        delta = lora_linear(x[tokens], None, lora_a[slot, :rank], lora_b[slot, :, :rank], None, scale, *drop)
+        y = y.index_add(0, tokens, delta)
+    return y
+
+
+def planes(k: int, tile: int) -> int:
+    """How many sums make up S: here they are not cut along K."""
+    return 1
+
+
+def shrink(x: Tensor, lora_as: Sequence[Tensor], routing: Routing, slots: Slots) -> Tensor:
+    """``S_p = scale_p · drop_p(x) A_pᵀ`` of each token's slot, side by side: ``[1, T, R]``. The rest is not written."""
+    s = x.new_empty(1, len(x), sum(a.shape[1] for a in lora_as), dtype=_sums(lora_as[0]))
+    x = _sorted(x, routing).to(s.dtype)
+    for p, (a, s_p) in enumerate(zip(lora_as, s[0].split([a.shape[1] for a in lora_as], 1), strict=True)):
+        of_p = slots.of(p)
+        scales = of_p.scales.tolist()
+        for slot, rows, rank in _segments(routing, of_p.ranks, a.shape[1]):
+            mask, factor = _mask(of_p, slot, rows, x)
+            x_s = x[rows] if mask is None else mask.mul_(x[rows])
+            s_p[rows, :rank].addmm_(x_s, a[slot, :rank].to(s.dtype).T, beta=0, alpha=scales[slot] * factor)
+    return s
+
+
+def expand_(ys: Sequence[Tensor], s: Tensor, lora_bs: Sequence[Tensor], routing: Routing, slots: Slots) -> None:
+    """``y_p += S_p B_pᵀ`` for each token that has an adapter, in place, rounded once."""
+    tokens = _tokens(routing)
+    for p, (y, b, s_p) in enumerate(zip(ys, lora_bs, s[0].split([b.shape[2] for b in lora_bs], 1), strict=True)):
+        total = y[tokens].to(s.dtype)
+        for slot, rows, rank in _segments(routing, slots.of(p).ranks, b.shape[2]):
+            total[rows].addmm_(s_p[rows, :rank], b[slot, :, :rank].to(s.dtype).T)
+        y[tokens] = total.to(y.dtype)
+
+
+def expand_backward(
+    dys: Sequence[Tensor],
+    s: Tensor | None,
+    lora_bs: Sequence[Tensor],
+    routing: Routing,
+    slots: Slots,
+    need_ds: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """``dS_p = scale_p · dY_p B_p`` as ``[1, T, R]`` and, for every p, ``dB_p = dY_pᵀ S_p`` of each slot."""
+    ds, dbs, slots = [], [], slots._replace(thresholds=None)
+    split = [None] * len(lora_bs) if s is None else s.split([b.shape[2] for b in lora_bs], 2)
+    for p, (dy, b, s_p) in enumerate(zip(dys, lora_bs, split, strict=True)):
+        if need_ds:
+            ds.append(shrink(dy, [b.mT], routing, slots.of(p)))
+        if need_db:
+            dbs.append(_outer(s_p[0], dy, routing, slots.of(p), b.dtype).mT.contiguous())
+    return torch.cat(ds, 2) if need_ds else None, dbs if need_db else None
+
+
+def shrink_backward(
+    ds: Tensor,
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    routing: Routing,
+    slots: Slots,
+    need_dx: bool,
+    need_da: bool,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """``dX = Σ_p mask_p ∘ (dS_p A_p) / (1 - p)`` and, for every p, ``dA_p = dS_pᵀ drop_p(x)`` of each slot."""
+    tokens, das = _tokens(routing), []
+    total = ds.new_zeros(len(tokens), x.shape[1])
+    for p, (a, ds_p) in enumerate(zip(lora_as, ds[0].split([a.shape[1] for a in lora_as], 1), strict=True)):
+        of_p = slots.of(p)
+        for slot, rows, rank in _segments(routing, of_p.ranks, a.shape[1]) if need_dx else ():
+            mask, factor = _mask(of_p, slot, rows, total)
+            part = (ds_p[rows, :rank] @ a[slot, :rank].to(ds.dtype)).mul_(factor)
+            total[rows] += part if mask is None else part.mul_(mask)
+        if need_da:
+            das.append(_outer(ds_p, x, routing, of_p, a.dtype))
+    dx = x.new_zeros(x.shape).index_copy_(0, tokens, total.to(x.dtype)) if need_dx else None
+    return dx, das if need_da else None
+
+
+def _outer(s, x, routing, slots, dtype):
+    """``Sᵀ drop(x)`` of each slot: ``[slots, R, K]``."""
+    g = x.new_zeros(routing.slots, s.shape[1], x.shape[1], dtype=dtype)
+    x = _sorted(x, routing).to(s.dtype)
+    for slot, rows, rank in _segments(routing, slots.ranks, s.shape[1]):
+        mask, factor = _mask(slots, slot, rows, x)
+        x_s = x[rows] if mask is None else mask.mul_(x[rows])
+        g[slot, :rank] = (s[rows, :rank].T @ x_s).mul_(factor)
+    return g
+
+
+def _segments(routing: Routing, ranks: Tensor | None, largest: int) -> Iterator[tuple[int, slice, int]]:
+    """(slot, its places in the order, its true rank) of every slot that has tokens and a rank."""
+    starts = routing.starts.tolist()
+    ranks = None if ranks is None else ranks.tolist()
+    for slot, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        rank = largest if ranks is None else max(0, min(ranks[slot], largest))
+        if start < stop and rank:
+            yield slot, slice(start, stop), rank
+
+
+def _mask(slots: Slots, slot: int, rows: slice, like: Tensor) -> tuple[Tensor | None, float]:
+    """The dropout mask of a slot's tokens, and 1 / (1 - p)."""
+    dropped = 0 if slots.thresholds is None else int(slots.thresholds[slot])
+    if not dropped:
+        return None, 1.0
+    p = dropped / LANES
+    return keep_mask(slots.seeds[slot], p, rows.stop - rows.start, like.shape[1], like.dtype), LANES / (LANES - dropped)
+
+
+def _tokens(routing: Routing) -> Tensor:
+    """The tokens that have an adapter, by slot."""
+    return routing.order[: int(routing.starts[-1])].long()
+
+
+def _sorted(x: Tensor, routing: Routing) -> Tensor:
+    return x.index_select(0, _tokens(routing))
+
+
+def _sums(a: Tensor) -> torch.dtype:
+    return torch.promote_types(a.dtype, torch.float32)
