@@ -1,6 +1,7 @@
 """lora_linear and lora_linear_shared: exact on integers, no less accurate than PyTorch, exact gradients."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -31,11 +32,24 @@ def test_integers_are_exact(form, backend, dtype, adapter, dropout):
     assert_exact(LoraProblem.make(shape, outs, ranks, dtype, adapter, DEVICE, dropout, integers=True), backend)
 
 
+def test_parts_cover_the_loop():
+    """Every step of a split loop lies in exactly one part, and no part is empty."""
+    launch = pytest.importorskip("fastpeft.kernels.launch", reason="Triton is not installed")
+    sizes, programs_wanted = (0, 1, 32, 33, 448, 5000), (0, 1, 7, 300)
+    for size, block, programs, least in itertools.product(sizes, (16, 32), programs_wanted, (1, 2, 4)):
+        parts, span = launch.split(size, block, programs, least)
+        assert span % block == 0
+        assert (parts - 1) * span < max(size, 1) <= parts * span
+        assert parts == 1 or span >= least * block
+        assert parts == 1 or parts * programs <= launch.TARGET_PROGRAMS
+
+
 @form
-def test_integers_are_exact_where_sums_are_split(form, monkeypatch):
-    """Every sum over rows or columns in as many parts as it has blocks; by default only long sums are cut."""
+@pytest.mark.parametrize("least", [1, 2])  # 2: the last part is shorter
+def test_integers_are_exact_where_sums_are_split(form, least, monkeypatch):
+    """Every sum over rows or columns in as many parts as it has blocks, or half; by default only long sums are cut."""
     kernels = pytest.importorskip("fastpeft.kernels.lora_linear", reason="Triton is not installed")
-    monkeypatch.setattr(kernels, "split", functools.partial(kernels.split, least=1))
+    monkeypatch.setattr(kernels, "split", functools.partial(kernels.split, least=least))
     outs, ranks = FORMS[form]
     assert_exact(LoraProblem.make((150, 150), outs, ranks, FP32, FP32, DEVICE, 0.5, integers=True), "triton")
 

@@ -130,7 +130,7 @@ def test_poisoned_memory(allocate, dtype):
     assert torch.equal(found, like)
 
 
-@pytest.mark.parametrize("where", [-1, 6])
+@pytest.mark.parametrize("where", [-1, 6, -poisoned.GUARD, 5 + poisoned.GUARD])
 def test_poisoned_sees_a_write_outside(where):
     def write():
         found = torch.empty(2, 3, device=DEVICE)

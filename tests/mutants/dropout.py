@@ -1,5 +1,17 @@
 # ruff: noqa: E501
-"""Mutants of the dropout mask: file -> {what is wrong: (the text as it is, occurring once; the text of the mutant)}."""
+"""Mutants of the dropout mask, as run.py says."""
+
+TESTS = (
+    "tests/test_dropout.py::test_bits_are_those_of_the_formula",
+    "tests/test_dropout.py::test_no_dropout",
+    "tests/test_dropout.py::test_dropout_near_1_keeps_one_lane_value",
+    "tests/test_dropout.py::test_dtype",
+    "tests/test_lora_linear.py::test_the_definition_is_the_formula",
+    "tests/test_lora_linear_peers.py::test_first_branch_served_for_all",
+    "tests/test_dropout.py::test_every_seed_has_its_mask_in_the_shared_form",
+    "tests/test_dropout.py::test_an_element_at_the_threshold_is_kept",
+    "tests/test_dropout.py::test_every_backend_draws_the_reference_mask",
+)
 
 MUTANTS = {
     "kernels/dropout.py": {

@@ -1,5 +1,37 @@
 # ruff: noqa: E501
-"""Mutants of lora_linear: file -> {what is wrong: (the text as it is, occurring once; the text of the mutant)}."""
+"""Mutants of lora_linear, as run.py says."""
+
+# What kills a few that outlive most tests.
+OFFSETS = "tests/test_lora_linear_memory.py::test_offsets_are_64_bit[triton]"
+BIAS_STRIDES = "tests/test_lora_linear_memory.py::test_any_strides[sliced-biases-triton-lora_linear]"
+DY_STRIDES = "tests/test_lora_linear_memory.py::test_any_strides[sliced-dys-triton-lora_linear]"
+GRADIENT_STRIDES = "tests/test_lora_linear_torch.py::test_opcheck[x lora_as lora_bs-(70,)-triton]"
+PARTS = "tests/test_lora_linear.py::test_parts_cover_the_loop"
+AUTOCAST = "tests/test_lora_linear_edges.py::test_autocast_is_the_same_as_casting_by_hand"
+
+TESTS = (
+    # Guards around every operand and result come first: a write outside them ends at random, in a crash or a hang.
+    "tests/test_lora_linear_memory.py::test_nothing_is_read_or_written_outside",
+    "tests/test_lora_linear.py::test_the_definition_is_the_formula",
+    "tests/test_lora_linear_peers.py::test_first_branch_served_for_all",
+    "tests/test_dropout.py::test_every_seed_has_its_mask_in_the_shared_form",
+    "tests/test_lora_linear_edges.py::test_leading_dimensions",
+    "tests/test_lora_linear_errors.py::test_rank_0",
+    "tests/test_lora_linear_torch.py::test_double_backward_is_a_clear_error",
+    "tests/test_lora_linear_memory.py::test_only_x_and_s_are_kept_for_backward",
+    "tests/test_lora_linear_edges.py::test_fp32_adapters_are_used_in_fp32",
+    "tests/test_lora_linear.py::test_integers_are_exact_where_sums_are_split",
+    "tests/test_lora_linear_edges.py::test_what_is_trained",
+    "tests/test_dropout.py::test_every_backend_draws_the_reference_mask",
+    "tests/test_lora_linear_edges.py::test_ranks",
+    "tests/test_lora_linear_edges.py::test_ranks_of_projections_that_share_x",
+    AUTOCAST,
+    "tests/test_lora_linear_memory.py::test_any_strides",
+    "tests/test_lora_linear_memory.py::test_offsets_are_64_bit",
+    "tests/test_lora_linear_torch.py::test_opcheck",
+    "tests/test_lora_linear.py::test_integers_are_exact",
+    "tests/test_lora_linear.py::test_no_less_accurate_than_pytorch",
+)
 
 MUTANTS = {
     "kernels/lora_linear.py": {
@@ -17,15 +49,15 @@ MUTANTS = {
         "down: scale of the first branch": ("factor = tl.load(branch_ptr + p * 5 + 2) *", "factor = tl.load(branch_ptr + 2) *"),
         "down: x's pointer stands still": ("        x_tile += step * stride_xk\n", ""),
         "down: x's columns taken as adjacent": ("x_tile += step * stride_xk", "x_tile += BLOCK_K"),
-        "down: 32-bit step": ("x_tile += step * stride_xk", "x_tile += BLOCK_K * stride_xk"),
+        "down: 32-bit step": ("x_tile += step * stride_xk", "x_tile += BLOCK_K * stride_xk", OFFSETS),
         "down: A's columns taken as adjacent": ("a_tile = a_ptr + k[:, None] * stride_ak + r[None, :] * stride_ar", "a_tile = a_ptr + k[:, None] + r[None, :] * stride_ar"),
         "down: rank blocks swapped with row blocks": ("r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)\n    first = pid_p * SPAN\n    k = first", "r = pid_m * BLOCK_R + tl.arange(0, BLOCK_R)\n    first = pid_p * SPAN\n    k = first"),
         "down: stores past the last row": ("tl.store(s_tile, acc * scale[None, :], mask=(m < M)[:, None] & (r < R)[None, :])", "tl.store(s_tile, acc * scale[None, :], mask=(m <= M)[:, None] & (r < R)[None, :])"),
         "down: stores past the last rank": ("tl.store(s_tile, acc * scale[None, :], mask=(m < M)[:, None] & (r < R)[None, :])", "tl.store(s_tile, acc * scale[None, :], mask=(m < M)[:, None] & (r <= R)[None, :])"),
-        "down: 32-bit row": ("pid_m, pid_r, pid_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)\n    m = pid_m", "pid_m, pid_r, pid_p = tl.program_id(0), tl.program_id(1), tl.program_id(2)\n    m = pid_m"),
+        "down: 32-bit row": ("pid_m, pid_r, pid_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)\n    m = pid_m", "pid_m, pid_r, pid_p = tl.program_id(0), tl.program_id(1), tl.program_id(2)\n    m = pid_m", OFFSETS),
         # up, and dX
         "up: no bias": ("    if BIAS:\n", "    if False:\n"),
-        "up: bias's stride ignored": ("k * stride_bias", "k * 1"),
+        "up: bias's stride ignored": ("k * stride_bias", "k * 1", BIAS_STRIDES),
         "up: bias's last element lost": ("tl.load(bias_ptr + k * stride_bias, mask=k < K, other=0.0)", "tl.load(bias_ptr + k * stride_bias, mask=k < K - 1, other=0.0)"),
         "up: ranks of the next branch": ("start, stop = tl.load(branch_ptr + p * 5).to(tl.int32), tl.load(branch_ptr + p * 5 + 1).to(tl.int32)", "start, stop = tl.load(branch_ptr + p * 5).to(tl.int32), R"),
         "up: branch starts one late": ("start, stop = tl.load(branch_ptr + p * 5).to(tl.int32),", "start, stop = tl.load(branch_ptr + p * 5).to(tl.int32) + 1,"),
@@ -43,8 +75,8 @@ MUTANTS = {
         "dS: no scale": ("tl.zeros((BLOCK_M, BLOCK_R), ACC), PRECISION) * scale", "tl.zeros((BLOCK_M, BLOCK_R), ACC), PRECISION)"),
         "dB: only the last rows": ("db = _dot(tl.trans(dy), s, db, PRECISION)", "db = _dot(tl.trans(dy), s, tl.zeros((BLOCK_K, BLOCK_R), ACC), PRECISION)"),
         "dB, dS: last rows skipped": ("for m0 in range(first, tl.minimum(first + SPAN, M), BLOCK_M):\n        m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)\n        dy_tile", "for m0 in range(first, tl.minimum(first + SPAN, M) // BLOCK_M * BLOCK_M, BLOCK_M):\n        m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)\n        dy_tile"),
-        "dB, dS: 32-bit row": ("m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)\n        dy_tile", "m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int32)\n        dy_tile"),
-        "dB, dS: dY's stride ignored": ("m[:, None] * stride_ym + k[None, :] * stride_yk\n        dy =", "m[:, None] * stride_ym + k[None, :]\n        dy ="),
+        "dB, dS: 32-bit row": ("m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)\n        dy_tile", "m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int32)\n        dy_tile", OFFSETS),
+        "dB, dS: dY's stride ignored": ("m[:, None] * stride_ym + k[None, :] * stride_yk\n        dy =", "m[:, None] * stride_ym + k[None, :]\n        dy =", DY_STRIDES),
         "dS: partial of another block": ("ds_tile = ds_ptr + pid_k * stride_dsp", "ds_tile = ds_ptr + pid_p * stride_dsp"),
         "dB: no mask on columns": ("tl.store(db_tile, db, mask=(k < K)[:, None] & (r < R)[None, :])", "tl.store(db_tile, db, mask=(k >= 0)[:, None] & (r < R)[None, :])"),
         "dY: no mask on columns": ("dy = tl.load(dy_tile, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)", "dy = tl.load(dy_tile, mask=(m < M)[:, None] & (k >= 0)[None, :], other=0.0)"),
@@ -60,12 +92,12 @@ MUTANTS = {
         # launchers
         "sums in 16 bits": ("g = x.new_empty(parts, rank, k, dtype=acc.torch if parts > 1 else s.dtype)", "g = x.new_empty(parts, rank, k, dtype=torch.float16)"),
         "float32 adapters narrowed": ("return tl.dot(x.to(a.dtype), a, acc,", "return tl.dot(x, a.to(x.dtype), acc,"),
-        "dB with the strides of its transpose": (".T.contiguous() if need_db else None", ".T if need_db else None"),
+        "dB with the strides of its transpose": (".T.contiguous() if need_db else None", ".T if need_db else None", GRADIENT_STRIDES),
         "dA's are views of one buffer's rows, in the wrong order": (".split(ranks)]", ".split(ranks)[::-1]]"),
         "dS's scale dropped for large ranks": ("_project(dy, b.T, [rank], [scale], [0.0], None)", "_project(dy, b.T, [rank], [1.0], [0.0], None)"),
     },
     "kernels/launch.py": {
-        "last part lost": ("return triton.cdiv(steps, span), span * block", "return max(1, steps // span), span * block"),
+        "last part lost": ("return triton.cdiv(steps, span), span * block", "return max(1, steps // span), span * block", PARTS),
         "only the first partial result": ("partials.sum(0)).to(dtype)", "partials[0]).to(dtype)"),
         "branches all start at 0": ("rows.append([start, start + rank, scale,", "rows.append([0, start + rank, scale,"),
         "no scale in the table": ("rows.append([start, start + rank, scale,", "rows.append([start, start + rank, 1.0,"),
@@ -75,17 +107,20 @@ MUTANTS = {
         "definition: no 1 / (1 - p)": ("dropped = x * mask.view(x.shape) * inverse_keep(dropout)", "dropped = x * mask.view(x.shape)"),
         "definition: bias scaled": ("        y = y + bias\n", "        y = y + scale * bias\n"),
         "down: one seed for all": ("mask = _mask(x, dropouts[p], seeds, p)", "mask = _mask(x, dropouts[p], seeds, 0)"),
-        "down: first scale for all": ("s_p.mul_(scales[p] * inverse_keep(dropouts[p]))", "s_p.mul_(scales[0] * inverse_keep(dropouts[p]))"),
-        "down: no scale without dropout": (".mul_(scales[0])\n", "\n"),
-        "down: no 1 / (1 - p)": ("s_p.mul_(scales[p] * inverse_keep(dropouts[p]))", "s_p.mul_(scales[p])"),
+        "down: first scale for all": ("alpha=scales[p] * inverse_keep(dropouts[p])", "alpha=scales[0] * inverse_keep(dropouts[p])"),
+        "down: no scale without dropout": ("_stack(lora_as).T, scales[0])", "_stack(lora_as).T, 1.0)"),
+        "down: one scale without dropout": ("len(set(scales)) == 1 and not any", "not any"),
+        "down: no 1 / (1 - p)": ("alpha=scales[p] * inverse_keep(dropouts[p])", "alpha=scales[p]"),
         "up: bias dropped": ("y = s @ b.T if bias is None else torch.addmm(bias.to(s.dtype), s, b.T)", "y = s @ b.T"),
-        "dS: no scale": ("ds = (dy @ b).mul_(scale) if need_ds else None", "ds = (dy @ b) if need_ds else None"),
-        "dX: mask not applied": ("(ds_p @ a).mul_(mask)", "(ds_p @ a)"),
+        "dS: no scale": ("ds = _product(dy, b, scale) if need_ds else None", "ds = dy @ b if need_ds else None"),
+        "dX: mask not applied": ("part if mask is None else part.mul_(mask)", "part"),
+        "dX: no 1 / (1 - p)": ("part = _product(ds_p, a, factor)", "part = _product(ds_p, a, 1.0)"),
         "dX: one seed for all": ("mask = _mask(ds, dropouts[p], seeds, p,", "mask = _mask(ds, dropouts[p], seeds, 0,"),
         "dX: only the last branch": ("dx = part if dx is None else dx.add_(part)", "dx = part"),
-        "dX, dA: no 1 / (1 - p)": ("            ds_p = ds_p * inverse_keep(dropouts[p])\n", "            pass\n"),
-        "dA: mask not applied": ("ds_p.T @ (x.to(ds.dtype) if mask is None else mask.mul_(x))", "ds_p.T @ x.to(ds.dtype)"),
-        "dX: written into dS": ("ds_p = ds_p * inverse_keep", "ds_p = ds_p.mul_(0.5) * inverse_keep"),
+        "dA: no 1 / (1 - p)": ("mask.mul_(x), factor)", "mask.mul_(x), 1.0)"),
+        "dA: mask not applied": ("x.to(ds.dtype) if mask is None else mask.mul_(x)", "x.to(ds.dtype)"),
+        "dX: written into dS": ("part = _product(ds_p, a, factor)", "part = _product(ds_p.mul_(2), a, factor / 2)"),
+        "product: no factor": ("beta=0, alpha=factor)", "beta=0)"),
     },
     "fastpeft/ops/lora_linear.py": {
         "base GEMM left out": ("ys.append(y.addmm_(x, weight.T) if weight.numel() else y)", "ys.append(y)"),
@@ -99,7 +134,7 @@ MUTANTS = {
         "every projection gets the last S": ("zip(weights, lora_bs, biases, _split(s, lora_as), strict=True)", "zip(weights, lora_bs, biases, [_split(s, lora_as)[-1]] * len(weights), strict=True)"),
         "scale of dS off by the projection": ("for dy, s_p, b, scale in zip(dys, _split(s, lora_as) if need_db else absent, lora_bs, scales, strict=True)", "for dy, s_p, b, scale in zip(dys, _split(s, lora_as) if need_db else absent, lora_bs, scales[::-1], strict=True)"),
         "one seed for all": ("torch.cat(drawn)", "torch.cat(drawn[:1] * len(drawn))"),
-        "autocast ignored": ("torch.is_autocast_enabled(device.type) and x.dtype != torch.float64", "False"),
+        "autocast ignored": ("torch.is_autocast_enabled(device.type) and x.dtype != torch.float64", "False", AUTOCAST),
         "rank 0 accepted": ("if a.shape[0] == 0:", "if a.shape[0] < 0:"),
         "leading dimensions merged": ("y.reshape(*shape[:-1], y.shape[-1])", "y.reshape(-1, y.shape[-1])"),
         "x written": ("impl = _backend.load(\"lora_linear\", backend)\n    s = impl.down(x,", "impl = _backend.load(\"lora_linear\", backend)\n    s = impl.down(x.mul_(1 + 2**-4),"),
