@@ -451,6 +451,15 @@ class TestReport:
         assert report.fused == 0
         assert "not fused: Linear is PEFT's own layer; fastpeft.accelerate has not been called on it" in str(report)
 
+    def test_peft_s_layers_without_a_fused_form(self):
+        """The reason is the layer's kind, before and after accelerate."""
+        peft = pytest.importorskip("peft", reason="PEFT is not installed")
+        model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "1"]))
+        kept = "peft.tuners.lora.layer.Embedding has no fused form"
+        assert fastpeft.report(model).layers[0].status == kept
+        assert [row.status for row in fastpeft.report(fastpeft.accelerate(model))] == [kept, "fused"]
+
 
 BAD_CONFIGS = [
     ({"r": 0}, "Lora: r is 0, expected an integer of at least 1"),

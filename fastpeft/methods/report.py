@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import ops
 
-_HIDDEN = (".adapters.", ".lora_A.", ".lora_B.")
+_SERVED = "peft.tuners.lora.layer.Linear"  # the one class that accelerate changes; by name, so PEFT need not be there
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def report(model: nn.Module) -> Report:
     """Every LoRA layer in ``model``, ours or PEFT's: fused or not and why, which backend, who shares its input.
 
     A layer is any module with ``fastpeft_report()`` (which returns "fused" or the reason against it), or a LoRA layer
-    of PEFT that ``fastpeft.accelerate`` has not reached.
+    of PEFT that ``fastpeft.accelerate`` has not been called on or has no fused form for (Embedding, quantised, ...).
 
     >>> print(fastpeft.report(model))
     """
@@ -84,9 +84,12 @@ def report(model: nn.Module) -> Report:
 def _status(module: nn.Module) -> str | None:
     if hasattr(type(module), "fastpeft_report"):
         return module.fastpeft_report()
-    if "base_layer" in module._modules and "lora_A" in module._modules:
+    if "base_layer" not in module._modules or "lora_A" not in module._modules:
+        return None
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name == _SERVED:
         return f"{type(module).__name__} is PEFT's own layer; fastpeft.accelerate has not been called on it"
-    return None
+    return f"{name} has no fused form"
 
 
 def _backend(module: nn.Module) -> str:
