@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from backends import BF16, DEVICE, FP32, FP64, TRAINING, served
+from backends import BF16, DEVICE, FP16, FP32, FP64, TRAINING, served
 
 import fastpeft
 from fastpeft import reference
-from fastpeft.testing import LoraProblem, assert_no_worse, eager_lora_linear
+from fastpeft.testing import LoraProblem, assert_no_worse, eager_lora_linear, error_vs_eager
 
 FORMS = {"lora_linear": ((141,), (12,)), "lora_linear_shared": ((141, 30), (12, 17))}
 form = pytest.mark.parametrize("form", FORMS)
@@ -63,6 +63,19 @@ def test_no_less_accurate_than_pytorch(form, backend, dtype, adapter, record_pro
     ratios = {name: assert_no_worse(fused[name], eager[name], exact[name], name) for name in exact}
     worst = {kind: max(getattr(r, kind) for r in ratios.values()) for kind in ("max", "rms")}
     record_property("ratio", f"{worst['max']:.2f} max  {worst['rms']:.2f} rms")
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 1.0, 2.0, 8.0])
+@pytest.mark.parametrize(("backend", "dtype", "adapter"), served((FP16, FP32), (BF16, FP32)))
+def test_error_by_the_size_of_the_low_rank_term(t, backend, dtype, adapter):
+    """One 16-bit rounding of the term (rms t) and one of y, where eager rounds the base (rms 1) and y."""
+    p = LoraProblem.make((134, 448), (141,), (12,), dtype, adapter, DEVICE)
+    x, weight, a, b = p.x, p.weights[0], p.lora_as[0], p.lora_bs[0]
+    base, term = x.double() @ weight.double().T, x.double() @ a.double().T @ b.double().T
+    scale = (t * base.square().mean().sqrt() / term.square().mean().sqrt()).item()
+    y = fastpeft.ops.lora_linear(x, weight, a, b, scale=scale, backend=backend)
+    ratio = error_vs_eager(y, eager_lora_linear(x, weight, a, b, None, scale), base + scale * term).rms
+    assert ratio < 1.03 * ((2 * t**2 + 1) / (t**2 + 2)) ** 0.5  # of 18,894 elements: 0.5 % is one sigma
 
 
 @form

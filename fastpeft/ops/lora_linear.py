@@ -149,6 +149,10 @@ def lora_linear(
     Returns:
         ``[..., N]`` in x's dtype. Under autocast x, weight and bias are cast to autocast's dtype first.
 
+        With 16-bit x and float32 adapters, the low-rank term is rounded to 16 bits before the base is added (in PEFT
+        the base is, before the term): with rms t of the term and b of the base, y's rms error is
+        sqrt((2 t² + b²) / (t² + 2 b²)) of PEFT's. Measured: 0.71 for small terms, 1.00 at t = b, 1.22 at t = 2 b.
+
     Raises:
         TypeError, ValueError: naming the argument, what it is and what was expected.
     """
