@@ -4,7 +4,7 @@
 # What kills a few that outlive most tests.
 OFFSETS = "tests/test_lora_linear_memory.py::test_offsets_are_64_bit[triton]"
 BIAS_STRIDES = "tests/test_lora_linear_memory.py::test_any_strides[sliced-biases-triton-lora_linear]"
-DY_STRIDES = "tests/test_lora_linear_memory.py::test_any_strides[sliced-dys-triton-lora_linear]"
+DY_STRIDES = "tests/test_lora_linear_memory.py::test_any_strides[transposed-dys-triton-lora_linear]"
 GRADIENT_STRIDES = "tests/test_lora_linear_torch.py::test_opcheck[x lora_as lora_bs-(70,)-triton]"
 PARTS = "tests/test_lora_linear.py::test_parts_cover_the_loop"
 AUTOCAST = "tests/test_lora_linear_edges.py::test_autocast_is_the_same_as_casting_by_hand"

@@ -100,7 +100,9 @@ def start(copy: Path, tests: tuple[str, ...], seconds: int) -> int:
     import pytest
 
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--no-header", *tests], plugins=[Clock(seconds)])))
+    # Without --keep-duplicates pytest drops the test to begin with where a later id covers it too.
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--keep-duplicates"]
+    os._exit(int(pytest.main([*options, *tests], plugins=[Clock(seconds)])))
 
 
 def finish(pid: int) -> int:
