@@ -4,7 +4,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: demo test test-oldest mutants bench gpu check
+.PHONY: demo test test-oldest mutants peft-suite bench gpu check
 
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
@@ -21,8 +21,14 @@ test-oldest: .venv/oldest
 mutants: .venv/ready
 	$(PY) tests/mutants/run.py
 
+# PEFT's own tests with our layer in place of theirs: make peft-suite PEFT=folder of a PEFT source tree.
+peft-suite: .venv/ready
+	$(if $(PEFT),,$(error peft-suite: PEFT is not given, expected the folder of a PEFT source tree))
+	$(PY) tests/peft_suite/run.py $(PEFT)
+
 bench: .venv/ready
-	$(PY) -m pytest bench --benchmark-autosave --benchmark-compare --benchmark-group-by=group
+	$(PY) -m pytest bench --benchmark-autosave --benchmark-compare --benchmark-group-by=group \
+		--benchmark-columns=min,median,iqr,rounds
 
 gpu: .venv/ready
 	bash bench/gpu.sh out

@@ -155,3 +155,24 @@ def test_transformers_breaks_if_kernels_has_an_init(checkout, stub, tmp_path):
     (copy / "kernels" / "__init__.py").write_text("")
     with pytest.raises(RuntimeError, match="cannot import name"):
         run(FORWARD, copy, PYTHONPATH=str(stub))
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    """What make would run; nothing is run."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    return subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_make_peft_suite_wants_a_source_tree():
+    assert "peft-suite: PEFT is not given, expected the folder of a PEFT source tree" in make("peft-suite").stderr
+    assert make("peft-suite", "PEFT=/tmp/peft").stdout.endswith("tests/peft_suite/run.py /tmp/peft\n")
+
+
+def test_make_bench_shows_columns_that_one_slow_round_does_not_decide():
+    """pytest-benchmark knows every column; a mean or a maximum is not among them."""
+    (columns,) = (word for word in make("bench").stdout.split() if word.startswith("--benchmark-columns="))
+    assert columns == "--benchmark-columns=min,median,iqr,rounds"
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "bench/bench_lora_linear.py", columns]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
