@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..nn.lora import LoraLinear, is_conv1d
+from ..nn.base_layer import is_conv1d
+from ..nn.lora import LoraLinear
 from ..nn.trained_copy import TrainedCopy
 from .attach import apply, check_attachable
 from .attachment import Attachment, attachment_of, holder_of, original_names, refuse_merged

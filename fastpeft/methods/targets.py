@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..nn.lora import LoraLinear, is_conv1d, not_linear_reason
+from ..nn.base_layer import is_conv1d, not_linear_reason
+from ..nn.lora import LoraLinear
 from ..nn.trained_copy import TrainedCopy
 from .lora import Lora
 

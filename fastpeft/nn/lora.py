@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from .adapter import LoraAdapter, adapter_name
+from .base_layer import HALF, is_conv1d, not_linear_reason
 from .branch import Branch, own_path_reason
 from .sharing import SharedInput
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class LoraLinear(nn.Module):
@@ -83,7 +82,7 @@ class LoraLinear(nn.Module):
         n, k = self._matrix().shape
         weight = self.weight
         if dtype is None:
-            dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
+            dtype = torch.float32 if weight.dtype in HALF else weight.dtype
         adapter = LoraAdapter(k, n, dtype=dtype, device=weight.device, **settings)
         self.adapters[name] = adapter.requires_grad_(False).train(self.training)
         return adapter
@@ -228,23 +227,6 @@ class LoraLinear(nn.Module):
         biases = [bias] + [None] * (len(adapters) - 1)
         ys = ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
         return sum(ys[1:], ys[0])
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, known by its name and ``nf``, so that transformers need not be there."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def not_linear_reason(module: nn.Module) -> str | None:
-    """None for exactly ``nn.Linear`` or ``Conv1D`` with a plain floating-point weight, else what it is instead."""
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return f"a {type(module).__name__}"
-    weight = module.weight
-    if type(weight) not in (nn.Parameter, Tensor):  # quantised by torchao, sharded by fully_shard
-        return f"a {type(module).__name__} with a {type(weight).__name__} weight"
-    if weight.dtype not in (*_HALF, torch.float32, torch.float64):
-        return f"a {type(module).__name__} with a {weight.dtype} weight"
-    return None
 
 
 def _served_dtype(adapter: torch.dtype | None, weight: torch.dtype) -> torch.dtype:
