@@ -4,10 +4,10 @@
     expand    y += S Bᵀ                     float32 sum, one rounding; backward: dX = mask ∘ (dS A) / (1 - p)
     outer     G  = Sᵀ drop(x)               dA from (dS, x), dB from (S, dY), each slot's tokens in their order
 
-Alphabet: x [T, K] or dY [T, N] has tokens and columns k; S has columns r, those of slice p from firsts[p] on, and rows m
-in the order of ``Routing``. A program takes one tile of one slot's tokens; tokens without an adapter are in no tile and
-cost nothing. Ranks are the slots' own: nothing beyond a slot's true rank is read. A token's sums depend on its own data
-and on K, R and the tile's size, never on the other tokens. Sums cut along K lie in planes that expand adds in order.
+Alphabet: x [T, K] or dY [T, N] has tokens and columns k; S has columns r, those of slice p from firsts[p] on, and rows
+m in the order of ``Routing``. A program takes one tile of one slot's tokens; tokens without an adapter are in no tile
+and cost nothing. Ranks are the slots' own: nothing beyond a slot's true rank is read. A token's sums depend on its own
+data and on K, R and the tile's size, never on the other tokens. Sums cut along K lie in planes, added in order.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_tile
-from .launch import Config, capability, launch, math
+from .launch import Config, launch, math
 
 DECODE = 16  # tokens a tile where weights, not tokens, are what there is to read
 
@@ -203,9 +203,8 @@ def _outer_kernel(
         x = tl.load(x_tile, mask=(m < stop)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         s = tl.load(s_tile, mask=(m < stop)[:, None] & r_ok[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         if DROPOUT:
-            keep = keep_tile(
-                tl.load(seed_ptr + slot), tl.load(threshold_ptr + slot), m - start, pid_k * BLOCK_K, BLOCK_K
-            )
+            seed, threshold = tl.load(seed_ptr + slot), tl.load(threshold_ptr + slot)
+            keep = keep_tile(seed, threshold, m - start, pid_k * BLOCK_K, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         acc = tl.dot(tl.trans(x.to(ACC)), s, acc, input_precision=PRECISION, out_dtype=ACC)
     if DROPOUT:

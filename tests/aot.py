@@ -137,6 +137,7 @@ def multi_lora(x_dtype, dtype, ranks, dropout, tile, tokens, k, n) -> None:
     """Launch all that routing, and a forward and backward of ``multi_lora_shared``, launches."""
     from fastpeft.kernels import multi_lora as kernels
     from fastpeft.kernels import routing
+
     from fastpeft.reference import Routing, Slots
 
     def new(*shape, dtype=dtype):

@@ -2,12 +2,13 @@
 
     y[t] += S[t] B[s]ᵀ          S[t] = scale[s] · drop(x[t]) A[s]ᵀ     s = token_slots[t]     saved: x and S
     dS[t] = scale[s] · dY[t] B[s]             dB[s] = Σ dY[t]ᵀ S[t]
-    dX[t] = mask ∘ (dS[t] A[s]) / (1 - p)     dA[s] = Σ dS[t]ᵀ drop(x[t])     over the tokens t of slot s, in their order
+    dX[t] = mask ∘ (dS[t] A[s]) / (1 - p)     dA[s] = Σ dS[t]ᵀ drop(x[t])     over the tokens t of s, in their order
 
 Adapters of any ranks share the padded tensors ``[slots, R, K]`` and ``[slots, N, R]``; what lies beyond a slot's true
 rank, or in a slot that no token names, is never read. Tokens without an adapter cost nothing. The shared form serves
-several projections of the same x (q, k and v; gate and up) in one call. S is float32 (float64 for float64 adapters), and
-y is rounded once. Every step is deterministic, and a token's result does not depend on the other tokens of the batch.
+several projections of the same x (q, k and v; gate and up) in one call. S is float32 (float64 for float64 adapters),
+and y is rounded once. Every step is deterministic, and on one kernel path (``route``'s ``tile``) a token's result does
+not depend on the other tokens of the batch.
 
 Sources: Chen et al., "Punica: Multi-Tenant LoRA Serving" (2023); Sheng et al., "S-LoRA" (2023).
 """
@@ -152,8 +153,8 @@ def multi_lora(
         y: ``[..., N]`` in x's dtype, is not modified; None: 0.
         backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
         dropouts: for each slot the probability of dropping an element of x, in [0, 1).
-        seeds: int64 ``[slots]`` of the dropout masks, None: drawn from torch's generator. A mask's rows count the slot's
-            own tokens, so an adapter draws in any batch the mask that ``lora_linear`` draws for its tokens alone.
+        seeds: int64 ``[slots]`` of the dropout masks, None: drawn from torch's generator. A mask's rows count the
+            slot's own tokens, so an adapter draws in any batch the mask that ``lora_linear`` draws for it alone.
 
     Returns:
         ``[..., N]`` in x's dtype. Differentiable in x, lora_a, lora_b and y.
@@ -203,8 +204,8 @@ def multi_lora_(
 ) -> Tensor | Sequence[Tensor]:
     """``multi_lora`` in place on y, for serving: no gradient, no dropout, nothing else is written.
 
-    y, lora_a and lora_b are tensors, or sequences of them for the slices of the shared form. Rows of y (any strides, but
-    no two elements in one place) whose token has no adapter are not touched.
+    y, lora_a and lora_b are tensors, or sequences of them for the slices of the shared form. y is ``[T, N]`` with any
+    strides (no two elements in one place), or contiguous. Its rows whose token has no adapter are not touched.
 
     Returns:
         y.
@@ -286,7 +287,7 @@ def _check_inplace(op, x, lora_as, lora_bs, ys):
     for y in ys:
         if y.dim() > 2 and not y.is_contiguous():
             raise ValueError(
-                f"{op}: y has shape {list(y.shape)} and strides {y.stride()}, expected [T, N] or contiguous"
+                f"{op}: y has shape {list(y.shape)} and strides {y.stride()}, expected [T, N] or a contiguous tensor"
             )
 
 

@@ -1,8 +1,8 @@
 """Which tokens of a batch belong to which adapter slot, worked out once a step for all layers.
 
-The tokens are sorted by slot, stably, and every slot's tokens are cut into tiles; see ``fastpeft.reference.Routing``. On
-a GPU two small kernels do it, nothing waits for the device, and every shape depends on the number of tokens and of slots
-alone: the call can be captured in a CUDA graph and replayed with another mapping in ``token_slots``.
+The tokens are sorted by slot, stably, and every slot's tokens are cut into tiles; see ``fastpeft.reference.Routing``.
+On a GPU two small kernels do it, nothing waits for the device, and every shape depends on the number of tokens and of
+slots alone: the call can be captured in a CUDA graph and replayed with another mapping in ``token_slots``.
 """
 
 import torch
@@ -47,8 +47,8 @@ def route(token_slots: Tensor, slots: int, tile: int | None = None, backend: str
     """Sort the tokens of a batch by adapter slot, for ``multi_lora`` in every layer of a step.
 
     Args:
-        token_slots: int32 or int64, any shape: each token's slot, or -1 for none. A slot that does not exist is an error
-            on the CPU; on a GPU, where looking would wait for the device, it is none.
+        token_slots: int32 or int64, any shape: each token's slot, or -1 for none. A slot that does not exist is an
+            error on the CPU; on a GPU, where looking would wait for the device, it is none.
         slots: the number of slots.
         tile: tokens a tile has, 16 or 64; None: 16 up to 512 tokens, else 64. It picks the kernels, so a caller who
             states it gets a token's result with the same bits in batches of every size.

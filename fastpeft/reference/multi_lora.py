@@ -1,11 +1,12 @@
 """LoRA for a batch whose tokens belong to different adapters: the definition, and the steps that every backend offers.
 
 ``multi_lora`` is what the op means: each adapter's tokens go through ``lora_linear`` as if they were alone. The four
-steps below it are the same algebra cut where the kernels cut it; on the CPU they are also what runs. Shapes: ``x [T,
-K]``, ``a [slots, R, K]``, ``b [slots, N, R]``; S is ``[planes, T, R]``, R summed over the slices (q, k and v) that share
-x, its rows in the order of ``Routing``. A sum over the planes is the S that is meant; here there is one plane.
+steps below it are the same algebra cut where the kernels cut it; on the CPU they are also what runs. Shapes: ``x
+[T, K]``, ``a [slots, R, K]``, ``b [slots, N, R]``; S is ``[planes, T, R]``, R summed over the slices (q, k and v) that
+share x, its rows in the order of ``Routing``. A sum over the planes is the S that is meant; here there is one plane.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def multi_lora(
 
     Args:
         x: ``[T, K]``; lora_a: ``[slots, R, K]``; lora_b: ``[slots, N, R]``; token_slots: ``[T]``; scales: ``[slots]``.
-        ranks: ``[slots]``, true ranks: rows of A and columns of B beyond them are not read. y: ``[T, N]`` or None for 0.
+        ranks: ``[slots]``, true ranks: rows of A and columns of B beyond them are not read. y: ``[T, N]``, None for 0.
         dropouts: one probability for each slot; seeds: int64 ``[slots]``. The mask's rows count a slot's own tokens,
             so that an adapter draws the mask that it would draw alone.
 
@@ -157,7 +158,7 @@ def _segments(routing: Routing, ranks: Tensor | None, largest: int) -> Iterator[
     """(slot, its places in the order, its true rank) of every slot that has tokens and a rank."""
     starts = routing.starts.tolist()
     ranks = None if ranks is None else ranks.tolist()
-    for slot, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for slot, (start, stop) in enumerate(itertools.pairwise(starts)):
         rank = largest if ranks is None else max(0, min(ranks[slot], largest))
         if start < stop and rank:
             yield slot, slice(start, stop), rank

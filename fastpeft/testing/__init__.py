@@ -9,19 +9,22 @@ from collections.abc import Iterator
 
 import torch
 
-from . import lora_linear
+from . import lora_linear, multi_lora
 from .accuracy import MAX_RATIO, RMS_RATIO, Ratios, assert_no_worse, error_vs_eager, integer_inputs
 from .lora_linear import LoraProblem, eager_lora_linear
 from .memory import guarded, poisoned
+from .multi_lora import MultiLoraProblem, eager_multi_lora
 
 __all__ = [
     "MAX_RATIO",
     "RMS_RATIO",
     "LoraProblem",
+    "MultiLoraProblem",
     "Ratios",
     "assert_no_worse",
     "check_ops",
     "eager_lora_linear",
+    "eager_multi_lora",
     "error_vs_eager",
     "guarded",
     "integer_inputs",
@@ -34,6 +37,6 @@ def check_ops(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, fl
 
     Yields (name, dtype, worst max ratio, worst rms ratio, ok), the ratios over all outputs and gradients.
     """
-    for op in (lora_linear,):
+    for op in (lora_linear, multi_lora):
         for name, dtype, worst in op.check(device):
             yield name, dtype, *worst, worst.ok

@@ -1,0 +1,170 @@
+"""Problems for multi_lora and multi_lora_shared, solved three ways: fused, eager, exact."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _backend, ops, reference
+from ..ops.multi_lora import REASONS
+from ..ops.routing import TILES
+from .accuracy import Ratios, error_vs_eager, integer_inputs
+
+
+def eager_multi_lora(x, lora_a, lora_b, token_slots, scales, ranks, y, dropouts=None, seeds=None) -> Tensor:
+    """What PEFT does for a mixed batch: one adapter after another, gathered and added. The yardstick."""
+    for slot, scale in enumerate(scales.tolist()):
+        tokens = (token_slots == slot).nonzero()[:, 0]
+        rank = lora_a.shape[1] if ranks is None else int(ranks[slot])
+        if not rank or not len(tokens):
+            continue
+        branch = x[tokens].to(lora_a.dtype)
+        if dropouts is not None and dropouts[slot]:
+            mask = reference.keep_mask(seeds[slot], dropouts[slot], *branch.shape, branch.dtype)
+            branch = branch * (mask * reference.inverse_keep(dropouts[slot]))
+        delta = F.linear(F.linear(branch, lora_a[slot, :rank]), lora_b[slot, :, :rank]) * scale
+        y = y.index_add(0, tokens, delta.to(y.dtype))
+    return y
+
+
+@dataclass(frozen=True)
+class MultiLoraProblem:
+    """Operands and incoming gradients of ``multi_lora_shared``; one slice makes it one of ``multi_lora``.
+
+    ``fused``, ``eager`` and ``exact`` return outputs and gradients by name: y0, dx, dlora_a0, dlora_b0, dy0, ...
+    """
+
+    x: Tensor
+    lora_as: tuple[Tensor, ...]
+    lora_bs: tuple[Tensor, ...]
+    ys: tuple[Tensor, ...]
+    dys: tuple[Tensor, ...]
+    token_slots: Tensor
+    scales: Tensor
+    ranks: Tensor | None
+    dropouts: tuple[float, ...] | None
+    seeds: Tensor
+
+    @classmethod
+    def make(
+        cls,
+        tokens: int = 41,
+        k: int = 38,
+        outs: tuple[int, ...] = (45,),
+        ranks: tuple[int, ...] = (12,),
+        slots: int = 4,
+        dtype: torch.dtype = torch.float32,
+        adapter_dtype: torch.dtype | None = None,
+        device="cpu",
+        dropout: float = 0.0,
+        integers: bool = False,
+        seed: int = 0,
+    ) -> "MultiLoraProblem":
+        """Random operands. Every slot, the last one and none (-1) included, has tokens if there are enough.
+
+        True ranks differ, and what lies beyond them is NaN; scales differ, and some are negative.
+        """
+        adapter, count = adapter_dtype or dtype, len(outs)
+        generator = torch.Generator().manual_seed(seed)
+
+        def number(most):
+            return int(torch.randint(most, (), generator=generator))
+
+        def draw(*size, spread=1.0, to=dtype):
+            if integers:
+                return integer_inputs(size, dtype=to, device=device, seed=number(1 << 30))[0]
+            return (torch.randn(size, generator=generator, dtype=torch.float64) * spread).to(device, to)
+
+        true = torch.tensor([[max(1, r - 3 * ((p + s) % 4)) for s in range(slots)] for p, r in enumerate(ranks)])
+        lora_as = tuple(draw(slots, r, k, spread=k**-0.5, to=adapter) for r in ranks)
+        lora_bs = tuple(draw(slots, n, r, spread=r**-0.5, to=adapter) for n, r in zip(outs, ranks, strict=True))
+        for p, s in torch.cartesian_prod(torch.arange(count), torch.arange(slots)).tolist():
+            lora_as[p][s, true[p, s] :] = torch.nan
+            lora_bs[p][s, :, true[p, s] :] = torch.nan
+        token_slots = torch.arange(tokens) % (slots + 1) - 1
+        token_slots = token_slots[torch.randperm(tokens, generator=generator)]
+        scales = torch.tensor([[(0.5, -1.0, 2.0)[(p + s) % 3] for s in range(slots)] for p in range(count)])
+        tables = scales.to(torch.promote_types(adapter, torch.float32)), true.int()
+        scales, true = (table[0] if count == 1 else table for table in tables)
+        seeds = torch.arange(count * slots).view(count, slots) + 1234567 + seed
+        return cls(
+            x=draw(tokens, k),
+            lora_as=lora_as,
+            lora_bs=lora_bs,
+            ys=tuple(draw(tokens, n) for n in outs),
+            dys=tuple(draw(tokens, n) for n in outs),
+            token_slots=token_slots.to(device, torch.int32),
+            scales=scales.to(device),
+            ranks=true.to(device),
+            dropouts=tuple(dropout * (s % 2) for s in range(slots)) if dropout else None,  # not everyone drops
+            seeds=(seeds[0] if count == 1 else seeds).to(device),
+        )
+
+    def fused(self, backend: str | None = None, tile: int | None = None) -> dict[str, Tensor]:
+        def call(x, *lists):
+            routing = ops.route(self.token_slots, self.lora_as[0].shape[0], tile, backend)
+            options = {"dropouts": self.dropouts, "seeds": None if self.dropouts is None else self.seeds}
+            if len(self.ys) > 1:
+                lora_as, lora_bs, ys = lists
+                return ops.multi_lora_shared(
+                    x, lora_as, lora_bs, routing, self.scales, self.ranks, ys, backend, **options
+                )
+            lora_a, lora_b, y = (values[0] for values in lists)
+            return [ops.multi_lora(x, lora_a, lora_b, routing, self.scales, self.ranks, y, backend, **options)]
+
+        return self.differentiate(call)
+
+    def eager(self, function: Callable = eager_multi_lora) -> dict[str, Tensor]:
+        def call(x, lora_as, lora_bs, ys):
+            outs = []
+            for p, (a, b, y) in enumerate(zip(lora_as, lora_bs, ys, strict=True)):
+                scales, ranks, seeds = (
+                    t[p] if t is not None and t.dim() == 2 else t for t in (self.scales, self.ranks, self.seeds)
+                )
+                outs.append(function(x, a, b, self.token_slots, scales, ranks, y, self.dropouts, seeds))
+            return outs
+
+        return self.differentiate(call)
+
+    def exact(self) -> dict[str, Tensor]:
+        return self.map(lambda t: t.detach().double()).eager(reference.multi_lora)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "MultiLoraProblem":
+        """The same problem with ``function`` applied to every operand and incoming gradient."""
+        groups = {name: tuple(map(function, getattr(self, name))) for name in ("lora_as", "lora_bs", "ys", "dys")}
+        return replace(self, x=function(self.x), **groups)
+
+    def differentiate(self, call: Callable) -> dict[str, Tensor]:
+        """Run ``call(x, lora_as, lora_bs, ys)`` and backward from ``dys``."""
+        x = self.x.detach().requires_grad_()
+        lists = [[t.detach().requires_grad_() for t in group] for group in (self.lora_as, self.lora_bs, self.ys)]
+        outs = call(x, *lists)
+        leaves = [x, *(t for group in lists for t in group)]
+        count = len(self.ys)
+        names = ["dx", *(f"d{name}{p}" for name in ("lora_a", "lora_b", "y") for p in range(count))]
+        grads = torch.autograd.grad(outs, leaves, self.dys, materialize_grads=True)
+        return {f"y{p}": y.detach() for p, y in enumerate(outs)} | dict(zip(names, grads, strict=True))
+
+
+def ratios(problem: MultiLoraProblem, backend: str | None = None, tile: int | None = None) -> dict[str, Ratios]:
+    """``error_vs_eager`` of every output and gradient of the problem."""
+    fused, eager, exact = problem.fused(backend, tile), problem.eager(), problem.exact()
+    return {name: error_vs_eager(fused[name], eager[name], exact[name]) for name in exact}
+
+
+def check(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, Ratios]]:
+    """Every dtype, both forms and both tiles, on each backend that serves ``device``; the worst ratios of each."""
+    forms = {"multi_lora": ((320,), (16,)), "multi_lora_shared": ((320, 96, 96), (16, 8, 24))}
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    dtypes = [(dtype, dtype) for dtype in floats] + [(dtype, torch.float32) for dtype in floats[1:]]
+    for name, (outs, ranks) in forms.items():
+        for dtype, adapter in dtypes:
+            problem = MultiLoraProblem.make(201, 448, outs, ranks, 6, dtype, adapter, device, dropout=0.1)
+            for backend in _backend.ORDER:
+                if REASONS[backend](problem.x, problem.lora_as, None) is None:
+                    found = [ratio for tile in TILES for ratio in ratios(problem, backend, tile).values()]
+                    worst = Ratios(max(r.max for r in found), max(r.rms for r in found))
+                    note = "" if dtype == adapter else ", fp32 adapters"
+                    yield f"{name} {backend}{note}", dtype, worst
