@@ -52,10 +52,10 @@ def _rank(rank_ptr, index, largest, RANKS: tl.constexpr):
 
 
 @triton.jit
-def _tile(order_ptr, starts_ptr, tiles_ptr, TILES, index, slot, BLOCK_M: tl.constexpr):
+def _tile(order_ptr, starts_ptr, tiles_ptr, stride_tiles, index, slot, BLOCK_M: tl.constexpr):
     """A tile's places in the order, the place of its slot's first token, its tokens, and which of them exist."""
     start = tl.load(starts_ptr + slot).to(tl.int64)
-    m = tl.load(tiles_ptr + TILES + index).to(tl.int64) + tl.arange(0, BLOCK_M)
+    m = tl.load(tiles_ptr + stride_tiles + index).to(tl.int64) + tl.arange(0, BLOCK_M)
     m_ok = m < tl.load(starts_ptr + slot + 1)
     return m, start, tl.load(order_ptr + m, mask=m_ok, other=0).to(tl.int64), m_ok
 
@@ -63,7 +63,7 @@ def _tile(order_ptr, starts_ptr, tiles_ptr, TILES, index, slot, BLOCK_M: tl.cons
 @triton.jit
 def _shrink_kernel(
     x_ptr, a_ptrs, s_ptr, order_ptr, starts_ptr, tiles_ptr, scale_ptr, rank_ptr, threshold_ptr, seed_ptr,
-    TILES, K, SPAN, firsts, sizes, stride_scale, stride_rank, stride_seed,
+    stride_tiles, K, SPAN, firsts, sizes, stride_scale, stride_rank, stride_seed,
     stride_xm, stride_xk, strides_as, strides_ar, strides_ak, stride_sp, stride_sm, stride_sr,
     SLICES: tl.constexpr, RANKS: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -72,7 +72,7 @@ def _shrink_kernel(
     slot = tl.load(tiles_ptr + pid_m).to(tl.int64)
     if slot < 0:
         return
-    m, start, token, m_ok = _tile(order_ptr, starts_ptr, tiles_ptr, TILES, pid_m, slot, BLOCK_M)
+    m, start, token, m_ok = _tile(order_ptr, starts_ptr, tiles_ptr, stride_tiles, pid_m, slot, BLOCK_M)
     column = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     first = pid_p * SPAN
     k = first + tl.arange(0, BLOCK_K)
@@ -144,7 +144,7 @@ def _low_rank(
 @triton.jit
 def _expand_kernel(
     s_ptr, b_ptrs, y_ptrs, order_ptr, starts_ptr, tiles_ptr, rank_ptr, threshold_ptr, seed_ptr,
-    TILES, firsts, sizes, widths, blocks, stride_rank, stride_seed,
+    stride_tiles, firsts, sizes, widths, blocks, stride_rank, stride_seed,
     stride_sp, stride_sm, stride_sr, strides_bs, strides_bk, strides_br, strides_ym, strides_yk,
     SLICES: tl.constexpr, SUM: tl.constexpr, PLANES: tl.constexpr, RANKS: tl.constexpr, DROPOUT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -154,7 +154,7 @@ def _expand_kernel(
     slot = tl.load(tiles_ptr + pid_m).to(tl.int64)
     if slot < 0:
         return
-    m, start, token, m_ok = _tile(order_ptr, starts_ptr, tiles_ptr, TILES, pid_m, slot, BLOCK_M)
+    m, start, token, m_ok = _tile(order_ptr, starts_ptr, tiles_ptr, stride_tiles, pid_m, slot, BLOCK_M)
     total = tl.zeros((BLOCK_M, BLOCK_K), ACC)
     for p in tl.static_range(SLICES):
         block = pid_k if SUM else pid_k - blocks[p]
@@ -276,7 +276,7 @@ def _shrink(x, lora_as, s, routing, slots):
     launch(
         _shrink_kernel, (tiles, triton.cdiv(columns, c.block_r), s.shape[0]), c, acc,
         x, tuple(lora_as), s, routing.order, routing.starts, routing.tiles, *slots,
-        tiles, k, span, _firsts(ranks), tuple(ranks), *_strides(slots),
+        routing.tiles.stride(0), k, span, _firsts(ranks), tuple(ranks), *_strides(slots),
         *x.stride(), *_transposed(lora_as), *s.stride(),
         SLICES=len(lora_as), RANKS=slots.ranks is not None, DROPOUT=slots.thresholds is not None,
     )  # fmt: skip
@@ -289,7 +289,7 @@ def _expand(ys, s, lora_bs, routing, slots, total):
     launch(
         _expand_kernel, (tiles, blocks[0] if total else sum(blocks)), c, acc,
         s, tuple(lora_bs), tuple(ys), routing.order, routing.starts, routing.tiles, *slots[1:],
-        tiles, _firsts(ranks), tuple(ranks), widths, _firsts(blocks), *_strides(slots)[1:],
+        routing.tiles.stride(0), _firsts(ranks), tuple(ranks), widths, _firsts(blocks), *_strides(slots)[1:],
         *s.stride(), *_transposed(lora_bs), *zip(*(y.stride() for y in ys), strict=True),
         SLICES=len(lora_bs), SUM=total, PLANES=s.shape[0], RANKS=slots.ranks is not None,
         DROPOUT=slots.thresholds is not None,
