@@ -1,7 +1,6 @@
 """Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``, either way round.
 
-Only safetensors is read: nothing is ever unpickled. Files are written beside their place and renamed into it, so a
-reader never sees half a file. safetensors comes with transformers and PEFT; it is imported when a file is touched.
+Files are written beside their place and renamed into it, so a reader never sees half a file.
 """
 
 import json
@@ -19,18 +18,16 @@ from ..nn.trained_copy import TrainedCopy
 from .attach import apply, check_attachable
 from .attachment import Attachment, attachment_of, holder_of, original_names, refuse_merged
 from .lora import Lora
+from .peft_files import CONFIG, PREFIX, WEIGHTS, read_config, read_tensors, safetensors
 from .peft_format import from_peft, to_peft
 from .targets import Targets, resolve, walk
-
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The parameters of one adapter, by their names in PEFT's checkpoints; the tensors are the model's own."""
     holder, state = holder_of("adapter_state_dict", model)
     _known("adapter_state_dict", state, name)
-    return {_PREFIX + key: tensor.detach() for key, tensor in _destinations(holder, state, name).items()}
+    return {PREFIX + key: tensor.detach() for key, tensor in _destinations(holder, state, name).items()}
 
 
 def save(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> None:
@@ -42,7 +39,7 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str = "default") 
         ValueError: no such adapter, merged, or parameters without values (meta); nothing has been written then.
         ImportError: safetensors is missing.
     """
-    safetensors = _safetensors("save")
+    library = safetensors("save")
     holder, state = holder_of("save", model)
     config = _known("save", state, name)
     refuse_merged("save", holder, state)
@@ -58,8 +55,8 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str = "default") 
         return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / _WEIGHTS, lambda path: safetensors.save_file(tensors, path, metadata={"format": "pt"}))
-    _write(directory / _CONFIG, lambda path: Path(path).write_text(json.dumps(fields, indent=2) + "\n", "utf-8"))
+    _write(directory / WEIGHTS, lambda path: library.save_file(tensors, path, metadata={"format": "pt"}))
+    _write(directory / CONFIG, lambda path: Path(path).write_text(json.dumps(fields, indent=2) + "\n", "utf-8"))
 
 
 def load(model: nn.Module, directory: str | os.PathLike, name: str = "default") -> nn.Module:
@@ -77,10 +74,10 @@ def load(model: nn.Module, directory: str | os.PathLike, name: str = "default") 
             model, with the keys and shapes that differ; nothing has been changed then.
         ImportError: safetensors is missing.
     """
-    safetensors = _safetensors("load")
+    safetensors("load")
     directory = Path(directory)
-    config = from_peft("load", _read_config(directory))
-    tensors = _read_tensors(safetensors, directory)
+    config = from_peft("load", read_config("load", directory))
+    tensors = read_tensors("load", directory)
     attached = isinstance(model, nn.Module) and any(attachment_of(module) is not None for module in model.modules())
     holder, state = holder_of("load", model) if attached else (model, None)
     targets = None
@@ -173,33 +170,6 @@ def _compare(directory: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
         raise ValueError(f"load: {directory} is a checkpoint for another model:\n  {shown}")
 
 
-def _read_config(directory: Path) -> object:
-    path = directory / _CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"load: {directory} has no {_CONFIG}")
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:  # also of the decoding
-        raise ValueError(f"load: {path} is no JSON ({error})") from None
-
-
-def _read_tensors(safetensors, directory: Path) -> dict[str, Tensor]:
-    path = directory / _WEIGHTS
-    if not path.is_file():
-        pickled = [p.name for p in sorted(directory.glob("*")) if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
-        if pickled:
-            raise ValueError(f"load: {directory} has {pickled[0]}, which would be unpickled, expected {_WEIGHTS}")
-        raise FileNotFoundError(f"load: {directory} has no {_WEIGHTS}")
-    try:
-        tensors = safetensors.load_file(path)
-    except Exception as error:  # SafetensorError is not public in every version
-        raise ValueError(f"load: {path} is truncated or no safetensors file ({error})") from None
-    foreign = next((key for key in tensors if not key.startswith(_PREFIX)), None)
-    if foreign is not None or not tensors:
-        raise ValueError(f"load: {path} has {foreign or 'no tensors'}, expected keys that start with {_PREFIX}")
-    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-
-
 def _write(path: Path, write: Callable[[str], object]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -228,12 +198,3 @@ def _known(op: str, state: Attachment, name: str) -> Lora:
     if name not in state.configs:
         raise ValueError(f"{op}: no adapter {name!r}, expected one of {', '.join(state.configs)}")
     return state.configs[name]
-
-
-def _safetensors(op: str):
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        message = f"{op}: safetensors does not import, it comes with transformers and PEFT (pip install safetensors)"
-        raise ImportError(message) from error
-    return safetensors.torch

@@ -76,6 +76,11 @@ def resolve(op: str, model: nn.Module, config: Lora, strict: bool = True) -> Tar
     return Targets(tuple(linears), copies)
 
 
+def names(path: str, config: Lora) -> bool:
+    """Whether the config's targets mean ``path``, whatever module is there; "all-linear" means every path."""
+    return _named(path, None, config)
+
+
 def _named(path: str, reason: str | None, config: Lora) -> bool:
     exclude, targets = config.exclude, config.targets
     if exclude and (re.fullmatch(exclude, path) if isinstance(exclude, str) else _ends(path, exclude)):
