@@ -309,11 +309,13 @@ def _outer(s, x, routing, slots, dtype):
     return g
 
 
-def describe(x: Tensor, lora_as: Sequence[Tensor], routing) -> list[str]:
-    """The kernel configurations of a call, for ``fastpeft.explain``."""
-    columns, dtype = sum(_ranks(lora_as)), lora_as[0].dtype
-    lines = [f"{step}: {config(step, columns, dtype, routing.tile)}" for step in ("shrink", "expand", "outer")]
-    return [*lines, f"tiles of {routing.tile} tokens, K in {planes(x.shape[1], routing.tile)} sums"]
+def describe(x: Tensor, lora_as: Sequence[Tensor]) -> list[str]:
+    """The kernel configurations of a call, for ``fastpeft.explain``: few tokens a tile, and many."""
+    columns, dtype, lines = sum(_ranks(lora_as)), lora_as[0].dtype, []
+    for tile in (DECODE, 4 * DECODE):
+        lines += [f"{step}: {config(step, columns, dtype, tile)}" for step in ("shrink", "expand", "outer")]
+        lines.append(f"K={x.shape[-1]} in {planes(x.shape[-1], tile)} sums")
+    return lines
 
 
 def _ranks(lora_as: Sequence[Tensor]) -> list[int]:

@@ -1,4 +1,4 @@
-"""multi_lora and multi_lora_shared: exact on integers, no less accurate than PyTorch, exact gradients, alone as mixed."""
+"""multi_lora, multi_lora_shared: exact on integers, no less accurate than PyTorch, exact gradients, mixed as alone."""
 
 import pytest
 import torch
@@ -96,7 +96,7 @@ def test_the_definition_is_the_formula(dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("backend", "dtype", "adapter"), served((FP32, FP32), (FP16, FP32)))
 def test_every_adapter_trains_as_if_alone(form, tile, backend, dtype, adapter, dropout):
-    """Outputs and gradients of one slot with the others' tokens in the batch and without them: the kernels' same bits."""
+    """Outputs and gradients of one slot, with the others' tokens in the batch and without; from kernels, same bits."""
     p = MultiLoraProblem.make(130, 70, *FORMS[form], 3, dtype, adapter, DEVICE, dropout)
     mixed = p.fused(backend, tile)
     for slot in range(3):

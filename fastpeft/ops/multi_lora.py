@@ -216,10 +216,9 @@ def multi_lora_(
     return y
 
 
-def explain(x: Tensor, lora_a: Tensor, lora_b: Tensor, token_slots: Tensor | Routing, *_, backend=None, **__) -> str:
+def explain(x: Tensor, lora_a: Tensor, *_, backend: str | None = None, **__) -> str:
     """Which backend serves ``multi_lora`` on these tensors, its configuration, and why the others do not."""
-    routing = token_slots if isinstance(token_slots, Routing) else route(token_slots, lora_a.shape[0])
-    return _backend.explain("multi_lora", backend, REASONS, x, [lora_a], routing)
+    return _backend.explain("multi_lora", backend, REASONS, x, [lora_a])
 
 
 def _call(
@@ -237,8 +236,8 @@ def _call(
     sizes = {"T": flat.shape[0], "K": shape[-1]}
     _check_slices(op, plural, x, lora_as, lora_bs, ys, sizes)
     slots, count = sizes["slots"], len(lora_as)
+    backend = _backend.choose(op, backend, REASONS, x, lora_as)
     routing = _routing(op, token_slots, slots, sizes["T"], x, backend)
-    backend = _backend.choose(op, backend, REASONS, x, lora_as, routing)
     wanted = torch.float64 if lora_as[0].dtype == torch.float64 else torch.float32
     scales = _table(op, "scales", scales, wanted, count, slots, x)
     absent = x.new_empty(0)
@@ -310,7 +309,8 @@ def _table(op, name, table, dtype, count, slots, x):
     if not isinstance(table, Tensor) or table.dtype != dtype or table.device != x.device:
         given = f"{table.dtype} on {table.device}" if isinstance(table, Tensor) else type(table).__name__
         raise TypeError(f"{op}: {name} is {given}, expected {dtype} on {x.device}")
-    if table.shape not in ((slots,), (count, slots)):
+    fits = table.dim() in (1, 2) and table.shape[-1] == slots and (table.dim() == 1 or table.shape[0] == count)
+    if not fits:
         shapes = f"[{slots}]" + f" or [{count}, {slots}]" * (count > 1)
         raise ValueError(f"{op}: {name} has shape {list(table.shape)}, expected {shapes}")
     return table if table.stride(-1) == 1 else table.contiguous()
@@ -333,7 +333,7 @@ def _dropout(op, dropouts, seeds, count, slots, x):
     return torch.tensor(thresholds, dtype=torch.int32, device=x.device), seeds.contiguous()
 
 
-def _triton_reason(x, lora_as, routing):
+def _triton_reason(x, lora_as):
     reason = _backend.triton_reason(x.device)
     if reason is not None:
         return reason
@@ -347,7 +347,7 @@ def _triton_reason(x, lora_as, routing):
 
 
 REASONS = {
-    "cuda": lambda x, lora_as, routing: _backend.cuda_missing() or "fastpeft._C has no multi_lora",
+    "cuda": lambda x, lora_as: _backend.cuda_missing() or "fastpeft._C has no multi_lora",
     "triton": _triton_reason,
-    "reference": lambda x, lora_as, routing: None,
+    "reference": lambda x, lora_as: None,
 }

@@ -163,7 +163,7 @@ def check(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, Ratios
         for dtype, adapter in dtypes:
             problem = MultiLoraProblem.make(201, 448, outs, ranks, 6, dtype, adapter, device, dropout=0.1)
             for backend in _backend.ORDER:
-                if REASONS[backend](problem.x, problem.lora_as, None) is None:
+                if REASONS[backend](problem.x, problem.lora_as) is None:
                     found = [ratio for tile in TILES for ratio in ratios(problem, backend, tile).values()]
                     worst = Ratios(max(r.max for r in found), max(r.rms for r in found))
                     note = "" if dtype == adapter else ", fp32 adapters"
