@@ -57,12 +57,17 @@ class Texts:
 
 
 class Classifier(nn.Module):
-    """``logits = head(mean of the encoder's last hidden states over the tokens that are not padding)``."""
+    """``logits = head(mean of the encoder's last hidden states over the tokens that are not padding)``.
+
+    The head starts at zero, so that every method starts from the same loss, log(classes).
+    """
 
     def __init__(self, encoder: nn.Module, classes: int):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(encoder.config.hidden_size, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
         hidden = self.encoder(**inputs).last_hidden_state

@@ -1,22 +1,68 @@
-"""The baseline: multinomial logistic regression on the frozen encoder's features, given its best chance."""
+"""The baselines: a linear head on the frozen encoder's features, trained as LoRA is, and trained to convergence."""
+
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # learning rates
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # on the squared weights
 
 
-def fit(features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Linear:
-    """The head, trained to convergence on standardised features; the penalty is the best on a held-out fifth."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+def same_steps(features: Tensor, labels: Tensor, classes: int, batches: Sequence[list[int]], seed: int) -> nn.Linear:
+    """The head after LoRA's own batches (rows of ``features``), at the learning rate that is best for the head alone.
+
+    A learning rate is judged on a held-out fifth, which is then left out of the batches.
+    """
+
+    def fit(rows: Tensor, rate: float) -> nn.Linear:
+        allowed = set(rows.tolist())
+        kept = [[row for row in batch if row in allowed] for batch in batches]
+        return descend(features, labels, classes, kept, rate)
+
+    return fit(torch.arange(len(labels)), choose(RATES, fit, features, labels, seed))
+
+
+def converged(features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Linear:
+    """Multinomial logistic regression; the penalty is the best on a held-out fifth."""
+
+    def fit(rows: Tensor, penalty: float) -> nn.Linear:
+        return minimise(features[rows], labels[rows], classes, penalty)
+
+    return fit(torch.arange(len(labels)), choose(PENALTIES, fit, features, labels, seed))
+
+
+def choose(values: Iterable[float], fit: Callable, features: Tensor, labels: Tensor, seed: int) -> float:
+    """The value with which a head fitted to four fifths of the rows knows most of the others."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
 
-    def accuracy(penalty: float) -> float:
-        head = minimise(features[rest], labels[rest], classes, penalty)
-        return (head(features[held_out]).argmax(1) == labels[held_out]).float().mean().item()
+    def accuracy(value: float) -> float:
+        return (fit(rest, value)(features[held_out]).argmax(1) == labels[held_out]).float().mean().item()
 
-    return minimise(features, labels, classes, max(PENALTIES, key=accuracy))
+    return max(values, key=accuracy)
+
+
+def descend(features: Tensor, labels: Tensor, classes: int, batches: Sequence[list[int]], rate: float) -> nn.Linear:
+    """One step of AdamW a batch, from a head of zeros."""
+    head = zeros(features, classes)
+    optimizer, schedule = adamw([{"params": head.parameters(), "lr": rate}], len(batches))
+    for rows in batches:
+        if rows:
+            optimizer.zero_grad()
+            cross_entropy(head(features[rows]), labels[rows]).backward()
+            optimizer.step()
+        schedule.step()
+    return head
+
+
+def adamw(groups: list[dict], steps: int) -> tuple[AdamW, LambdaLR]:
+    """The optimizer of every training here; the learning rate goes up for a tenth of the steps, then to zero."""
+    optimizer = AdamW(groups)
+    return optimizer, LambdaLR(optimizer, lambda step: min(10 * (step + 1) / steps, 1 - step / steps))
 
 
 @torch.no_grad()
@@ -24,9 +70,7 @@ def minimise(features: Tensor, labels: Tensor, classes: int, penalty: float) -> 
     """``min cross_entropy(head(z)) + penalty |W|^2`` over ``z = (x - mean) / std``: convex, so L-BFGS finds it."""
     mean, std = features.mean(0), features.std(0).clamp(min=1e-6)  # MiniLM has features that are always zero
     standardised = (features - mean) / std
-    head = nn.Linear(features.shape[1], classes, device=features.device, dtype=features.dtype)
-    head.weight.zero_()
-    head.bias.zero_()
+    head = zeros(features, classes)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -39,4 +83,11 @@ def minimise(features: Tensor, labels: Tensor, classes: int, penalty: float) -> 
     optimizer.step(loss)
     head.weight /= std  # the same head for features as they come
     head.bias -= head.weight @ mean
+    return head
+
+
+def zeros(features: Tensor, classes: int) -> nn.Linear:
+    head = nn.Linear(features.shape[1], classes, device=features.device, dtype=features.dtype)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     return head

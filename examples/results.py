@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-COLOURS = ("#c9c9c9", "#0072B2", "#444444")  # frozen, fastpeft, PEFT
+COLOURS = ("#c9c9c9", "#a3a3a3", "#0072B2", "#444444")  # head only, converged head, fastpeft, PEFT
 
 
 @dataclass

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+import fastpeft
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.append(str(EXAMPLES))
 
@@ -89,7 +91,7 @@ def test_split_is_the_same_every_time_and_disjoint(tmp_path, monkeypatch):
     assert {*data.train.texts, *data.test.texts} <= set(texts)
 
 
-def test_frozen_head_is_trained_to_the_end():
+def test_converged_head_is_trained_to_the_end():
     """At the minimum of a convex loss its gradient is zero, whatever the scale of the features."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(60) % 3
@@ -109,13 +111,47 @@ def test_frozen_head_is_trained_to_the_end():
 
 
 @pytest.mark.parametrize("penalties", [(1e-4, 1e4), (1e4, 1e-4)])
-def test_frozen_head_chooses_its_penalty_on_held_out_rows(penalties, monkeypatch):
+def test_converged_head_chooses_its_penalty_on_held_out_rows(penalties, monkeypatch):
     """Where the features tell the label, the penalty that leaves no weights is not chosen."""
     monkeypatch.setattr(frozen_head, "PENALTIES", penalties)
     labels = torch.arange(60) % 3
-    head = frozen_head.fit(nn.functional.one_hot(labels).float(), labels, 3, seed=0)
+    head = frozen_head.converged(nn.functional.one_hot(labels).float(), labels, 3, seed=0)
     assert torch.equal(head(torch.eye(3)).argmax(1), torch.arange(3))
     assert head.weight.abs().max() > 1
+
+
+def test_head_only_takes_the_steps_that_loras_head_takes(tiny_bert):
+    """With adapters that do not learn, a training of the whole model is one of the head on the cached features."""
+    texts, labels = [f"{'word ' * (i % 7)}{i}" for i in range(24)], [i % 3 for i in range(24)]
+    data = encoder.Texts(encoder.load_tokenizer(str(tiny_bert)), texts, labels, 16, torch.device("cpu"))
+    base = encoder.Classifier(encoder.load_encoder(str(tiny_bert)), 3)
+    features, batches = finetune.predict(base, data, base.features), data.shuffled(8, steps=6, seed=0)
+    alone = frozen_head.descend(features, data.labels, 3, [batch.rows for batch in batches], rate=1e-2)
+
+    options = finetune.parse(["--lr", "0", "--head-lr", "1e-2"])
+    model = fastpeft.attach(base, finetune.lora(options, 0.0))
+    finetune.train({"LoRA": model}, batches, options, "")
+    torch.testing.assert_close(finetune.predict(model, data), alone(features).detach(), rtol=0, atol=1e-4)
+    assert alone.weight.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rates", [(1e-6, 1e-1), (1e-1, 1e-6)])
+def test_head_only_chooses_its_learning_rate_on_rows_it_did_not_see(rates, monkeypatch):
+    """And no row of the held-out fifth is learnt from while it does."""
+    monkeypatch.setattr(frozen_head, "RATES", rates)
+    descend, seen = frozen_head.descend, []
+
+    def watched(features, labels, classes, batches, rate):
+        seen.append((rate, {row for batch in batches for row in batch}))
+        return descend(features, labels, classes, batches, rate)
+
+    monkeypatch.setattr(frozen_head, "descend", watched)
+    labels = torch.tensor([0, 0, 1, 2] * 15)  # a head that has hardly moved says 0
+    batches = torch.randperm(60, generator=torch.Generator().manual_seed(1)).split(12) * 20
+    features = 0.5 * nn.functional.one_hot(labels).float()
+    frozen_head.same_steps(features, labels, 3, [rows.tolist() for rows in batches], seed=0)
+    assert [len(rows) for _, rows in seen] == [48, 48, 60]
+    assert seen[-1][0] == 1e-1
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_parameter():
@@ -182,7 +218,7 @@ def test_whole_demo(tiny_bert, tmp_path):
     ]
     titles, rows = lines[0][1:], {line[0]: dict(zip(lines[0][1:], line[1:], strict=True)) for line in lines[2:]}
     assert titles == list(results.COLUMNS)
-    assert list(rows) == ["frozen encoder", "fastpeft LoRA", "PEFT LoRA"]
+    assert list(rows) == ["head only", "head, converged", "fastpeft LoRA", "PEFT LoRA"]
     ours, theirs = rows["fastpeft LoRA"], rows["PEFT LoRA"]
     assert ours["trained parameters"] == theirs["trained parameters"]
     saved = [float(row["saved for backward"].removesuffix(" MB")) for row in (ours, theirs)]
