@@ -18,14 +18,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _backend, _check
+from .. import _backend
 from .._library import register_inplace_op, register_op
 from ..reference import Routing, Slots
-from ..reference.dropout import threshold
-from .routing import route
+from . import multi_lora_arguments as arguments
 
 MAX_RANK = 512
-MAX_SLICES = 4
 
 
 def _implementation(x, lora_as, lora_bs, ys, order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend):
@@ -234,103 +232,25 @@ def _call(
     shape = x.shape
     flat = x.reshape(-1, shape[-1])
     sizes = {"T": flat.shape[0], "K": shape[-1]}
-    _check_slices(op, plural, x, lora_as, lora_bs, ys, sizes)
+    arguments.slices(op, plural, x, lora_as, lora_bs, ys, sizes)
     slots, count = sizes["slots"], len(lora_as)
     backend = _backend.choose(op, backend, REASONS, x, lora_as)
-    routing = _routing(op, token_slots, slots, sizes["T"], x, backend)
+    routing = arguments.routing(op, token_slots, slots, sizes["T"], x, backend)
     wanted = torch.float64 if lora_as[0].dtype == torch.float64 else torch.float32
-    scales = _table(op, "scales", scales, wanted, count, slots, x)
+    scales = arguments.table(op, "scales", scales, wanted, count, slots, x)
     absent = x.new_empty(0)
-    ranks = absent if ranks is None else _table(op, "ranks", ranks, torch.int32, count, slots, x)
+    ranks = absent if ranks is None else arguments.table(op, "ranks", ranks, torch.int32, count, slots, x)
     tables = *routing[:3], scales, ranks
     if inplace:
-        _check_inplace(op, x, lora_as, lora_bs, ys)
+        arguments.inplace(op, x, lora_as, lora_bs, ys)
         views = [y.view(-1, y.shape[-1]) for y in ys]
         _multi_lora_(views, flat, list(lora_as), list(lora_bs), *tables, routing.tile, backend)
         return ys
-    thresholds, seeds = _dropout(op, dropouts, seeds, count, slots, x)
+    thresholds, seeds = arguments.dropout(op, dropouts, seeds, count, slots, x)
     flat_ys = [absent if y is None else y.reshape(-1, y.shape[-1]) for y in ys]
     dropout = (absent if table is None else table for table in (thresholds, seeds))
     outs, _ = _multi_lora(flat, list(lora_as), list(lora_bs), flat_ys, *tables, *dropout, routing.tile, backend)
     return [out.reshape(*shape[:-1], out.shape[-1]) for out in outs]
-
-
-def _check_slices(op, plural, x, lora_as, lora_bs, ys, sizes):
-    if not 1 <= len(lora_as) <= MAX_SLICES:
-        raise ValueError(f"{op}: lora_a{plural} has {len(lora_as)} items, expected 1 ... {MAX_SLICES}")
-    for name, values in (("lora_b", lora_bs), ("y", ys)):
-        if len(values) != len(lora_as):
-            raise ValueError(f"{op}: {name}{plural} has {len(values)} items, expected {len(lora_as)}")
-    first = lora_as[0]
-    for a, b, y in zip(lora_as, lora_bs, ys, strict=True):
-        of_slice = {name: size for name, size in sizes.items() if name in ("T", "K", "slots")}
-        _check.tensor(op, f"lora_a{plural}", a, ("slots", "R", "K"), of_slice, x)
-        _check.tensor(op, f"lora_b{plural}", b, ("slots", "N", "R"), of_slice, x)
-        _check.dtype(op, f"lora_a{plural}", a, x.dtype, torch.promote_types(x.dtype, torch.float32))
-        _check.dtype(op, f"lora_a{plural}", a, first.dtype)
-        _check.dtype(op, f"lora_b{plural}", b, first.dtype)
-        if a.shape[0] == 0 or a.shape[1] == 0:
-            raise ValueError(f"{op}: lora_a{plural} has shape {list(a.shape)}, expected slots>=1 and R>=1")
-        if y is not None:
-            if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
-                given = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-                raise ValueError(f"{op}: y{plural} is {given}, expected {[*x.shape[:-1], b.shape[1]]}")
-            _check.tensor(op, f"y{plural}", y.reshape(-1, y.shape[-1]), ("T", "N"), of_slice, x)
-            _check.dtype(op, f"y{plural}", y, x.dtype)
-        sizes["slots"] = of_slice["slots"]
-
-
-def _check_inplace(op, x, lora_as, lora_bs, ys):
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *lora_as, *lora_bs, *ys)):
-        raise ValueError(f"{op}: an operand requires a gradient, expected none (multi_lora is differentiable)")
-    for y in ys:
-        if y.dim() > 2 and not y.is_contiguous():
-            raise ValueError(
-                f"{op}: y has shape {list(y.shape)} and strides {y.stride()}, expected [T, N] or a contiguous tensor"
-            )
-
-
-def _routing(op, token_slots, slots, tokens, x, backend):
-    routing = token_slots
-    if not isinstance(token_slots, Routing):
-        if not isinstance(token_slots, Tensor) or token_slots.numel() != tokens:
-            given = list(token_slots.shape) if isinstance(token_slots, Tensor) else type(token_slots).__name__
-            raise ValueError(f"{op}: token_slots is {given}, expected one slot for each of {tokens} tokens")
-        routing = route(token_slots, slots, backend=backend)
-    if routing.slots != slots or routing.order.shape[0] != tokens or routing.order.device != x.device:
-        given = f"{routing.order.shape[0]} tokens, {routing.slots} slots on {routing.order.device}"
-        raise ValueError(
-            f"{op}: token_slots was routed for {given}, expected {tokens} tokens, {slots} slots on {x.device}"
-        )
-    return routing
-
-
-def _table(op, name, table, dtype, count, slots, x):
-    if not isinstance(table, Tensor) or table.dtype != dtype or table.device != x.device:
-        given = f"{table.dtype} on {table.device}" if isinstance(table, Tensor) else type(table).__name__
-        raise TypeError(f"{op}: {name} is {given}, expected {dtype} on {x.device}")
-    fits = table.dim() in (1, 2) and table.shape[-1] == slots and (table.dim() == 1 or table.shape[0] == count)
-    if not fits:
-        shapes = f"[{slots}]" + f" or [{count}, {slots}]" * (count > 1)
-        raise ValueError(f"{op}: {name} has shape {list(table.shape)}, expected {shapes}")
-    return table if table.stride(-1) == 1 else table.contiguous()
-
-
-def _dropout(op, dropouts, seeds, count, slots, x):
-    if dropouts is None:
-        return None, None
-    if len(dropouts) != slots:
-        raise ValueError(f"{op}: dropouts has {len(dropouts)} items, expected {slots}, one for each slot")
-    thresholds = [threshold(_check.probability(op, "dropouts", dropout)) for dropout in dropouts]
-    if not any(thresholds):
-        return None, None
-    shape = (slots,) if count == 1 else (count, slots)
-    if seeds is None:
-        seeds = torch.randint(1 << 62, shape, dtype=torch.int64, device=x.device)
-    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.shape != shape or seeds.device != x.device:
-        given = f"{seeds.dtype} {list(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
-        raise ValueError(f"{op}: seeds is {given}, expected torch.int64 {list(shape)} on {x.device}")
-    return torch.tensor(thresholds, dtype=torch.int32, device=x.device), seeds.contiguous()
 
 
 def _triton_reason(x, lora_as):

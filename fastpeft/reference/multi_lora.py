@@ -6,6 +6,7 @@ steps below it are the same algebra cut where the kernels cut it; on the CPU the
 share x, its rows in the order of ``Routing``. A sum over the planes is the S that is meant; here there is one plane.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -78,25 +79,31 @@ def planes(k: int, tile: int) -> int:
 def shrink(x: Tensor, lora_as: Sequence[Tensor], routing: Routing, slots: Slots) -> Tensor:
     """``S_p = scale_p · drop_p(x) A_pᵀ`` of each token's slot, side by side: ``[1, T, R]``. The rest is not written."""
     s = x.new_empty(1, len(x), sum(a.shape[1] for a in lora_as), dtype=_sums(lora_as[0]))
-    x = _sorted(x, routing).to(s.dtype)
     for p, (a, s_p) in enumerate(zip(lora_as, s[0].split([a.shape[1] for a in lora_as], 1), strict=True)):
         of_p = slots.of(p)
-        scales = of_p.scales.tolist()
-        for slot, rows, rank in _segments(routing, of_p.ranks, a.shape[1]):
-            mask, factor = _mask(of_p, slot, rows, x)
-            x_s = x[rows] if mask is None else mask.mul_(x[rows])
-            s_p[rows, :rank].addmm_(x_s, a[slot, :rank].to(s.dtype).T, beta=0, alpha=scales[slot] * factor)
+        for group in _groups(routing, of_p.ranks, a.shape[1]):
+            x_g = x.index_select(0, routing.order.index_select(0, group.rows)).to(s.dtype)
+            x_g = x_g.view(len(group.slots), -1, x.shape[1])
+            scale = of_p.scales[group.chosen, None, None]
+            if of_p.thresholds is not None:
+                scale = scale * _drop(x_g, group, of_p)
+            s_g = torch.bmm(x_g, a[group.chosen, : group.rank].to(s.dtype).mT).mul_(scale)
+            s_p[group.places, : group.rank] = s_g.view(-1, group.rank)[group.real]
     return s
 
 
 def expand_(ys: Sequence[Tensor], s: Tensor, lora_bs: Sequence[Tensor], routing: Routing, slots: Slots) -> None:
     """``y_p += S_p B_pᵀ`` for each token that has an adapter, in place, rounded once."""
-    tokens = _tokens(routing)
     for p, (y, b, s_p) in enumerate(zip(ys, lora_bs, s[0].split([b.shape[2] for b in lora_bs], 1), strict=True)):
-        total = y[tokens].to(s.dtype)
-        for slot, rows, rank in _segments(routing, slots.of(p).ranks, b.shape[2]):
-            total[rows].addmm_(s_p[rows, :rank], b[slot, :, :rank].to(s.dtype).T)
-        y[tokens] = total.to(y.dtype)
+        for group in _groups(routing, slots.of(p).ranks, b.shape[2]):
+            s_g = s_p.index_select(0, group.rows)[:, : group.rank].view(len(group.slots), -1, group.rank)
+            delta = torch.bmm(s_g, b[group.chosen, :, : group.rank].to(s.dtype).mT).view(-1, b.shape[1])
+            delta = delta.index_select(0, group.real)
+            tokens = routing.order.index_select(0, group.places)
+            if y.dtype == s.dtype:
+                y.index_add_(0, tokens, delta)
+            else:
+                y[tokens] = delta.add_(y[tokens]).to(y.dtype)
 
 
 def expand_backward(
@@ -133,7 +140,7 @@ def shrink_backward(
     total = ds.new_zeros(len(tokens), x.shape[1])
     for p, (a, ds_p) in enumerate(zip(lora_as, ds[0].split([a.shape[1] for a in lora_as], 1), strict=True)):
         of_p = slots.of(p)
-        for slot, rows, rank in _segments(routing, of_p.ranks, a.shape[1]) if need_dx else ():
+        for slot, rows, rank in _slices(routing, of_p.ranks, a.shape[1]) if need_dx else ():
             mask, factor = _mask(of_p, slot, rows, total)
             part = (ds_p[rows, :rank] @ a[slot, :rank].to(ds.dtype)).mul_(factor)
             total[rows] += part if mask is None else part.mul_(mask)
@@ -147,21 +154,85 @@ def _outer(s, x, routing, slots, dtype):
     """``Sᵀ drop(x)`` of each slot: ``[slots, R, K]``."""
     g = x.new_zeros(routing.slots, s.shape[1], x.shape[1], dtype=dtype)
     x = _sorted(x, routing).to(s.dtype)
-    for slot, rows, rank in _segments(routing, slots.ranks, s.shape[1]):
+    for slot, rows, rank in _slices(routing, slots.ranks, s.shape[1]):
         mask, factor = _mask(slots, slot, rows, x)
         x_s = x[rows] if mask is None else mask.mul_(x[rows])
         g[slot, :rank] = (s[rows, :rank].T @ x_s).mul_(factor)
     return g
 
 
-def _segments(routing: Routing, ranks: Tensor | None, largest: int) -> Iterator[tuple[int, slice, int]]:
-    """(slot, its places in the order, its true rank) of every slot that has tokens and a rank."""
-    starts = routing.starts.tolist()
-    ranks = None if ranks is None else ranks.tolist()
+class _Group(NamedTuple):
+    """Slots of one true rank, their tokens padded to one number by repeating the last: what ``bmm`` takes.
+
+    ``chosen`` indexes the slots without a copy where they are neighbours; ``rows`` are all places in the order, padding
+    included; ``real`` says which of them are not padding, and ``places`` which places those are.
+    """
+
+    slots: tuple[int, ...]
+    counts: tuple[int, ...]
+    rank: int
+    chosen: slice | Tensor
+    rows: Tensor
+    real: Tensor
+    places: Tensor
+
+
+def _groups(routing: Routing, ranks: Tensor | None, largest: int) -> list[_Group]:
+    ranks = None if ranks is None else tuple(ranks.tolist())
+    return _grouped(tuple(routing.starts.tolist()), ranks, largest, routing.order.device)
+
+
+@functools.lru_cache(maxsize=256)  # of values, not of tensors: the layers of a step, and steps of decoding, agree
+def _grouped(starts: tuple[int, ...], ranks: tuple[int, ...] | None, largest: int, device) -> list[_Group]:
+    by_rank = {}
+    for slot, start, stop, rank in _segments(starts, ranks, largest):
+        by_rank.setdefault(rank, []).append((slot, start, stop))
+    groups = []
+    for rank, segments in by_rank.items():
+        segments.sort(key=lambda segment: segment[2] - segment[1])
+        while segments:  # together while padding no more than doubles the work
+            longest = segments[-1][2] - segments[-1][1]
+            some = [segment for segment in segments if 2 * (segment[2] - segment[1]) >= longest]
+            segments = segments[: -len(some)]
+            groups.append(_group(sorted(some), rank, longest, device))
+    return groups
+
+
+def _group(segments: list[tuple[int, int, int]], rank: int, longest: int, device) -> _Group:
+    slots, starts, stops = zip(*segments, strict=True)
+    rows = [min(start + i, stop - 1) for start, stop in zip(starts, stops, strict=True) for i in range(longest)]
+    counts = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+    real = [u * longest + i for u, count in enumerate(counts) for i in range(count)]
+    index = [torch.tensor(values, device=device) for values in (slots, rows, real)]
+    neighbours = slots[-1] - slots[0] == len(slots) - 1
+    chosen = slice(slots[0], slots[-1] + 1) if neighbours else index[0]
+    return _Group(slots, counts, rank, chosen, index[1], index[2], index[1][index[2]])
+
+
+def _segments(starts: Sequence[int], ranks: Sequence[int] | None, largest: int) -> Iterator[tuple[int, int, int, int]]:
+    """(slot, its first place in the order, the place past its last, its true rank) of every slot that has both."""
     for slot, (start, stop) in enumerate(itertools.pairwise(starts)):
         rank = largest if ranks is None else max(0, min(ranks[slot], largest))
         if start < stop and rank:
-            yield slot, slice(start, stop), rank
+            yield slot, start, stop, rank
+
+
+def _slices(routing: Routing, ranks: Tensor | None, largest: int) -> Iterator[tuple[int, slice, int]]:
+    """(slot, its places in the order, its true rank)."""
+    ranks = None if ranks is None else ranks.tolist()
+    for slot, start, stop, rank in _segments(routing.starts.tolist(), ranks, largest):
+        yield slot, slice(start, stop), rank
+
+
+def _drop(x: Tensor, group: _Group, slots: Slots) -> Tensor:
+    """Apply each slot's mask to ``x [slots, tokens, K]`` in place; returns 1 / (1 - p) as ``[slots, 1, 1]``."""
+    factors = []
+    for x_s, slot, count in zip(x, group.slots, group.counts, strict=True):
+        mask, factor = _mask(slots, slot, slice(0, count), x_s)
+        factors.append(factor)
+        if mask is not None:
+            x_s[:count].mul_(mask)
+    return x.new_tensor(factors)[:, None, None]
 
 
 def _mask(slots: Slots, slot: int, rows: slice, like: Tensor) -> tuple[Tensor | None, float]:
