@@ -12,7 +12,7 @@ from . import _bridge  # noqa: F401  first: makes fastpeft.kernels importable fr
 
 __version__ = "0.1.0"
 
-_MODULES = ("integrations", "methods", "nn", "ops", "reference", "testing")
+_MODULES = ("integrations", "methods", "nn", "ops", "reference", "serving", "testing")
 _HOME = {
     "Lora": "methods",
     "attach": "methods",
