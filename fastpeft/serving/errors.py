@@ -1,0 +1,19 @@
+"""What can go wrong with a bank of adapters. Every message names the bank's method, what it was given and expected."""
+
+
+class BankError(Exception):
+    """A bank cannot do what it was asked; it is as it was before the call."""
+
+
+class UnknownAdapter(BankError, KeyError):
+    """A name that no adapter was loaded under."""
+
+    __str__ = Exception.__str__  # KeyError shows its message in quotes
+
+
+class BankFull(BankError, RuntimeError):
+    """More adapters are needed on the device at once than there are slots for."""
+
+
+class BadCheckpoint(BankError, ValueError):
+    """A checkpoint that cannot be served, and why."""

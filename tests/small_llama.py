@@ -1,0 +1,69 @@
+"""A small causal language model and adapters for it, in PEFT's format, shared by the tests of serving."""
+
+import copy
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB = 96
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SETTINGS = {
+    "alice": {"r": 4, "target_modules": LINEARS},
+    "bob": {"r": 8, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "carol": {
+        "r": 6,
+        "rank_pattern": {"q_proj": 3, r"1\.mlp\.up_proj": 12},
+        "alpha_pattern": {"k_proj": 1.5},
+        "target_modules": LINEARS,
+    },
+    "dave": {"r": 5, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+}
+
+
+def llama(tied=False, layers=2, hidden=32, seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=tied,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+            initializer_range=0.15,
+        )
+    ).eval()
+
+
+def checkpoint(model, directory, seed=0, **settings):
+    """Write an adapter whose A and B are random, and return its folder."""
+    torch.manual_seed(1000 + seed)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**{"lora_alpha": 8, **settings}))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(directory)
+    return directory
+
+
+def checkpoints(model, root, names=tuple(SETTINGS)):
+    return {name: checkpoint(model, root / name, seed, **SETTINGS[name]) for seed, name in enumerate(names)}
+
+
+def peft_model(model, folders):
+    """PEFT's model with the same adapters, on a copy."""
+    names = list(folders)
+    adapted = PeftModel.from_pretrained(copy.deepcopy(model), folders[names[0]], adapter_name=names[0])
+    for name in names[1:]:
+        adapted.load_adapter(folders[name], adapter_name=name)
+    return adapted.eval()
+
+
+def prompts(rows, length=7, seed=0):
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
