@@ -194,7 +194,8 @@ def test_check_ops_passes(no_interpreter):
     rows = list(check_ops(DEVICE))
     assert rows
     assert all(ok for *_, ok in rows), rows
-    assert {name.split()[0] for name, *_ in rows} == {"lora_linear", "lora_linear_shared"}
+    ops = {"lora_linear", "lora_linear_shared", "multi_lora", "multi_lora_shared"}
+    assert {name.split()[0] for name, *_ in rows} == ops
 
 
 def test_check_ops_fails_where_an_op_is_wrong(no_interpreter, monkeypatch):
