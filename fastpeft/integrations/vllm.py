@@ -1,0 +1,226 @@
+"""vLLM's LoRA layers served by ``ops.multi_lora_``: a plug-in, off unless asked for.
+
+    FASTPEFT_VLLM=1 vllm serve MODEL --enable-lora ...          # "strict": refuse to start instead of falling back
+
+vLLM loads the entry point ``fastpeft`` of the group ``vllm.general_plugins`` in each of its processes. Asked for, it
+has vLLM build ``FastPunicaWrapper``, a subclass, where it would build its ``PunicaWrapperGPU``. Replaced is
+``add_lora_linear``, through which linear layers (qkv and gate_up in one call) apply LoRA. Fully sharded layers, MoE,
+embeddings, logits and classification heads stay vLLM's own. A slot costs its adapter's own rank, not ``max_lora_rank``;
+results are deterministic and do not depend on the other requests of a batch.
+
+If vLLM's interface differs from the one below, vLLM is left as it is, with one warning that says what differs.
+Interface read in vLLM 0.14.0, 0.20.0, 0.27.0 and 0.33.0.
+"""
+
+import functools
+import logging
+import os
+import weakref
+
+import torch
+from torch import Tensor
+
+from . import _interface
+from ._step import StepRouting, add_lora_, define
+
+TESTED = ("0.14.0", "0.20.0", "0.27.0", "0.33.0")  # versions whose source has INTERFACE
+REPLACED = "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
+INTERFACE = {
+    "vllm.platforms.interface:Platform.get_punica_wrapper": ("cls",),
+    "vllm.platforms.interface:Platform.is_cuda": ("self",),
+    "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.token_lora_indices": "property",
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.__init__": (
+        "self", "max_num_batched_tokens", "max_batches", "device",
+    ),
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.max_loras": "attribute",
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.token_mapping_meta": "attribute",
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.update_metadata": (
+        "self", "mapping", "lora_index_to_id", "max_loras", "vocab_size",
+    ),
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.add_lora_linear": (
+        "self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices",
+    ),
+    "vllm.lora.ops.triton_ops.lora_kernel_metadata:LoRAKernelMeta.no_lora_flag_cpu": "attribute",
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.lora_a_stacked": "attribute",
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.set_lora": ("self", "index", "lora_a", "lora_b"),
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.reset_lora": ("self", "index"),
+}  # fmt: skip
+
+_log = logging.getLogger("vllm.fastpeft")  # below vLLM's own logger, which has the handlers
+# The true ranks [P, slots] of a layer's slots, by the address of its first lora_a_stacked: vLLM hands the wrapper the
+# weights, not the layer. The layer owns the table, so an entry lasts as long as the address is the layer's.
+_RANKS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+
+def plugin() -> None:
+    """The entry point; calling it again does no harm. Does nothing unless enabled in the environment.
+
+    ``FASTPEFT_VLLM``: "1" enables, "strict" also raises where the plug-in cannot serve, "0" disables; unset: enabled if
+    ``VLLM_PLUGINS`` names fastpeft.
+
+    Raises:
+        ImportError: enabled, and vLLM does not import. ValueError: FASTPEFT_VLLM is anything else.
+    """
+    if not _setting():
+        return
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ImportError("fastpeft.integrations.vllm: vllm does not import, expected vllm>=0.14") from error
+    platform = type(current_platform)
+    original = platform.get_punica_wrapper
+    if hasattr(original, "fastpeft"):
+        return
+
+    def get_punica_wrapper(cls) -> str:
+        name = original()
+        reasons = _reasons(current_platform, name)
+        if not reasons:
+            _record_ranks()
+            return f"{__name__}.FastPunicaWrapper"
+        text = "fastpeft: vLLM's own LoRA kernels serve: " + "; ".join(reasons)
+        if _setting() == "strict":
+            raise RuntimeError(text)
+        _log.warning(text)
+        return name
+
+    get_punica_wrapper.fastpeft = True
+    platform.get_punica_wrapper = classmethod(get_punica_wrapper)
+
+
+def _setting() -> str:
+    """ "1", "strict", or "" for off."""
+    named = "fastpeft" in [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
+    setting = os.environ.get("FASTPEFT_VLLM", "1" if named else "0")
+    if setting not in ("", "0", "1", "strict"):
+        raise ValueError(f"FASTPEFT_VLLM is {setting!r}, expected 0, 1 or strict")
+    return "" if setting == "0" else setting
+
+
+def _reasons(platform, name: str) -> list[str]:
+    """Why vLLM is left as it is, or nothing. Nothing has been changed by then."""
+    if not platform.is_cuda():
+        return [f"the platform is {type(platform).__name__}, expected CUDA"]
+    if name != REPLACED:
+        return [f"the platform's wrapper is {name}, expected {REPLACED}"]
+    return _interface.problems(INTERFACE)
+
+
+class _Fast:
+    """``FastPunicaWrapper`` without its base, ``PunicaWrapperGPU``, which only vLLM can provide."""
+
+    def __init__(self, max_num_batched_tokens, max_batches, device, **kwargs):
+        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        self.fastpeft_step = StepRouting(max_num_batched_tokens, self.max_loras, device)
+        self.fastpeft_tables = self.fastpeft_step.tables
+        self.fastpeft_scales = torch.ones(self.max_loras, dtype=torch.float32, device=device)
+
+    def update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs):
+        super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
+        # vLLM captures graphs with and without LoRA and picks one by the same flag.
+        launch = not self.token_mapping_meta.no_lora_flag_cpu.item()
+        self.fastpeft_step.update(self.token_lora_indices, launch)
+
+    def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, **kwargs):
+        """``y[:, slice] += scale · (x Aᵀ) Bᵀ`` for each slice, in place; ``add_inputs=False`` starts from 0."""
+        if buffer is not None or not _served(y, x, lora_a_stacked, lora_b_stacked, output_slices, self.max_loras):
+            operands = y, x, lora_a_stacked, lora_b_stacked, scale, output_slices
+            return super().add_lora_linear(*operands, buffer=buffer, **kwargs)
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        if not kwargs.get("add_inputs", True):
+            y.zero_()
+        scales = self.fastpeft_scales if scale == 1.0 else self.fastpeft_scales * scale
+        _vllm_lora_(y, x, list(lora_a_stacked), list(lora_b_stacked), self.fastpeft_tables, scales)
+        return None
+
+
+def _served(y, x, lora_as, lora_bs, output_slices, slots) -> bool:
+    """Whether the op takes these operands; asks only what is fixed when vLLM traces the model."""
+    dtypes = {x.dtype, torch.float32} if x.dtype != torch.float64 else set()
+    return (
+        y.dtype == x.dtype
+        and len(lora_as) == len(lora_bs) == len(output_slices)
+        and all(a.dtype == lora_as[0].dtype and b.dtype == lora_as[0].dtype for a, b in zip(lora_as, lora_bs))
+        and lora_as[0].dtype in dtypes
+        and all(a.shape[0] == slots and a.shape[2] == b.shape[3] <= 512 for a, b in zip(lora_as, lora_bs))
+        and tuple(b.shape[2] for b in lora_bs) == tuple(output_slices)
+    )
+
+
+def _run(y, x, lora_as, lora_bs, tables, scales):
+    ranks = _RANKS.get(lora_as[0].data_ptr())
+    add_lora_("vllm_lora_", y, x, [a[:, 0] for a in lora_as], [b[:, 0] for b in lora_bs], tables, scales, ranks)
+
+
+_vllm_lora_ = define(
+    "vllm_lora_",
+    "(Tensor(a!) y, Tensor x, Tensor[] lora_as, Tensor[] lora_bs, Tensor[] tables, Tensor scales) -> ()",
+    _run,
+)
+
+
+def _record_ranks() -> None:
+    """Have every linear LoRA layer note its slots' true ranks when adapters come and go; once a process."""
+    import vllm.lora.layers  # noqa: F401  the subclasses exist once they are imported
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    record_ranks(BaseLinearLayerWithLoRA)
+
+
+def record_ranks(base: type) -> None:
+    """Wrap ``set_lora`` and ``reset_lora`` of a layer class and its subclasses, wherever one defines its own."""
+    for method, note in (("set_lora", _narrow), ("reset_lora", _widen)):
+        original = base.__dict__.get(method)
+        if original is not None and not hasattr(original, "fastpeft"):
+            setattr(base, method, _followed_by(original, note))
+    for subclass in base.__subclasses__():
+        record_ranks(subclass)
+
+
+def _followed_by(original, note):
+    @functools.wraps(original)
+    def method(self, index, *args, **kwargs):
+        result = original(self, index, *args, **kwargs)
+        note(self, index)
+        return result
+
+    method.fastpeft = True
+    return method
+
+
+def _table(layer) -> Tensor:
+    first = layer.lora_a_stacked[0]
+    ranks = layer.__dict__.get("fastpeft_ranks")
+    if ranks is None or _RANKS.get(first.data_ptr()) is not ranks:
+        shape = len(layer.lora_a_stacked), first.shape[0]
+        ranks = torch.full(shape, first.shape[2], dtype=torch.int32, device=first.device)
+        layer.__dict__["fastpeft_ranks"] = _RANKS[first.data_ptr()] = ranks
+    return ranks
+
+
+def _widen(layer, index: int) -> None:
+    # Not 0: a set_lora that was not wrapped would find its adapter ignored.
+    _table(layer)[:, index] = layer.lora_a_stacked[0].shape[2]
+
+
+def _narrow(layer, index: int) -> None:
+    """The rank up to which A has a row that is not 0: what vLLM padded adds nothing. Does not wait for the device."""
+    ranks = _table(layer)
+    for p, a in enumerate(layer.lora_a_stacked):
+        rows = (a[index, 0] != 0).any(1)
+        ranks[p, index] = (rows * torch.arange(1, len(rows) + 1, device=rows.device)).amax()
+
+
+@functools.cache
+def _wrapper() -> type:
+    try:
+        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+    except ImportError as error:
+        raise ImportError("fastpeft.integrations.vllm: vllm does not import, expected vllm>=0.14") from error
+    return type("FastPunicaWrapper", (_Fast, PunicaWrapperGPU), {"__doc__": _Fast.__doc__, "__module__": __name__})
+
+
+def __getattr__(name: str):
+    if name == "FastPunicaWrapper":
+        return _wrapper()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
