@@ -16,35 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
-from ..nn.lora import LoraLinear
 from .adapter import Adapter, read_adapter
 from .batch import Batch, Running
 from .errors import BankError, BankFull, UnknownAdapter
-from .sites import Site, find_sites
+from .lease import Lease
+from .sites import find_sites, refuse_adapted
 from .slots import Slots
-
-
-class Lease:
-    """A hold on one adapter as it was when it was leased: it stays in its slot until ``release``."""
-
-    def __init__(self, bank: "AdapterBank", adapter: Adapter):
-        self._bank, self.adapter = bank, adapter
-
-    @property
-    def name(self) -> str:
-        return self.adapter.name
-
-    def held(self, op: str, bank: "AdapterBank") -> Adapter:
-        """The adapter, if it is still held and the bank's."""
-        if self._bank is not bank:
-            raise ValueError(f"{op}: adapters has a lease on {self.name!r} that was released or is another bank's")
-        return self.adapter
-
-    def release(self) -> None:
-        """Give it back; a second call does nothing."""
-        bank, self._bank = self._bank, None
-        if bank is not None:
-            bank._release([self.adapter])
 
 
 class AdapterBank:
@@ -77,7 +54,7 @@ class AdapterBank:
         _check.positive("AdapterBank", "max_rank", max_rank)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"AdapterBank: dtype is {dtype!r}, expected a floating-point torch.dtype or None")
-        _refuse_adapted(model)
+        refuse_adapted("AdapterBank", model)
         self.model, self.max_rank = model, max_rank
         self._sites = find_sites("AdapterBank", model, targets, dtype)
         self.device = self._sites[0].device
@@ -287,11 +264,3 @@ def _rows(op: str, adapters: object, lengths: object) -> list:
     if lengths is not None and (len(lengths) != len(adapters) or any(n < 0 for n in lengths)):
         raise ValueError(f"{op}: lengths is {list(lengths)}, expected a length for each of {len(adapters)} rows")
     return list(adapters)
-
-
-def _refuse_adapted(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLinear) or (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
-            raise ValueError(f"AdapterBank: {path} of model has adapters of its own, expected a model without")
-        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), Site):
-            raise ValueError(f"AdapterBank: model has a bank already (at {path}), expected a model without")

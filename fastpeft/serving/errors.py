@@ -17,3 +17,7 @@ class BankFull(BankError, RuntimeError):
 
 class BadCheckpoint(BankError, ValueError):
     """A checkpoint that cannot be served, and why."""
+
+
+class QueueFull(BankError):
+    """As many requests wait as may wait; try again later."""

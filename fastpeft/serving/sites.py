@@ -13,6 +13,7 @@ from .. import ops
 from ..methods.lora import Lora
 from ..methods.targets import ALL_LINEAR, names
 from ..nn.base_layer import is_conv1d
+from ..nn.lora import LoraLinear
 from ..nn.sharing import SIBLINGS
 from .batch import Batch, Running
 
@@ -169,6 +170,15 @@ def find_sites(op: str, model: nn.Module, targets: object, dtype: torch.dtype | 
                 for member in members:
                     member.siblings = member.siblings or Siblings(members)
     return sites
+
+
+def refuse_adapted(op: str, model: nn.Module) -> None:
+    """A bank goes around a plain model: raises ValueError for another."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear) or (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
+            raise ValueError(f"{op}: {path} of model has adapters of its own, expected a model without")
+        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), Site):
+            raise ValueError(f"{op}: model has a bank already (at {path}), expected a model without")
 
 
 def unserved_reason(path: str, modules: Mapping[str, nn.Module]) -> str | None:
