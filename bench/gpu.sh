@@ -66,13 +66,15 @@ if [[ $dry ]]; then
     check=(--help)
     tests=(tests/test_layout.py -k law)
     bench=(--device cpu --quick --shape 128x96 --rows 64 --threads 1)
+    serving=(--device cpu --quick --shape 128x96 --tokens 16)
     figure=()
 else
     check=(--device cuda)
     # What needs no GPU ran elsewhere: the layout, packaging, every configuration compiled, this script.
     tests=(tests -m "gpu or not slow" --maxfail=30)
     for name in layout packaging targets cli demo bench; do tests+=(--ignore "tests/test_$name.py"); done
-    bench=(--device cuda --total 200)
+    bench=(--device cuda --total 150)
+    serving=(--device cuda --total 80)
     figure=(--rows 8192)
     "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8 --dist loadgroup)
 fi
@@ -94,13 +96,17 @@ if [[ ! $dry && -x $sanitizer ]]; then
         "$sanitizer" --tool memcheck --error-exitcode 9 --report-api-errors no \
         "$python" bench/bench_lora_linear.py --device cuda --gate-only --compile no --rows 130 --rank 5 \
         --shape 200x136 --shape 136x200+72 --variant ours --variant "ours, base dtype"
+    step sanitizer 40 sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        "$sanitizer" --tool memcheck --error-exitcode 9 --report-api-errors no \
+        "$python" bench/bench_multi_lora.py --device cuda --gate-only --shape 200x136 --tokens 70 --variant ours
 else
     why=${dry:+dry run}
     why=${why:-no compute-sanitizer}
     note sanitizer "skipped: $why" 0
 fi
 
-step bench 250 bench.log "$python" bench/bench_lora_linear.py --out "$out/rows.jsonl" "${bench[@]}" "${more[@]}"
+step bench 200 bench.log "$python" bench/bench_lora_linear.py --out "$out/rows.jsonl" "${bench[@]}" "${more[@]}"
+step serving 110 bench.log "$python" bench/bench_multi_lora.py --out "$out/rows.jsonl" "${serving[@]}"
 step plot 30 bench.log "$python" bench/plot.py "$out/rows.jsonl" "$out/overhead.png" "${figure[@]}"
 
 sed -n '/^Time over/,/^---/p' "$out/bench.log" | sed '/^---/d'

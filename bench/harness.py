@@ -25,7 +25,7 @@ from fastpeft.testing import Ratios, error_vs_eager
 FROZEN, PEER = "frozen linear", "PEFT"  # the variants that the ratios of a row refer to
 FORWARD, BOTH = "fwd", "fwd+bwd"
 PASSES = (FORWARD, BOTH)
-CASE = ("op", "shape", "rows", "dtype", "rank", "dropout")  # the columns that tell cases apart
+CASE = ("op", "shape", "rows", "dtype", "rank", "dropout", "adapters")  # the columns that tell cases apart
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
-    """Variants of one op on one shape; ``fields`` are columns of every row: op, shape, dtype, rank, dropout."""
+    """Variants of one op on one shape; ``fields`` are columns of every row, of those in CASE what the op has.
+
+    ``calls`` is how many times a variant's step does the op, so that a row holds the time of one.
+    """
 
     fields: dict
     variants: Sequence[Variant]
     sets: int
     device: torch.device
     dtype: torch.dtype
+    passes: Sequence[str] = PASSES
+    calls: int = 1
 
 
 def gate(variant: Variant) -> tuple[Ratios | None, str | None]:
@@ -82,7 +87,7 @@ def gate(variant: Variant) -> tuple[Ratios | None, str | None]:
         call = variant.bind(0)
         torch.manual_seed(SEED)
         ys = list(call.forward())
-        found = [*ys, *torch.autograd.grad(ys, call.wrt, call.grads)]
+        found = [*ys, *(torch.autograd.grad(ys, call.wrt, call.grads) if call.wrt else ())]
         pairs = zip(found, variant.plain(None), variant.plain(torch.float64), strict=True)
         ratios = [error_vs_eager(*three) for three in pairs]
     except Exception as error:  # a variant that cannot run is a row that says so, not the end of the run
@@ -123,20 +128,21 @@ def measure(case: Case, rounds: int, limit_s: float, gate_only: bool = False) ->
     checked = {variant.name: gate(variant) for variant in case.variants}
     sound = [] if gate_only else [v for v in case.variants if checked[v.name][1] is None]
     calls = {v.name: [v.bind(i) for i in range(case.sets)] for v in sound}
-    steps = {(name, which): [c.step(which) for c in bound] for name, bound in calls.items() for which in PASSES}
+    steps = {(name, which): [c.step(which) for c in bound] for name, bound in calls.items() for which in case.passes}
     times = interleave(steps, case.device, rounds, limit_s) if steps else {}
-    memory = {name: (saved_bytes(bound[0]), peak_bytes(bound[0], case.device)) for name, bound in calls.items()}
+    trained = BOTH in case.passes
+    memory = {name: (saved_bytes(b[0]), peak_bytes(b[0], case.device)) for name, b in calls.items() if trained}
     bandwidth, speed = machine.ceilings(case.device, case.dtype)
     rows = []
     for variant in case.variants:
         (ratios, refused), (saved, peak) = checked[variant.name], memory.get(variant.name, (None, None))
-        for which in PASSES:
+        for which in case.passes:
             moved, operations = variant.traffic(which)
             rows.append(
                 {
                     **case.fields,
                     **{"variant": variant.name, "own": variant.own, **variant.fields, "pass": which},
-                    **_timing(times, variant.name, which),
+                    **_timing(times, variant.name, which, case.calls),
                     **{"bytes": moved, "flops": operations},
                     "floor_us": round(1e6 * max(moved / bandwidth, operations / speed), 2),
                     "error_max": None if ratios is None else round(ratios.max, 3),
@@ -147,13 +153,13 @@ def measure(case: Case, rounds: int, limit_s: float, gate_only: bool = False) ->
     return rows
 
 
-def _timing(times: dict[tuple[str, str], Times], name: str, which: str) -> dict:
+def _timing(times: dict[tuple[str, str], Times], name: str, which: str, calls: int) -> dict:
     columns = ("median_us", "p20_us", "p80_us", "host_us", "rounds", "ratio_frozen", "ratio_peft")
     mine = times.get((name, which))
     if mine is None:
         return dict.fromkeys(columns)
     median = mine.quantile(0.5)
-    spent = [round(us, 2) for us in (median, mine.quantile(0.2), mine.quantile(0.8), mine.median_host)]
+    spent = [round(us / calls, 2) for us in (median, mine.quantile(0.2), mine.quantile(0.8), mine.median_host)]
     bases = [times.get((base, which)) for base in (FROZEN, PEER)]
     ratios = [None if base is None else round(median / base.quantile(0.5), 4) for base in bases]
     return dict(zip(columns, (*spent, mine.rounds, *ratios), strict=True))
@@ -194,7 +200,7 @@ def table(rows: Sequence[dict]) -> str:
     )
     lines = []
     for facts, block in groupby(rows, _case):
-        settings = [f"{name}={value}" for name, value in zip(CASE[2:], facts[2:], strict=True)]
+        settings = [f"{name}={value}" for name, value in zip(CASE[2:], facts[2:], strict=True) if value is not None]
         lines += ["", "  ".join([*facts[:2], *settings])]
         lines.append(f"  {'variant':22}{columns} {'saved MB':>9} {'err max':>8} {'rms':>5}")
         for name, of_variant in groupby(block, lambda row: row["variant"]):
@@ -204,22 +210,23 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def summary(rows: Sequence[dict]) -> str:
-    """Time over the frozen linear, forward and backward together: a line for each case, a column for each variant."""
-    timed = {(_case(row), row["variant"]): row["ratio_frozen"] for row in rows if row["pass"] == BOTH}
+    """Time over the frozen linear, of the longest pass: a line for each case, a column for each variant."""
+    longest = BOTH if any(row["pass"] == BOTH for row in rows) else FORWARD
+    timed = {(_case(row), row["variant"]): row["ratio_frozen"] for row in rows if row["pass"] == longest}
     names = [name for name in dict.fromkeys(name for _, name in timed) if name != FROZEN]
     widths = [max(8, len(name)) for name in names]
-    lines = [f"Time over the frozen linear's, {BOTH}", " " * 44 + "  ".join(map(str.rjust, names, widths))]
+    lines = [f"Time over the frozen linear's, {longest}", " " * 44 + "  ".join(map(str.rjust, names, widths))]
     for facts in dict.fromkeys(facts for facts, _ in timed):
-        shape, count, dtype, rank, dropout = facts[1:]
+        shape, count, dtype, rank, dropout, adapters = facts[1:]
         cells = [timed.get((facts, name)) for name in names]
         cells = ["-" if ratio is None else f"{ratio:.3f}" for ratio in cells]
-        label = f"{shape} rows={count} {dtype} r={rank} p={dropout}"
+        label = f"{shape} rows={count} {dtype} r={rank} " + (f"p={dropout}" if adapters is None else adapters)
         lines.append(f"{label:44}" + "  ".join(map(str.rjust, cells, widths)))
     return "\n".join(lines)
 
 
 def _case(row: dict) -> tuple:
-    return tuple(row[key] for key in CASE)
+    return tuple(row.get(key) for key in CASE)
 
 
 def _cells(row: dict) -> str:

@@ -19,6 +19,9 @@ from .lora_linear import lora_linear
 from .routing import Routing
 
 
+CHEAP_PADDING = 64  # rows that a bmm takes in less time than the calls of one more bmm
+
+
 class Slots(NamedTuple):
     """What differs between slots, as tables on the device: ``[slots]``, or ``[P, slots]`` where slices differ too.
 
@@ -189,12 +192,16 @@ def _grouped(starts: tuple[int, ...], ranks: tuple[int, ...] | None, largest: in
         by_rank.setdefault(rank, []).append((slot, start, stop))
     groups = []
     for rank, segments in by_rank.items():
-        segments.sort(key=lambda segment: segment[2] - segment[1])
-        while segments:  # together while padding no more than doubles the work
-            longest = segments[-1][2] - segments[-1][1]
-            some = [segment for segment in segments if 2 * (segment[2] - segment[1]) >= longest]
-            segments = segments[: -len(some)]
-            groups.append(_group(sorted(some), rank, longest, device))
+        segments.sort(key=lambda segment: segment[1] - segment[2])
+        while segments:  # together while padding no more than doubles the work, or is less than another group costs
+            longest, padding, count = segments[0][2] - segments[0][1], 0, 0
+            for _, start, stop in segments:
+                padding += longest - (stop - start)
+                if 2 * (stop - start) < longest and padding > CHEAP_PADDING:
+                    break
+                count += 1
+            groups.append(_group(sorted(segments[:count]), rank, longest, device))
+            segments = segments[count:]
     return groups
 
 
