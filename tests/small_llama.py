@@ -67,3 +67,24 @@ def peft_model(model, folders):
 
 def prompts(rows, length=7, seed=0):
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def greedy_alone(bank, ids, name, count):
+    """The greedy tokens of one adapter, one row, no batch."""
+    out = bank.generate(torch.tensor([ids]), adapters=[name], max_new_tokens=count, do_sample=False)
+    return out[0, len(ids) :].tolist()
+
+
+@torch.no_grad()
+def same_or_tied(bank, ids, name, tokens, alone):
+    """Whether two greedy continuations part; that must be at a tie, where the top two logits are within 1e-4."""
+    if tokens == alone:
+        return False
+    place = next(i for i, pair in enumerate(zip(tokens, alone, strict=False)) if pair[0] != pair[1])
+    with bank.use([name]):
+        logits = bank.model(torch.tensor([[*ids, *alone[:place]]])).logits[0, -1]
+    top = logits.topk(2)
+    assert {tokens[place], alone[place]} == set(top.indices.tolist()), (tokens, alone)
+    assert top.values[0] - top.values[1] <= 1e-4, (tokens, alone)
+    return True

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastpeft.serving import AdapterBank, BankError, BankFull, UnknownAdapter
+from fastpeft.serving import AdapterBank, BankError, UnknownAdapter
 
 pytest.importorskip("peft", reason="PEFT is not installed")
 from small_llama import SETTINGS, checkpoint, checkpoints, llama, peft_model, prompts
@@ -159,93 +159,6 @@ def test_one_routing_for_all_layers_and_steps(bank, model, monkeypatch):
     assert calls == [21, 3]
 
 
-def test_least_recently_used_makes_room(model, folders):
-    with AdapterBank(model, slots=2, max_rank=16) as bank:
-        for name in NAMES:
-            bank.load(name, folders[name])
-        assert bank.names() == NAMES
-        assert bank.resident() == ["alice", "bob"]
-        with bank.use(["alice"]):
-            pass
-        with bank.use(["carol", None]):
-            assert bank.resident() == ["alice", "carol"]
-        bank.pin("alice")
-        with bank.use(["dave"]):
-            assert bank.resident() == ["alice", "dave"]
-        bank.unpin("alice")
-        with bank.use(["bob"]):
-            assert bank.resident() == ["dave", "bob"]
-        assert "alice" in bank
-        bank.unload("alice")
-        assert "alice" not in bank
-
-
-def test_a_lease_keeps_its_adapter(model, folders):
-    """Loaded anew under the same name or unloaded: who holds the old one keeps it, whoever comes gets the new one."""
-    ids = prompts(1)
-    with AdapterBank(model, slots=2, max_rank=16) as bank:
-        bank.load("a", folders["alice"])
-        bank.load("b", folders["bob"])
-        with bank.use(["a"]):
-            alice = model(ids).logits
-        with bank.use(["b"]):
-            bob = model(ids).logits
-        bank.unload("b")
-        lease = bank.lease("a")
-        with bank.use(["a"]):
-            bank.load("a", folders["bob"])
-            assert torch.equal(model(ids).logits, alice)
-            with bank.use(["a"]):
-                assert torch.equal(model(ids).logits, bob)
-            assert torch.equal(model(ids).logits, alice)
-        with bank.use([lease]):
-            bank.unload("a")
-            assert torch.equal(model(ids).logits, alice)
-        with pytest.raises(BankError, match="close: adapters are in use: a"):
-            bank.close()
-        lease.release()
-        lease.release()
-        assert bank.names() == []
-        with pytest.raises(ValueError, match="a lease on 'a' that was released"), bank.use([lease]):
-            pass
-
-
-def test_bank_full(model, folders):
-    with AdapterBank(model, slots=2, max_rank=16) as bank:
-        for name in NAMES:
-            bank.load(name, folders[name])
-        with pytest.raises(BankFull, match="use: 3 different adapters need a slot, but of 2 slots 0 are in"):
-            bank.use(["alice", "bob", "carol"]).__enter__()
-        bank.pin("alice")
-        with bank.use(["bob"]):
-            with pytest.raises(BankFull, match="1 are in use by running batches and 1 others are pinned"):
-                bank.use(["carol"]).__enter__()
-            with pytest.raises(BankFull, match="load: "):
-                bank.load("eve", folders["carol"], pin=True)
-            assert "eve" not in bank
-            with bank.use(["alice", "bob", "alice", None]):
-                assert bank.resident() == ["alice", "bob"]
-        with bank.use(["carol"]):
-            assert bank.resident() == ["alice", "carol"]
-
-
-@torch.no_grad()
-def test_what_evicted_slots_held_is_never_read(bank, model, folders):
-    """NaN in every free slot, beyond every true rank and in every untouched layer."""
-    ids, rows = prompts(len(MIXED)), MIXED
-    with bank.use(rows):
-        expected = model(ids).logits
-    for name in NAMES:
-        bank.unload(name)
-    for site in bank._sites:
-        for table in (site.lora_a, site.lora_b):
-            table.fill_(float("nan"))
-    for name in reversed(NAMES):
-        bank.load(name, folders[name])
-    with bank.use(rows):
-        assert_near(model(ids).logits, expected)
-
-
 @torch.no_grad()
 def test_close_restores_the_model(folders):
     model, ids = llama(), prompts(2)
@@ -268,6 +181,27 @@ def test_close_restores_the_model(folders):
     for call in (lambda: bank.load("x", folders["bob"]), lambda: bank.use(["dave"]).__enter__()):
         with pytest.raises(BankError, match="the bank is closed"):
             call()
+
+
+@torch.no_grad()
+def test_a_copy_has_no_bank(bank, model, folders):
+    """A deep copy of an attached model, or a saved one, is the bare model, on weights of its own."""
+    import io
+
+    file, ids = io.BytesIO(), prompts(1)
+    torch.save(model, file)
+    copies = [copy.deepcopy(model), torch.load(io.BytesIO(file.getvalue()), weights_only=False)]
+    bare = model(ids).logits
+    for other in copies:
+        with bank.use(["alice"]):
+            assert torch.equal(other(ids).logits, bare)
+            alice = model(ids).logits
+        assert not torch.equal(alice, bare)
+        other.lm_head.weight.zero_()
+        assert other(ids).logits.count_nonzero() == 0
+        assert torch.equal(model(ids).logits, bare)
+        with AdapterBank(other, slots=1, max_rank=16) as second:
+            second.load("alice", folders["alice"])
 
 
 @pytest.mark.parametrize(

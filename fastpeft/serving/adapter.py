@@ -71,9 +71,10 @@ def read_adapter(
         host[site] = tuple(_host(op, name, site, t, pin) for t in (a.T if site.embedding else a, b))
         r = lora.rank_of(site.path)
         ranks[site.index] = r
-        scales[site.index] = lora.alpha_of(site.path) / (math.sqrt(r) if lora.rslora else r) * site.factor
-    if not torch.isfinite(scales).all():
-        raise BadCheckpoint(f"{op}: {name!r} has a scale (alpha / r) that is not finite in float32")
+        scale = lora.alpha_of(site.path) / (math.sqrt(r) if lora.rslora else r) * site.factor
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise BadCheckpoint(f"{op}: {name!r} has scale {scale} at {site.path}, expected a number of float32")
+        scales[site.index] = scale
     return Adapter(name, host, ranks.pin_memory() if pin else ranks, scales.pin_memory() if pin else scales)
 
 

@@ -34,7 +34,7 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     temperature = torch.tensor([request.temperature for request in requests], **column)
     top_p = torch.tensor([request.top_p for request in requests], **column)
     logits = logits.float() - logits.float().amax(-1, keepdim=True)  # tiny temperatures then give -inf, never +inf
-    probability, order = (logits / temperature[:, None]).softmax(-1).sort(-1, descending=True, stable=True)
+    probability, order = (logits / temperature[:, None]).softmax(-1).sort(dim=-1, descending=True, stable=True)
     cumulated = probability.cumsum(-1)
     probability = probability.masked_fill(cumulated - probability >= top_p[:, None], 0.0)
     probability[:, 0] = probability[:, 0].clamp(min=torch.finfo(torch.float32).tiny)

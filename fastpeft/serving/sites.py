@@ -5,6 +5,7 @@ layer's own forward and adds the rows' adapters to the result. Tables are made w
 """
 
 from collections.abc import Mapping
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,14 @@ class Site:
         self.factor = float(getattr(module, "embed_scale", 1.0)) if self.embedding else 1.0
         self.mask = 0
         self.lora_a = self.lora_b = self.ranks = self.scales = self.siblings = None
+
+    def __getstate__(self):
+        return {"module": self.module, "_own": self._own}
+
+    def __setstate__(self, state):
+        # In a copy of the model, which has no bank: the layer's own forward, on the copied module.
+        self.__dict__.update(state, mask=0, siblings=None, _running=Running())
+        self.base = self._own or MethodType(type(self.module).forward, self.module)
 
     def attach(self, running: Running) -> None:
         """Replace the module's forward."""
@@ -167,8 +176,9 @@ def find_sites(op: str, model: nn.Module, targets: object, dtype: torch.dtype | 
         for group in SIBLINGS:
             members = [by_module[child] for name in group if (child := getattr(parent, name, None)) in by_module]
             if 1 < len(members) <= 4 and len({(m.dtype, m.in_features) for m in members}) == 1:
+                siblings = Siblings(members)
                 for member in members:
-                    member.siblings = member.siblings or Siblings(members)
+                    member.siblings = member.siblings or siblings
     return sites
 
 
@@ -177,7 +187,8 @@ def refuse_adapted(op: str, model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear) or (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
             raise ValueError(f"{op}: {path} of model has adapters of its own, expected a model without")
-        if isinstance(getattr(module.__dict__.get("forward"), "__self__", None), Site):
+        site = getattr(module.__dict__.get("forward"), "__self__", None)
+        if isinstance(site, Site) and hasattr(site, "lora_a"):
             raise ValueError(f"{op}: model has a bank already (at {path}), expected a model without")
 
 
