@@ -35,7 +35,7 @@ def _sort_kernel(
         k = k0 + tl.arange(0, BLOCK_K)
         other = _key(token_slots_ptr, stride, k, T, SLOTS)
         tie = (other[None, :] == key[:, None]) & (k[None, :] < m[:, None]) & token[:, None]
-        ahead = ((other[None, :] < key[:, None]) | tie) & (k < T)[None, :]  # [BLOCK_M, BLOCK_K]
+        ahead = (other[None, :] < key[:, None]) | tie  # [BLOCK_M, BLOCK_K]; past T nothing is ahead of anything
         before += tl.sum(ahead.to(tl.int32), 1)
     tl.store(order_ptr + before, m.to(tl.int32), mask=token)
     tl.store(starts_ptr + m - T, before, mask=(m >= T) & (m <= T + SLOTS))

@@ -140,6 +140,21 @@ def test_a_token_does_not_depend_on_the_batch(tile, backend, dtype, adapter):
 
 
 @each_backend
+@each_tile
+def test_nan_of_one_adapter_harms_no_other(backend, tile):
+    """NaN in the inputs and gradients of slot 0's tokens: the other slots' gradients keep their bits."""
+    p = integers(tokens=40, slots=3)
+    p = with_slots(p, [0] + [2, 1, 0, -1] * 9 + [1] * 3)  # the padding of a tile must not be token 0
+    mine = (p.token_slots == 0)[:, None]
+    dirty = replace(p, x=p.x.masked_fill(mine, torch.nan), dys=(p.dys[0].masked_fill(mine, torch.inf),))
+    clean, found = p.fused(backend, tile), dirty.fused(backend, tile)
+    for name in ("dlora_a0", "dlora_b0"):
+        assert torch.equal(clean[name][1:], found[name][1:])
+    for name in ("y0", "dx"):
+        assert torch.equal(clean[name][~mine[:, 0]], found[name][~mine[:, 0]])
+
+
+@each_backend
 def test_a_changed_mapping_between_calls(backend):
     """The same tensor of slots with new values: nothing of the last call is remembered."""
     problem, slots = integers(tokens=20), torch.empty(20, dtype=torch.int32, device=DEVICE)

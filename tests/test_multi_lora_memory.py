@@ -10,6 +10,7 @@ from backends import BACKENDS, DEVICE, FP16, FP32, served
 
 from fastpeft.ops import multi_lora, multi_lora_, route
 from fastpeft.ops.routing import TILES
+from fastpeft.reference import Slots
 from fastpeft.testing import MultiLoraProblem, guarded, poisoned
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -67,6 +68,21 @@ def test_in_place_writes_only_tokens_that_have_an_adapter(tile, backend):
     mine = p.token_slots >= 0
     assert torch.equal(y[mine].double(), wanted[mine])
     assert y[~mine].isnan().all()
+
+
+@each_tile
+@pytest.mark.parametrize("count", [1, 3])
+def test_work_ends_at_the_true_rank(tile, count):
+    """What lies beyond is finite here, so that whoever computed with it would leave numbers in S."""
+    kernels = pytest.importorskip("fastpeft.kernels.multi_lora", reason="Triton is not installed")
+    lora_as = [torch.ones(2, 12, 8, device=DEVICE) for _ in range(count)]
+    ranks = torch.tensor([[12, 5], [12, 3], [12, 11]], dtype=torch.int32, device=DEVICE)[:count]
+    routing = route(torch.ones(7, dtype=torch.int32, device=DEVICE), 2, tile, "triton")
+    with poisoned():
+        s = kernels.shrink(torch.ones(7, 8, device=DEVICE), lora_as, routing, Slots(torch.ones(2, device=DEVICE), ranks))
+    for s_p, rank in zip(s[0].split(12, 1), ranks[:, 1].tolist(), strict=True):
+        assert (s_p[:, :rank] == 8).all()
+        assert s_p[:, rank:].isnan().all()
 
 
 def sliced(t):

@@ -13,6 +13,8 @@ UNUSED = "tests/test_multi_lora_edges.py::test_what_an_unused_slot_holds_does_no
 ALONE = "tests/test_multi_lora.py::test_every_adapter_trains_as_if_alone"
 INTEGERS = "tests/test_multi_lora.py::test_integers_are_exact"
 SEEDS = "tests/test_multi_lora_edges.py::test_seeds_are_drawn_where_none_are_given"
+NAN = "tests/test_multi_lora_edges.py::test_nan_of_one_adapter_harms_no_other"
+WORK = "tests/test_multi_lora_memory.py::test_work_ends_at_the_true_rank"
 NO_SLOT = "tests/test_routing.py::test_kernels_take_it_for_none"
 
 TESTS = (
@@ -45,7 +47,6 @@ MUTANTS = {
         "slots that do not exist": ("tl.where((slot >= 0) & (slot < SLOTS), slot, SLOTS)", "tl.where(slot >= 0, slot, SLOTS)", NO_SLOT),
         "negative slots": ("tl.where((slot >= 0) & (slot < SLOTS), slot, SLOTS)", "tl.where((slot == -1) | (slot >= SLOTS), SLOTS, slot)", NO_SLOT),
         "last block of tokens not counted": ("for k0 in range(0, T, BLOCK_K):", "for k0 in range(0, T // BLOCK_K * BLOCK_K, BLOCK_K):"),
-        "padding counted": ("| tie) & (k < T)[None, :]", "| tie) & (k >= 0)[None, :]"),
         "last start not written": ("(m >= T) & (m <= T + SLOTS)", "(m >= T) & (m < T + SLOTS)"),
         "unused tiles not marked": ("    tl.store(tiles_ptr + m, none, mask=m < TILES)\n", ""),
         "every token starts a tile": ("(key < SLOTS) & (within % TILE == 0)", "(key < SLOTS) & (within % 1 == 0)"),
@@ -67,10 +68,9 @@ MUTANTS = {
         "shrink: slot 0 for all": ("a_tile = a_ptrs[0] + slot * strides_as[0]", "a_tile = a_ptrs[0] + 0 * strides_as[0]"),
         "shrink: slot 0 for the other slices": ("other = a_ptrs[p] + slot * strides_as[p]", "other = a_ptrs[p] + 0 * strides_as[p]"),
         "shrink: rows taken as sorted": ("x_tile = x_ptr + token[:, None] * stride_xm + k[None, :] * stride_xk  #", "x_tile = x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk  #"),
-        "shrink: no mask on tokens": ("x = tl.load(x_tile, mask=m_ok[:, None] & k_ok[None, :], other=0.0)", "x = tl.load(x_tile, mask=k_ok[None, :] & (m >= 0)[:, None], other=0.0)", "tests/test_multi_lora_memory.py::test_expanded_operands"),
         "shrink: columns of a slice one late": ("mine, r = column >= firsts[p], column - firsts[p]", "mine, r = column > firsts[p], column - firsts[p]"),
         "shrink: rank of the first slice": ("r < _rank(rank_ptr, p * stride_rank + slot, sizes[p], RANKS)", "r < _rank(rank_ptr, slot, sizes[p], RANKS)"),
-        "shrink: true rank ignored": ("r_ok = column < _rank(rank_ptr, slot, sizes[0], RANKS)", "r_ok = column < sizes[0]"),
+        "shrink: true rank ignored": ("r_ok = column < _rank(rank_ptr, slot, sizes[0], RANKS)", "r_ok = column < sizes[0]", WORK),
         "shrink: scale of the first slice": ("tl.where(mine, tl.load(scale_ptr + p * stride_scale + slot), scale)", "tl.where(mine, tl.load(scale_ptr + slot), scale)"),
         "shrink: no scale": ("tl.store(s_tile, acc * scale[None, :],", "tl.store(s_tile, acc,"),
         "shrink: scale of slot 0": ("tl.full((BLOCK_R,), 1.0, ACC) * tl.load(scale_ptr + slot)", "tl.full((BLOCK_R,), 1.0, ACC) * tl.load(scale_ptr)"),
@@ -108,7 +108,7 @@ MUTANTS = {
         "outer: another slot's tokens": ("start, stop = tl.load(starts_ptr + slot), tl.load(starts_ptr + slot + 1)", "start, stop = tl.load(starts_ptr), tl.load(starts_ptr + slot + 1)"),
         "outer: last block skipped": ("for m0 in range(start, stop, BLOCK_M):", "for m0 in range(start, stop - BLOCK_M + 1, BLOCK_M):"),
         "outer: rows taken as sorted": ("x_tile = x_ptr + token[:, None] * stride_xm + k[None, :] * stride_xk\n        s_tile", "x_tile = x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk\n        s_tile"),
-        "outer: tokens of the next slot": ("x = tl.load(x_tile, mask=(m < stop)[:, None] & (k < K)[None, :], other=0.0)", "x = tl.load(x_tile, mask=(m >= 0)[:, None] & (k < K)[None, :], other=0.0)"),
+        "outer: tokens of the next slot": ("x = tl.load(x_tile, mask=(m < stop)[:, None] & (k < K)[None, :], other=0.0)", "x = tl.load(x_tile, mask=(m >= 0)[:, None] & (k < K)[None, :], other=0.0)", NAN),
         "outer: mask not applied": ("            x = tl.where(keep, x, 0.0)\n", ""),
         "outer: no 1 / (1 - p)": ("        acc = acc * _inverse_keep(threshold_ptr, slot, ACC)\n", "        acc = acc * 1.0\n"),
         "outer: rank blocks repeated": ("r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)\n    r_ok", "r = tl.arange(0, BLOCK_R)\n    r_ok", RANKS),
