@@ -1,4 +1,4 @@
-"""fastpeft env | check | demo | bench.
+"""fastpeft env | check | serve | demo | bench.
 
 Nothing is imported before a command needs it: ``env`` must say what is wrong with an installation, not fall over it.
 """
@@ -23,15 +23,20 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("env", help="versions, devices, backends, variables: paste it into a bug report")
     check = commands.add_parser("check", help="run every op on your device against the reference; exit code 1 on error")
     check.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
-    for name, what in (("demo", "fine-tune a small encoder with LoRA"), ("bench", "time every op beside its peers")):
+    _add_serve(commands)
+    demo = "fine-tune a small encoder with LoRA; --serve: serve several adapters in one batch"
+    for name, what in (("demo", demo), ("bench", "time every op beside its peers")):
         commands.add_parser(name, add_help=False, help=f"{what} (from a source checkout; takes its own options)")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
-        return _from_checkout("examples/finetune.py", "{path}", *rest)
+        example = "serve" if "--serve" in rest else "finetune"
+        return _from_checkout(f"examples/{example}.py", "{path}", *(word for word in rest if word != "--serve"))
     if arguments.command == "bench":
         return _from_checkout("bench", "-m", "pytest", "{path}", *rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "serve":
+        return _serve(arguments)
     return _env() if arguments.command == "env" else _check(arguments.device)
 
 
@@ -45,6 +50,46 @@ def _from_checkout(part: str, *command: str) -> int:
     return subprocess.call(
         [sys.executable, *(word.format(path=path) if "{path}" in word else word for word in command)]
     )
+
+
+def _add_serve(commands) -> None:
+    what = "serve a model and its adapters with OpenAI's HTTP API; model= names the adapter"
+    serve = commands.add_parser("serve", help=what, description=what[0].upper() + what[1:] + ".")
+    add = serve.add_argument
+    add("model", metavar="MODEL", help="hub id or folder of a causal language model (safetensors)")
+    add("--adapters", required=True, metavar="DIR", help="folder whose sub-folders are PEFT checkpoints")
+    add("--served-model-name", metavar="NAME", help="the base model's name in requests (default: MODEL)")
+    add("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
+    add("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
+    add("--api-key", metavar="KEY", help="clients must send it; rather set FASTPEFT_API_KEY, which ps does not show")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    for name, default, what in (
+        ("slots", 8, "adapters on the device at once, and the most in one batch"),
+        ("max-rank", 64, "largest rank served"),
+        ("max-rows", 32, "requests that run at once"),
+        ("queue", 256, "requests that may wait; 429 beyond"),
+        ("max-tokens", None, "prompt and completion of a request together; 413 beyond (default: the model's context)"),
+        ("max-body-bytes", 1 << 20, "size of a request; 413 beyond"),
+        ("drain-seconds", 30, "how long SIGTERM waits for requests to end"),
+    ):
+        shown = "" if default is None else f" (default: {default})"
+        add(f"--{name}", type=_positive, default=default, metavar="N", help=what + shown)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    try:
+        from .serving import start
+    except ImportError as error:
+        print(f"fastpeft serve: {error}", file=sys.stderr)
+        return 2
+    return start.serve(options)
 
 
 def _check(device: str | None) -> int:

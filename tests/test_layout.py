@@ -32,7 +32,13 @@ MAY_IMPORT = {
     "cli": {"methods", "serving", "integrations", "nn", "ops", "testing", "_backend", "_C"},
 }
 # Packages that are not ours, beside torch. An integration may also import the package it is named after.
-OTHERS = {"kernels": {"triton"}, "_backend": {"triton"}, "methods": {"safetensors"}, "integrations": {"transformers"}}
+OTHERS = {
+    "kernels": {"triton"},
+    "_backend": {"triton"},
+    "methods": {"safetensors"},
+    "serving": {"fastapi", "prometheus_client", "pydantic", "starlette", "transformers", "uvicorn"},
+    "integrations": {"transformers"},
+}
 # Imported on first use only, inside a function, except where the layer is made of it.
 ON_FIRST_USE = {"triton", "kernels", "_C", "safetensors"}
 

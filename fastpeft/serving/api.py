@@ -156,7 +156,7 @@ class ChatRequest(_Generation):
 
 
 class LoadRequest(_Strict):
-    """POST /v1/load_lora_adapter, as in vLLM; lora_path is relative to the served folder. pin keeps it on the device."""
+    """POST /v1/load_lora_adapter, as in vLLM; lora_path is relative to the served folder, pin is ours."""
 
     lora_name: str
     lora_path: str

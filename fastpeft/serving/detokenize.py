@@ -32,7 +32,7 @@ class TextStream:
         return "" if self.stopped else self._cut(self._decoded(last=True), last=True)
 
     def _decoded(self, last: bool) -> str:
-        # A few tokens before the new ones are decoded with them: some tokenizers write a word's first token differently.
+        # A few earlier tokens are decoded with the new ones: some tokenizers write a text's first token differently.
         before = self._decode(self._tokens[self._start : self._read])
         text = self._decode(self._tokens[self._start :])
         if len(text) <= len(before) or (text.endswith(_INCOMPLETE) and not last):
