@@ -79,7 +79,8 @@ def test_work_ends_at_the_true_rank(tile, count):
     ranks = torch.tensor([[12, 5], [12, 3], [12, 11]], dtype=torch.int32, device=DEVICE)[:count]
     routing = route(torch.ones(7, dtype=torch.int32, device=DEVICE), 2, tile, "triton")
     with poisoned():
-        s = kernels.shrink(torch.ones(7, 8, device=DEVICE), lora_as, routing, Slots(torch.ones(2, device=DEVICE), ranks))
+        slots = Slots(torch.ones(2, device=DEVICE), ranks)
+        s = kernels.shrink(torch.ones(7, 8, device=DEVICE), lora_as, routing, slots)
     for s_p, rank in zip(s[0].split(12, 1), ranks[:, 1].tolist(), strict=True):
         assert (s_p[:, :rank] == 8).all()
         assert s_p[:, rank:].isnan().all()
