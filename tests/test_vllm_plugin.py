@@ -1,18 +1,23 @@
 """The vLLM plug-in: what it relies on against released versions, and when it changes vLLM or leaves it alone."""
 
+import importlib
 import logging
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import small_vllm
 import torch
+import yaml
 from engine_source import looker, present, recorded, said, tree_of
 
+import fastpeft
 from fastpeft.integrations import _interface, vllm
 
 VERSIONS = recorded("vllm")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_recorded_versions_are_the_tested_ones():
@@ -97,6 +102,7 @@ def engine(monkeypatch):
 
     wrapper = types.SimpleNamespace(PunicaWrapperBase=small_vllm.PunicaWrapperGPU)
     contents = {
+        "vllm.envs": {"environment_variables": {}},
         "vllm.platforms": {"current_platform": CudaPlatform()},
         "vllm.platforms.interface": {"Platform": Platform},
         "vllm.lora.punica_wrapper.punica_base": vars(wrapper),
@@ -142,6 +148,24 @@ def test_off_unless_asked_for(engine, monkeypatch, environment, enabled):
     assert (vars(engine)["get_punica_wrapper"] is before) is not enabled
     expected = "fastpeft.integrations.vllm.FastPunicaWrapper" if enabled else vllm.REPLACED
     assert engine.get_punica_wrapper() == expected
+    keys = {name: value() for name, value in sys.modules["vllm.envs"].environment_variables.items()}
+    assert keys == ({"FASTPEFT_VLLM": fastpeft.__version__} if enabled else {}), "what keys vLLM's compiled models"
+
+
+def test_the_ray_example_asks_for_it(monkeypatch):
+    example = yaml.safe_load((ROOT / "examples" / "ray_serve_llm.yaml").read_text())
+    (config,) = example["applications"][0]["args"]["llm_configs"]
+    for name, value in config["runtime_env"]["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    assert vllm._setting() == "strict"
+    assert config["engine_kwargs"]["enable_lora"] is True
+
+
+@pytest.mark.parametrize(("group", "package"), [("vllm.general_plugins", "vllm"), ("sglang.srt.plugins", "sglang")])
+def test_entry_points_name_the_plugins(group, package):
+    line = f'[project.entry-points."{group}"]\nfastpeft = "fastpeft.integrations.{package}:plugin"\n'
+    assert line in (ROOT / "pyproject.toml").read_text()
+    assert callable(importlib.import_module(f"fastpeft.integrations.{package}").plugin)
 
 
 def test_an_unknown_setting_is_an_error(monkeypatch):
@@ -193,6 +217,7 @@ def test_what_differs_is_said_and_vllm_left_alone(engine, monkeypatch, caplog, s
             assert engine.get_punica_wrapper() == own
         assert reason in caplog.text
     assert vars(Base)["set_lora"] is wrapped
+    assert sys.modules["vllm.envs"].environment_variables == {}
 
 
 def test_without_vllm_the_module_imports_and_says_what_is_missing():

@@ -20,12 +20,14 @@ import weakref
 import torch
 from torch import Tensor
 
+from .. import __version__
 from . import _interface
 from ._step import StepRouting, add_lora_, define
 
 TESTED = ("0.14.0", "0.20.0", "0.27.0", "0.33.0")  # versions whose source has INTERFACE
 REPLACED = "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
 INTERFACE = {
+    "vllm.envs:environment_variables": "attribute",
     "vllm.platforms.interface:Platform.get_punica_wrapper": ("cls",),
     "vllm.platforms.interface:Platform.is_cuda": ("self",),
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.token_lora_indices": "property",
@@ -76,7 +78,7 @@ def plugin() -> None:
         name = original()
         reasons = _reasons(current_platform, name)
         if not reasons:
-            _record_ranks()
+            _prepare()
             return f"{__name__}.FastPunicaWrapper"
         text = "fastpeft: vLLM's own LoRA kernels serve: " + "; ".join(reasons)
         if _setting() == "strict":
@@ -159,12 +161,15 @@ _vllm_lora_ = define(
 )
 
 
-def _record_ranks() -> None:
+def _prepare() -> None:
     """Have every linear LoRA layer note its slots' true ranks when adapters come and go; once a process."""
     import vllm.lora.layers  # noqa: F401  the subclasses exist once they are imported
+    from vllm import envs
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
     record_ranks(BaseLinearLayerWithLoRA)
+    # vLLM keys its compiled models by these: one compiled without us, or with another version, is not ours to run.
+    envs.environment_variables["FASTPEFT_VLLM"] = lambda: __version__
 
 
 def record_ranks(base: type) -> None:
