@@ -150,7 +150,10 @@ class AdapterBank:
 
     @contextlib.contextmanager
     def use(
-        self, adapters: Sequence["str | Lease | None"], lengths: Sequence[int] | None = None
+        self,
+        adapters: Sequence["str | Lease | None"],
+        lengths: Sequence[int] | None = None,
+        picked: Sequence[int] | None = None,
     ) -> Iterator["AdapterBank"]:
         """Inside, forwards of the model in this thread use one adapter for each row of the batch; no gradients.
 
@@ -158,6 +161,7 @@ class AdapterBank:
             adapters: a name, a lease or None (the bare model) for each row. A batch whose first dimension is a multiple
                 of the rows repeats each row in place, as beams do; any other is an error.
             lengths: None, or the number of tokens of each row in tensors that hold the rows one after the other.
+            picked: with lengths, the places of those tokens that alone reach the head (``logits_to_keep``).
 
         Raises:
             UnknownAdapter, BankFull: before anything runs. On CUDA, forwards run on the stream current on entry.
@@ -170,7 +174,7 @@ class AdapterBank:
             if held:
                 rows = [-1 if a is None else next(slots) for a in adapters]
                 with torch.inference_mode(False):
-                    batch = Batch(rows, lengths, self.slots, self.device)
+                    batch = Batch(rows, lengths, picked, self.slots, self.device)
                 for adapter in {id(a): a for a in held}.values():
                     self._slots.copies.wait(adapter.ready)
             outer, self._running.batch = self._running.batch, batch

@@ -18,10 +18,18 @@ class Batch:
     Args:
         lengths: None for tensors ``[rows, ...]``, every row with as many tokens as the next; else the number of tokens
             of each row, in tensors that hold the rows one after the other, as in ``[1, T, K]``.
+        picked: with lengths, the places of the tokens that alone reach the head, if some do.
         slot_count: slots of the bank.
     """
 
-    def __init__(self, slots: Sequence[int], lengths: Sequence[int] | None, slot_count: int, device: torch.device):
+    def __init__(
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int] | None,
+        picked: Sequence[int] | None,
+        slot_count: int,
+        device: torch.device,
+    ):
         self.rows = len(slots)
         self.mask = 0  # bit s: a row uses slot s
         for slot in slots:
@@ -35,6 +43,7 @@ class Batch:
         if lengths is not None:
             counts = torch.tensor(lengths, device=device)
             self._slots = torch.repeat_interleave(self._slots, counts, output_size=self.total)
+        self._picked = None if picked is None else torch.tensor(picked, device=device)
 
     def routing(self, shape: torch.Size) -> Routing:
         """Of the tokens of a tensor with these leading dimensions; made once for all layers and steps."""
@@ -53,6 +62,8 @@ class Batch:
         """
         tokens = shape.numel()
         if self.total is not None:
+            if self._picked is not None and tokens == len(self._picked) != self.total:
+                return self._slots[self._picked]
             if tokens != self.total:
                 raise ValueError(
                     f"use: a layer received {tokens} tokens {list(shape)}, expected the {self.total} of lengths"
