@@ -210,7 +210,19 @@ def test_import_order_is_free():
     """Whichever module comes first; only a kernel and an integration import the package that they are made for."""
     run(
         IMPORT_FIRST
-        % (["ops", "nn", "methods", "reference", "testing", "cli", "kernels.lora_linear", "integrations.peft"],)
+        % (
+            [
+                "ops",
+                "nn",
+                "methods",
+                "serving",
+                "reference",
+                "testing",
+                "cli",
+                "kernels.lora_linear",
+                "integrations.peft",
+            ],
+        )
     )
 
 
