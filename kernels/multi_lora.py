@@ -23,10 +23,12 @@ from .launch import Config, launch, math
 DECODE = 16  # tokens a tile where weights, not tokens, are what there is to read
 
 
-def config(step: str, columns: int, dtype: torch.dtype, tile: int) -> Config:
+def config(step: str, columns: int, dtype: torch.dtype, tile: int, dropout: bool = False) -> Config:
     """The tile sizes of ``step`` for S with so many columns and tiles of ``tile`` tokens."""
     block_r = min(max(16, triton.next_power_of_2(columns)), 64)
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
+    if wide and dropout and step != "outer":  # masks take registers too
+        return Config(tile, 32, block_r if step == "shrink" else 16, 4, 1 if step == "shrink" else 2)
     if step == "shrink":
         block_k = 128 if tile <= DECODE else 64
         return Config(tile, 32 if wide else block_k, block_r, 8 if wide and tile > DECODE else 4, 3)
@@ -270,7 +272,7 @@ def shrink_backward(
 
 def _shrink(x, lora_as, s, routing, slots):
     k, columns, acc = x.shape[1], s.shape[2], math(x, lora_as[0])
-    c = config("shrink", columns, lora_as[0].dtype, routing.tile)
+    c = config("shrink", columns, lora_as[0].dtype, routing.tile, slots.thresholds is not None)
     span = triton.cdiv(triton.cdiv(k, s.shape[0]), c.block_k) * c.block_k
     tiles, ranks = routing.tiles.shape[1], _ranks(lora_as)
     launch(
@@ -284,15 +286,15 @@ def _shrink(x, lora_as, s, routing, slots):
 
 def _expand(ys, s, lora_bs, routing, slots, total):
     widths, ranks = tuple(b.shape[1] for b in lora_bs), [b.shape[2] for b in lora_bs]
-    acc, c = math(s, lora_bs[0]), config("expand", max(ranks), lora_bs[0].dtype, routing.tile)
+    acc, dropout = math(s, lora_bs[0]), slots.thresholds is not None
+    c = config("expand", max(ranks), lora_bs[0].dtype, routing.tile, dropout)
     blocks, tiles = [triton.cdiv(width, c.block_k) for width in widths], routing.tiles.shape[1]
     launch(
         _expand_kernel, (tiles, blocks[0] if total else sum(blocks)), c, acc,
         s, tuple(lora_bs), tuple(ys), routing.order, routing.starts, routing.tiles, *slots[1:],
         routing.tiles.stride(0), _firsts(ranks), tuple(ranks), widths, _firsts(blocks), *_strides(slots)[1:],
         *s.stride(), *_transposed(lora_bs), *zip(*(y.stride() for y in ys), strict=True),
-        SLICES=len(lora_bs), SUM=total, PLANES=s.shape[0], RANKS=slots.ranks is not None,
-        DROPOUT=slots.thresholds is not None,
+        SLICES=len(lora_bs), SUM=total, PLANES=s.shape[0], RANKS=slots.ranks is not None, DROPOUT=dropout,
     )  # fmt: skip
 
 

@@ -106,6 +106,17 @@ def test_any_strides(form, backend, which, change):
     assert_same(problem.fused(backend), replace(problem, **{which: moved}).fused(backend))
 
 
+@each_tile
+@each_backend
+def test_slices_of_different_strides(tile, backend):
+    """In the loop over K too."""
+    p = integers("multi_lora_shared", tokens=15, k=300)
+    for which in ("lora_as", "lora_bs", "ys", "dys"):
+        first, second = getattr(p, which)
+        strided = replace(p, **{which: (first, reversed_dimensions(second))})
+        assert_same(p.fused(backend, tile), strided.fused(backend, tile))
+
+
 @each_backend
 @pytest.mark.parametrize("which", ["x", "ys", "dys"])
 @pytest.mark.parametrize("dim", [0, 1])

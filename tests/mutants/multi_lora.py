@@ -15,6 +15,7 @@ INTEGERS = "tests/test_multi_lora.py::test_integers_are_exact"
 SEEDS = "tests/test_multi_lora_edges.py::test_seeds_are_drawn_where_none_are_given"
 NAN = "tests/test_multi_lora_edges.py::test_nan_of_one_adapter_harms_no_other"
 WORK = "tests/test_multi_lora_memory.py::test_work_ends_at_the_true_rank"
+SLICES = "tests/test_multi_lora_memory.py::test_slices_of_different_strides"
 NO_SLOT = "tests/test_routing.py::test_kernels_take_it_for_none"
 
 TESTS = (
@@ -77,7 +78,7 @@ MUTANTS = {
         "shrink: parts overlap": ("for k0 in range(first, tl.minimum(first + SPAN, K), BLOCK_K):", "for k0 in range(first, K, BLOCK_K):", CUT),
         "shrink: last block skipped": ("for k0 in range(first, tl.minimum(first + SPAN, K), BLOCK_K):", "for k0 in range(first, tl.minimum(first + SPAN, K) // BLOCK_K * BLOCK_K, BLOCK_K):"),
         "shrink: no mask on columns": ("k_ok = k0 + tl.arange(0, BLOCK_K) < K", "k_ok = k0 + tl.arange(0, BLOCK_K) >= 0"),
-        "shrink: A's step of the first slice": ("step = tl.where(mine, block_k * strides_ak[p], step)", "step = step", STRIDES),
+        "shrink: A's step of the first slice": ("step = tl.where(mine, block_k * strides_ak[p], step)", "step = step", SLICES),
         "shrink: 32-bit step": ("block_k = tl.full((BLOCK_R,), BLOCK_K, tl.int64)", "block_k = tl.full((BLOCK_R,), BLOCK_K, tl.int32)", OFFSETS),
         "shrink: x's 32-bit step": ("x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk", "x_step = tl.full((), BLOCK_K, tl.int32) * stride_xk", OFFSETS),
         "shrink: mask counts all tokens": ("threshold, m - start, k0, BLOCK_K)", "threshold, m, k0, BLOCK_K)"),
