@@ -33,6 +33,8 @@ class Batcher:
         tokenizer: for prompts that are text, and its end-of-sequence token.
         max_rows: requests that run at once. max_waiting: requests that may wait, None for any number.
         max_tokens: the longest prompt and completion together; None is the model's ``max_position_embeddings``.
+        max_cached: tokens that the cache may come to hold, its rows times the longest of them (they are padded to one
+            length); requests wait for room. None for any number.
 
     Raises:
         TypeError, ValueError: naming the argument, what it is and what was expected.
@@ -45,10 +47,12 @@ class Batcher:
         max_rows: int = 32,
         max_tokens: int | None = None,
         max_waiting: int | None = None,
+        max_cached: int | None = None,
     ):
         if not isinstance(bank, AdapterBank):
             raise TypeError(f"Batcher: bank is {type(bank).__name__}, expected an AdapterBank")
-        for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens), ("max_waiting", max_waiting)):
+        limits = {"max_tokens": max_tokens, "max_waiting": max_waiting, "max_cached": max_cached}
+        for name, value in {"max_rows": max_rows, **limits}.items():
             if value is not None or name == "max_rows":
                 _check.positive("Batcher", name, value)
         if bank.model.training:
@@ -56,6 +60,8 @@ class Batcher:
         config = getattr(bank.model, "config", None)
         self.bank, self.tokenizer, self.max_rows, self.max_waiting = bank, tokenizer, max_rows, max_waiting
         self.max_tokens = max_tokens or getattr(config, "max_position_embeddings", None) or 4096
+        self.max_cached = max_cached or max_rows * self.max_tokens
+        self.max_tokens = min(self.max_tokens, self.max_cached)
         self._vocabulary = bank.model.get_input_embeddings().num_embeddings
         self._stop_ids = end_ids(bank.model, tokenizer)
         self._rows = Rows(bank)
@@ -207,14 +213,16 @@ class Batcher:
 
     def _admit(self) -> list[Request]:
         """The requests that begin now, with leases on their adapters."""
-        admitted, blocked, longest, error = [], None, 0, None
-        for request in tuple(self._waiting):
+        admitted, blocked, error = [], None, None
+        with self._changed:
+            waiting = tuple(self._waiting)
+        for request in waiting:
             if request.cancelled:
                 request.finish("cancelled")
+        for request in waiting:
+            if request.done:
                 continue
-            longest = max(longest, len(request.prompt))
-            full = self.running + len(admitted) >= self.max_rows
-            if full or (admitted and longest * (len(admitted) + 1) > _PREFILL_TOKENS):
+            if not self._has_room(request, admitted):
                 break
             if blocked is not None and (
                 blocked.overtaken >= self.max_rows or not self._needs_no_slot(request, admitted)
@@ -236,6 +244,12 @@ class Batcher:
         with self._changed:
             self._waiting = deque(r for r in self._waiting if not r.done and r not in admitted)
         return admitted
+
+    def _has_room(self, request: Request, admitted: Sequence[Request]) -> bool:
+        rows = [*self._rows.requests, *admitted, request]
+        read = max(len(r.prompt) for r in (*admitted, request)) * (len(admitted) + 1)
+        cached = max(len(r.prompt) + r.max_new_tokens for r in rows) * len(rows)
+        return len(rows) <= self.max_rows and cached <= self.max_cached and (not admitted or read <= _PREFILL_TOKENS)
 
     def _needs_no_slot(self, request: Request, admitted: Sequence[Request]) -> bool:
         return request.adapter is None or any(
