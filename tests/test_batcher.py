@@ -129,11 +129,17 @@ def test_cancel(bank):
     stays = batcher.submit(prompt(5), "alice", max_new_tokens=10)
     goes = batcher.submit(prompt(8, 1), "bob", max_new_tokens=10)
     itself = batcher.submit(prompt(3, 2), "carol", max_new_tokens=10, on_token=lambda _: itself.cancel())
-    waits = batcher.submit(prompt(3, 3), "dave")
+    waits, behind = batcher.submit(prompt(3, 3), "dave"), batcher.submit(prompt(3, 3), "dave")
     step(batcher)
     goes.cancel()
     waits.cancel()
+    behind.cancel()
+    goes_on = [batcher.submit(prompt(2), max_new_tokens=1) for _ in range(2)]
+    step(batcher)
+    assert behind.done
+    assert waits.done
     step(batcher, 12)
+    assert all(request.finish_reason == "length" for request in goes_on)
     assert (goes.finish_reason, itself.finish_reason, waits.finish_reason) == ("cancelled",) * 3
     assert (len(goes.result(0)), len(itself.result(0)), waits.result(0)) == (2, 1, [])
     same_or_tied(bank, stays.prompt, "alice", stays.result(0), greedy_alone(bank, stays.prompt, "alice", 10))
@@ -154,6 +160,23 @@ def test_slots_are_waited_for_without_starvation(bank):
     assert steps < 20
     step(batcher, 20)
     assert all(request.done for request in (*running, *stream))
+
+
+def test_the_cache_is_bounded(bank):
+    """Rows times the longest never pass max_cached, first come first served; a short request does not slip past."""
+    batcher = Batcher(bank, max_rows=8, max_cached=60)
+    assert batcher.max_tokens == 60
+    small = [batcher.submit(prompt(6, i), max_new_tokens=4) for i in range(3)]
+    large = batcher.submit(prompt(20), max_new_tokens=10)
+    late = batcher.submit(prompt(3), max_new_tokens=2)
+    seen = []
+    while not late.done:
+        step(batcher)
+        layers = batcher._rows._cache.layers if batcher._rows._cache else []
+        seen += [layer.keys.shape[0] * layer.keys.shape[2] for layer in layers]
+    step(batcher, 8)
+    assert max(seen) <= 60
+    assert [len(request.result(0)) for request in (*small, large, late)] == [4, 4, 4, 10, 2]
 
 
 def test_text_prompts(bank):
