@@ -24,16 +24,24 @@ DECODE = 16  # tokens a tile where weights, not tokens, are what there is to rea
 
 
 def config(step: str, columns: int, dtype: torch.dtype, tile: int, dropout: bool = False) -> Config:
-    """The tile sizes of ``step`` for S with so many columns and tiles of ``tile`` tokens."""
+    """The tile sizes of ``step`` for S with so many columns and tiles of ``tile`` tokens: the largest without spills.
+
+    Dropout's masks take registers too; one more pipeline stage or fewer decides on some architectures.
+    """
     block_r = min(max(16, triton.next_power_of_2(columns)), 64)
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
-    if wide and dropout and step != "outer":  # masks take registers too
-        return Config(tile, 32, block_r if step == "shrink" else 16, 4, 1 if step == "shrink" else 2)
     if step == "shrink":
-        block_k = 128 if tile <= DECODE else 64
-        return Config(tile, 32 if wide else block_k, block_r, 8 if wide and tile > DECODE else 4, 3)
+        if wide:
+            return (
+                Config(tile, 32, block_r, 4, 1) if dropout else Config(tile, 32, block_r, 8 if tile > DECODE else 4, 3)
+            )
+        return Config(tile, 128 if tile <= DECODE else 64, block_r, 4, 3)
     if step == "expand":
-        return Config(tile, 64 if wide or tile > DECODE else 128, 16 if wide else min(block_r, 32), 4 if wide else 8, 2)
+        if wide:
+            return Config(tile, 32 if dropout else 64, 16, 4, 2)
+        if dropout:
+            return Config(tile, 128 if tile <= DECODE else 64, min(block_r, 32), 8, 2)
+        return Config(tile, 64, min(block_r, 32), 4, 2)
     if step == "outer":
         return Config(32, 64, min(block_r, 32), 8 if wide else 4, 2)
     raise ValueError(f"config: step is {step!r}, expected shrink, expand or outer")

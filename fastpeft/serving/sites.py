@@ -87,7 +87,7 @@ class Site:
 
     def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         batch = self._running.batch
-        if batch is None or not self.mask & batch.mask:
+        if batch is None or self._idle(batch):
             return self.base(x, *args, **kwargs)
         if self.siblings is not None and not args and not kwargs and self.siblings.shares(x):
             return self.siblings.forward(self, x, batch)
@@ -95,10 +95,16 @@ class Site:
         routing = batch.routing(x.shape[:-1])
         return ops.multi_lora_(y, x, self.lora_a, self.lora_b, routing, self.scales, self.ranks)
 
+    def _idle(self, batch: Batch) -> bool:
+        """Whether the batch's adapters leave this layer alone. A compiled graph is one for all adapters."""
+        if torch.compiler.is_compiling():
+            return self.lora_a is None
+        return not self.mask & batch.mask
+
     def _embed(self, ids: Tensor, *args, **kwargs) -> Tensor:
         batch = self._running.batch
         y = self.base(ids, *args, **kwargs)
-        if batch is None or not self.mask & batch.mask:
+        if batch is None or self._idle(batch):
             return y
         slots = batch.token_slots(ids.shape).clamp(min=0).long().view(ids.shape)
         s = nn.functional.embedding(ids + slots * self.in_features, self.lora_a.flatten(0, 1)).to(y.dtype)
