@@ -4,10 +4,13 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: demo test test-oldest mutants peft-suite bench gpu check
+.PHONY: demo demo-serve test test-oldest mutants peft-suite bench gpu check
 
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
+
+demo-serve: .venv/demo
+	$(PY) -m fastpeft.cli demo --serve
 
 test: .venv/ready test-oldest
 	$(PYTEST)

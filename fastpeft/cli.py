@@ -70,6 +70,11 @@ def _add_serve(commands) -> None:
         ("max-rows", 32, "requests that run at once"),
         ("queue", 256, "requests that may wait; 429 beyond"),
         ("max-tokens", None, "prompt and completion of a request together; 413 beyond (default: the model's context)"),
+        (
+            "max-cached",
+            None,
+            "tokens of all running requests, each counted as the longest (default: rows x max-tokens)",
+        ),
         ("max-body-bytes", 1 << 20, "size of a request; 413 beyond"),
         ("drain-seconds", 30, "how long SIGTERM waits for requests to end"),
     ):

@@ -25,7 +25,11 @@ log = logging.getLogger("uvicorn.error")
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one server. max_tokens: prompt and completion together, None is the model's context."""
+    """Of one server.
+
+    max_tokens: prompt and completion together, None is the model's context. max_cached: of all rows of the batch, each
+    counted as the longest; None is ``max_rows`` times ``max_tokens``.
+    """
 
     slots: int = 8
     max_rank: int = 64
@@ -33,6 +37,7 @@ class Limits:
     queue: int = 256
     max_body_bytes: int = 1 << 20
     max_tokens: int | None = None
+    max_cached: int | None = None
     drain_seconds: float = 30.0
 
 
@@ -49,9 +54,8 @@ class Service:
         self.tokenizer, self.name, self.limits = tokenizer, name, limits
         self.created = int(time.time())
         self.bank = AdapterBank(model, slots=limits.slots, max_rank=limits.max_rank)
-        self.batcher = Batcher(
-            self.bank, tokenizer, limits.max_rows, max_tokens=limits.max_tokens, max_waiting=limits.queue
-        )
+        most = {"max_rows": limits.max_rows, "max_tokens": limits.max_tokens, "max_cached": limits.max_cached}
+        self.batcher = Batcher(self.bank, tokenizer, max_waiting=limits.queue, **most)
         self.folder = AdapterFolder(self.bank, adapters, name)
         self.folder.scan()
         self.metrics = Metrics(self.batcher)

@@ -50,6 +50,7 @@ def _service(options: argparse.Namespace) -> Service:
         queue=options.queue,
         max_body_bytes=options.max_body_bytes,
         max_tokens=options.max_tokens,
+        max_cached=options.max_cached,
         drain_seconds=options.drain_seconds,
     )
     return Service(model.to(device).eval(), tokenizer, options.adapters, name, limits)
