@@ -1,6 +1,7 @@
 """What goes wrong around a batcher stays with the request it concerns: errors, full queues and banks, stopping."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -119,6 +120,13 @@ def test_queue_full_and_stopping(bank):
     last = [batcher.submit(prompt(3), max_new_tokens=400) for _ in range(2)]
     assert batcher.stop(drain=False, timeout=30)
     assert [request.finish_reason for request in last] == ["cancelled"] * 2
+    batcher.start()
+    reading, read = threading.Event(), batcher._rows.join
+    batcher._rows.join = lambda requests: reading.set() or time.sleep(0.1) or read(requests)
+    midway = batcher.submit(prompt(3), max_new_tokens=400)  # neither in the queue nor among the rows
+    assert reading.wait(30)
+    assert batcher.stop(drain=False, timeout=30)
+    assert midway.finish_reason == "cancelled"
     idle = Batcher(bank)
     never = idle.submit(prompt(3))
     assert idle.stop()

@@ -68,7 +68,7 @@ class Batcher:
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._stopping = False
+        self._stopping = self._cancelling = False
 
     @property
     def waiting(self) -> int:
@@ -131,7 +131,7 @@ class Batcher:
         with self._changed:
             if self._thread is not None:
                 raise BankError("start: the batcher is running")
-            self._stopping = False
+            self._stopping = self._cancelling = False
             self._thread = threading.Thread(target=self._run, name="fastpeft-batcher", daemon=True)
             self._thread.start()
         return self
@@ -143,10 +143,7 @@ class Batcher:
             Whether it has ended within so many seconds.
         """
         with self._changed:
-            self._stopping = True
-            if not drain:
-                for request in (*self._waiting, *self._rows.requests):
-                    request.cancel()
+            self._stopping, self._cancelling = True, self._cancelling or not drain
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:
@@ -176,6 +173,9 @@ class Batcher:
     def _turn(self) -> None:
         """Let requests in, and take one step with all."""
         try:
+            if self._cancelling:  # here, where no request is between the queue and the rows
+                for request in (*self._waiting, *self._rows.requests):
+                    request.cancel()
             for request in self._rows.requests:
                 if request.cancelled:
                     request.finish("cancelled")
