@@ -240,6 +240,11 @@ def expand_(ys: Sequence[Tensor], s: Tensor, lora_bs: Sequence[Tensor], routing,
     _expand(ys, s, lora_bs, routing, slots._replace(thresholds=None), total=False)
 
 
+def add_(ys: Sequence[Tensor], x: Tensor, lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], routing, slots) -> None:
+    """``expand_`` of ``shrink``."""
+    expand_(ys, shrink(x, lora_as, routing, slots), lora_bs, routing, slots)
+
+
 def expand_backward(
     dys: Sequence[Tensor], s: Tensor | None, lora_bs: Sequence[Tensor], routing, slots, need_ds: bool, need_db: bool
 ) -> tuple[Tensor | None, list[Tensor] | None]:

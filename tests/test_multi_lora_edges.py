@@ -34,8 +34,8 @@ def assert_exact(problem, backend, tile=None):
 @each_tile
 @pytest.mark.parametrize(
     "token_slots",
-    [[-1] * 9, [3] * 9, [3] + [-1] * 8, [0] * 9, [-1, 3, -1, 0, 0, 0, 3, -1, -1]],
-    ids=["all -1", "last slot", "one token", "first slot", "two of four"],
+    [[-1] * 9, [3] * 9, [3] + [-1] * 8, [0] * 9, [-1, 3, -1, 0, 0, 0, 3, -1, -1], [0] * 5 + [2] * 3 + [3]],
+    ids=["all -1", "last slot", "one token", "first slot", "two of four", "last slot with fewest"],
 )
 def test_who_is_in_the_batch(backend, tile, token_slots):
     assert_exact(with_slots(integers(tokens=9), token_slots), backend, tile)

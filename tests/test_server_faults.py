@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -296,6 +295,16 @@ def test_full_queue(folder):
         assert complete(client, "bob").status_code == 200
 
 
+def test_prompts_that_wait_for_the_tokenizer_are_bounded_too(folder):
+    with serving(folder, queue=2) as (service, client), ThreadPoolExecutor(5) as pool:
+        busy = threading.Event()
+        service.tokenizing.submit(busy.wait)
+        requests = [pool.submit(complete, client, "bob", max_tokens=1) for _ in range(5)]
+        until(lambda: sum(request.done() for request in requests) == 3)
+        busy.set()
+        assert sorted(request.result(30).status_code for request in requests) == [200, 200, 429, 429, 429]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_row(folder, stream):
     with serving(folder, step_seconds=0.01, max_rows=1) as (service, client):
@@ -384,11 +393,11 @@ def test_sigterm_under_load(folder, tmp_path):
             started.wait()
 
             def accepted():
-                rows = dict(r.rsplit(" ", 1) for r in client.get("/metrics").text.splitlines() if r[0] != "#")
-                return float(rows["fastpeft_queue_length"]) + float(rows["fastpeft_running_rows"]) >= 9
+                rows = (row.rsplit(" ", 1) for row in client.get("/metrics").text.splitlines())
+                return sum(float(value) for name, value in rows if name.startswith("fastpeft_prompt_tokens_total{"))
 
-            until(accepted)
-            time.sleep(0.1)  # the last of the twelve are on their way
+            until(lambda: accepted() == 13 * len("abc"))
+            assert not all(request.done() for request in requests)
             server.send_signal(signal.SIGTERM)
             answers = [request.result(60) for request in requests]
             assert {answer.status_code for answer in answers} == {200}

@@ -40,7 +40,7 @@ def _implementation(x, lora_as, lora_bs, ys, order, starts, tiles, scales, ranks
 def _inplace(ys, x, lora_as, lora_bs, order, starts, tiles, scales, ranks, tile, backend):
     absent = x.new_empty(0)
     impl, routing, slots = _prepare(order, starts, tiles, scales, ranks, absent, absent, tile, backend)
-    impl.expand_(ys, impl.shrink(x, lora_as, routing, slots), lora_bs, routing, slots)
+    impl.add_(ys, x, lora_as, lora_bs, routing, slots)
 
 
 def _fake(x, lora_as, lora_bs, ys, order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend):

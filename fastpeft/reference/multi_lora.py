@@ -18,7 +18,6 @@ from .dropout import LANES, keep_mask
 from .lora_linear import lora_linear
 from .routing import Routing
 
-
 CHEAP_PADDING = 64  # rows that a bmm takes in less time than the calls of one more bmm
 
 
@@ -85,13 +84,11 @@ def shrink(x: Tensor, lora_as: Sequence[Tensor], routing: Routing, slots: Slots)
     for p, (a, s_p) in enumerate(zip(lora_as, s[0].split([a.shape[1] for a in lora_as], 1), strict=True)):
         of_p = slots.of(p)
         for group in _groups(routing, of_p.ranks, a.shape[1]):
-            x_g = x.index_select(0, routing.order.index_select(0, group.rows)).to(s.dtype)
-            x_g = x_g.view(len(group.slots), -1, x.shape[1])
-            scale = of_p.scales[group.chosen, None, None]
-            if of_p.thresholds is not None:
-                scale = scale * _drop(x_g, group, of_p)
-            s_g = torch.bmm(x_g, a[group.chosen, : group.rank].to(s.dtype).mT).mul_(scale)
-            s_p[group.places, : group.rank] = s_g.view(-1, group.rank)[group.real]
+            x_g = x.index_select(0, group.tokens).to(s.dtype).view(len(group.slots), -1, x.shape[1])
+            factor = None if of_p.thresholds is None else _drop(x_g, group, of_p)
+            s_g = _project(x_g, a, group, of_p)
+            s_g = s_g if factor is None else s_g.mul_(factor)
+            s_p[group.places, : group.rank] = group.without_padding(s_g)
     return s
 
 
@@ -100,13 +97,40 @@ def expand_(ys: Sequence[Tensor], s: Tensor, lora_bs: Sequence[Tensor], routing:
     for p, (y, b, s_p) in enumerate(zip(ys, lora_bs, s[0].split([b.shape[2] for b in lora_bs], 1), strict=True)):
         for group in _groups(routing, slots.of(p).ranks, b.shape[2]):
             s_g = s_p.index_select(0, group.rows)[:, : group.rank].view(len(group.slots), -1, group.rank)
-            delta = torch.bmm(s_g, b[group.chosen, :, : group.rank].to(s.dtype).mT).view(-1, b.shape[1])
-            delta = delta.index_select(0, group.real)
-            tokens = routing.order.index_select(0, group.places)
-            if y.dtype == s.dtype:
-                y.index_add_(0, tokens, delta)
-            else:
-                y[tokens] = delta.add_(y[tokens]).to(y.dtype)
+            _add(y, s_g, b, group)
+
+
+def add_(
+    ys: Sequence[Tensor],
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    routing: Routing,
+    slots: Slots,
+) -> None:
+    """``expand_`` of ``shrink``, without dropout: nothing is put in order in between, and x is gathered once."""
+    gathered = {}
+    for p, (y, a, b) in enumerate(zip(ys, lora_as, lora_bs, strict=True)):
+        of_p = slots.of(p)
+        for group in _groups(routing, of_p.ranks, a.shape[1]):
+            x_g = gathered.get(id(group))  # slices of equal ranks have the same groups
+            if x_g is None:
+                x_g = x.index_select(0, group.tokens).to(_sums(a)).view(len(group.slots), -1, x.shape[1])
+                gathered[id(group)] = x_g
+            _add(y, _project(x_g, a, group, of_p), b, group)
+
+
+def _project(x: Tensor, a: Tensor, group: "_Group", slots: Slots) -> Tensor:
+    a = a[group.chosen, : group.rank].to(x.dtype)
+    return torch.bmm(x, a.mT).mul_(slots.scales[group.chosen].view(-1, 1, 1))
+
+
+def _add(y: Tensor, s: Tensor, b: Tensor, group: "_Group") -> None:
+    delta = group.without_padding(torch.bmm(s, b[group.chosen, :, : group.rank].to(s.dtype).mT))
+    if y.dtype == s.dtype:
+        y.index_add_(0, group.real_tokens, delta)
+    else:
+        y[group.real_tokens] = delta.add_(y[group.real_tokens]).to(y.dtype)
 
 
 def expand_backward(
@@ -167,8 +191,9 @@ def _outer(s, x, routing, slots, dtype):
 class _Group(NamedTuple):
     """Slots of one true rank, their tokens padded to one number by repeating the last: what ``bmm`` takes.
 
-    ``chosen`` indexes the slots without a copy where they are neighbours; ``rows`` are all places in the order, padding
-    included; ``real`` says which of them are not padding, and ``places`` which places those are.
+    ``chosen`` indexes the slots, without a copy where they are neighbours. ``rows`` are places in the order, ``tokens``
+    the tokens there, padding included; ``places`` and ``real_tokens`` are the same without it; ``real`` says where
+    those are among the padded ones, None: everywhere.
     """
 
     slots: tuple[int, ...]
@@ -176,17 +201,26 @@ class _Group(NamedTuple):
     rank: int
     chosen: slice | Tensor
     rows: Tensor
-    real: Tensor
+    tokens: Tensor
     places: Tensor
+    real_tokens: Tensor
+    real: Tensor | None
+
+    def without_padding(self, values: Tensor) -> Tensor:
+        """``[slots, tokens, ...]`` as ``[real tokens, ...]``."""
+        values = values.view(-1, values.shape[-1])
+        return values if self.real is None else values.index_select(0, self.real)
 
 
 def _groups(routing: Routing, ranks: Tensor | None, largest: int) -> list[_Group]:
-    ranks = None if ranks is None else tuple(ranks.tolist())
-    return _grouped(tuple(routing.starts.tolist()), ranks, largest, routing.order.device)
+    order, starts = (tuple(t.tolist()) for t in routing[:2])
+    return _grouped(order, starts, None if ranks is None else tuple(ranks.tolist()), largest, routing.order.device)
 
 
-@functools.lru_cache(maxsize=256)  # of values, not of tensors: the layers of a step, and steps of decoding, agree
-def _grouped(starts: tuple[int, ...], ranks: tuple[int, ...] | None, largest: int, device) -> list[_Group]:
+@functools.lru_cache(maxsize=64)  # of values, not of tensors: the layers of a step, and steps of decoding, agree
+def _grouped(
+    order: tuple[int, ...], starts: tuple[int, ...], ranks: tuple[int, ...] | None, largest: int, device
+) -> list[_Group]:
     by_rank = {}
     for slot, start, stop, rank in _segments(starts, ranks, largest):
         by_rank.setdefault(rank, []).append((slot, start, stop))
@@ -200,20 +234,24 @@ def _grouped(starts: tuple[int, ...], ranks: tuple[int, ...] | None, largest: in
                 if 2 * (stop - start) < longest and padding > CHEAP_PADDING:
                     break
                 count += 1
-            groups.append(_group(sorted(segments[:count]), rank, longest, device))
+            groups.append(_group(sorted(segments[:count]), rank, longest, order, device))
             segments = segments[count:]
     return groups
 
 
-def _group(segments: list[tuple[int, int, int]], rank: int, longest: int, device) -> _Group:
+def _group(segments: list[tuple[int, int, int]], rank: int, longest: int, order: tuple[int, ...], device) -> _Group:
     slots, starts, stops = zip(*segments, strict=True)
     rows = [min(start + i, stop - 1) for start, stop in zip(starts, stops, strict=True) for i in range(longest)]
     counts = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
     real = [u * longest + i for u, count in enumerate(counts) for i in range(count)]
-    index = [torch.tensor(values, device=device) for values in (slots, rows, real)]
-    neighbours = slots[-1] - slots[0] == len(slots) - 1
-    chosen = slice(slots[0], slots[-1] + 1) if neighbours else index[0]
-    return _Group(slots, counts, rank, chosen, index[1], index[2], index[1][index[2]])
+    with torch.inference_mode(False):  # what is kept serves training too
+        chosen, rows, real = (torch.tensor(values, device=device) for values in (slots, rows, real))
+        tokens = torch.tensor(order, device=device)[rows]
+        if slots[-1] - slots[0] == len(slots) - 1:
+            chosen = slice(slots[0], slots[-1] + 1)
+        return _Group(
+            slots, counts, rank, chosen, rows, tokens, rows[real], tokens[real], real if len(real) < len(rows) else None
+        )
 
 
 def _segments(starts: Sequence[int], ranks: Sequence[int] | None, largest: int) -> Iterator[tuple[int, int, int, int]]:

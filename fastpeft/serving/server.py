@@ -150,8 +150,10 @@ def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: st
         # uvicorn raises the signal again when it has stopped; this is where it goes then, so the exit code is ours.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
-        address = sock.getsockname()
-        print(f"fastpeft serves {service.name} on http://{host}:{address[1]}", file=sys.stderr, flush=True)
+        address = f"[{host}]" if ":" in host else host
+        print(
+            f"fastpeft serves {service.name} on http://{address}:{sock.getsockname()[1]}", file=sys.stderr, flush=True
+        )
         server.run(sockets=[sock])
     return 0 if server.started else 3
 

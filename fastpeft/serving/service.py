@@ -62,6 +62,7 @@ class Service:
         # One thread each: tokenizers are not made for several at once, and one load at a time keeps memory in bounds.
         self.tokenizing, self.loading = (ThreadPoolExecutor(1, name) for name in ("tokenize", "load-adapter"))
         self._active: set[Completion] = set()
+        self._prompts = 0  # that are being tokenized, or wait for it
 
     def adapter(self, name: str) -> str | None:
         """What the request's ``model`` stands for. Raises ApiError 404."""
@@ -108,7 +109,13 @@ class Service:
         return completion
 
     async def _in_tokenizer(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *arguments)
+        if self._prompts >= self.limits.queue:
+            raise as_api_error(QueueFull())
+        self._prompts += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *arguments)
+        finally:
+            self._prompts -= 1
 
     def _ids(self, text: str, special: bool = True) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
