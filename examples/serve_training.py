@@ -22,8 +22,8 @@ class Size(NamedTuple):
     vocabulary: int = 2048
     hidden: int = 256
     layers: int = 4
-    batch: int = 8
-    length: int = 128
+    batch: int = 4
+    length: int = 64
 
 
 def make_tokenizer(texts: Iterable[str], size: Size) -> transformers.PreTrainedTokenizerFast:
