@@ -8,6 +8,7 @@ adapter after the other.
 
 import argparse
 import copy
+import functools
 import statistics
 import sys
 import time
@@ -19,7 +20,7 @@ import serve_training
 import torch
 import transformers
 from finetune import device, positive, reserve
-from serve_race import MIXED, SERVER, TURNS, Ask
+from serve_race import BANK, MIXED, SERVER, TURNS, Ask
 from serve_training import Size
 from torch import nn
 
@@ -69,7 +70,7 @@ def demonstrate(options: argparse.Namespace) -> None:
     serve_race.plot(seconds, tokens, trained, title, options.out / "serve.png")
     print(f"In {options.out}: table.md, serve.png, {'' if options.model else 'model/ and '}adapters/. To serve them:")
     print(f"  fastpeft serve {options.model or options.out / 'model'} --adapters {options.out / 'adapters'}")
-    print(f"{time.perf_counter() - start:.0f} s in all.")
+    print(f"{time.perf_counter() - start:.0f} s in all, {torch.get_num_threads()} threads.")
 
 
 def base_model(options: argparse.Namespace, texts: dict[str, serve_texts.Text]) -> tuple[object, nn.Module]:
@@ -113,23 +114,21 @@ def race(options: argparse.Namespace, model: nn.Module, tokenizer: object, folde
     for holder in (model.config, model.generation_config, tokenizer):
         holder.eos_token_id = None
     service = Service(model, tokenizer, options.out / "adapters", BASE, limits)
-    ways = {
-        SERVER: lambda url: serve_race.through_server(url, BASE, asks, options.new_tokens, "clients"),
-        MIXED: lambda _: reference.mixed(asks, options.new_tokens),
-        TURNS: lambda _: reference.in_turns(asks, options.new_tokens),
-    }
+    new = options.new_tokens
+    bank = functools.partial(serve_race.in_bank, service.bank)
+    ways = {SERVER: None, BANK: bank, MIXED: reference.mixed, TURNS: reference.in_turns}
     seconds = {name: [] for name in ways}
     with background(service) as url:
         print(f"{len(folders)} adapters on {url}, {len(asks)} clients")
         for i in range(-1, options.rounds):
-            for name, way in list(ways.items())[:: 1 if i % 2 else -1]:
-                begun = time.perf_counter()
-                result = way(url)
-                if i >= 0:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - begun)
+            for name in list(ways)[:: 1 if i % 2 else -1]:
                 if name == SERVER:
-                    answers = result
-    check = serve_race.compare(answers, asks, reference, tokenizer, options.new_tokens)
+                    took, answers = serve_race.through_server(url, BASE, asks, new)
+                else:
+                    took = ways[name](asks, new)
+                if i >= 0:  # the first round warms up
+                    seconds[name].append(took)
+    check = serve_race.compare(answers, asks, reference, tokenizer, new)
     return seconds, answers, check, statistics.median(answer.first for answer in answers)
 
 

@@ -2,10 +2,10 @@
 
 import json
 import statistics
+import subprocess
+import sys
 import time
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +15,11 @@ from serve_training import Trained
 from torch import nn
 from tqdm import tqdm
 
-SERVER, MIXED, TURNS = "fastpeft server", "PEFT mixed batch", "PEFT one adapter at a time"
-COLOURS = {SERVER: "#1f77b4", MIXED: "#7f7f7f", TURNS: "#bcbcbc"}
+from fastpeft.serving import AdapterBank
+
+SERVER, BANK = "fastpeft server, streaming", "fastpeft bank, one batch"
+MIXED, TURNS = "PEFT mixed batch", "PEFT one adapter at a time"
+COLOURS = {SERVER: "#1f77b4", BANK: "#1f77b4", MIXED: "#7f7f7f", TURNS: "#bcbcbc"}
 TIE = 1e-4  # a difference counts only where the two best logits are further apart
 
 
@@ -34,26 +37,16 @@ class Answer(NamedTuple):
     first: float
 
 
-def through_server(url: str, base: str, asks: Sequence[Ask], new: int, title: str) -> list[Answer]:
-    """All at once, each by a client of its own that reads the stream."""
-
-    def client(ask: Ask) -> Answer:
-        fields = {"model": ask.adapter or base, "prompt": ask.ids, "max_tokens": new, "temperature": 0, "stream": True}
-        head = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(fields).encode(), head)
-        text, start, first = "", time.perf_counter(), None
-        with urllib.request.urlopen(request, timeout=600) as response:
-            for line in response:
-                if line.startswith(b"data: {"):
-                    first = first or time.perf_counter() - start
-                    text += json.loads(line[6:])["choices"][0]["text"]
-        return Answer(text, first)
-
-    with ThreadPoolExecutor(len(asks)) as pool:
-        futures = [pool.submit(client, ask) for ask in asks]
-        for done in tqdm(as_completed(futures), title, total=len(asks), leave=False):
-            done.result()
-    return [future.result() for future in futures]
+def through_server(url: str, base: str, asks: Sequence[Ask], new: int) -> tuple[float, list[Answer]]:
+    """All at once, each by a client that reads its stream; seconds until the last has ended."""
+    common = {"max_tokens": new, "temperature": 0, "stream": True}
+    bodies = [{"model": ask.adapter or base, "prompt": ask.ids, **common} for ask in asks]
+    command = [sys.executable, Path(__file__).with_name("serve_clients.py")]
+    done = subprocess.run(command, input=json.dumps({"url": url, "bodies": bodies}), stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError("the clients failed, see above")
+    result = json.loads(done.stdout)
+    return result["seconds"], [Answer(*answer) for answer in result["answers"]]
 
 
 class Peft:
@@ -66,14 +59,18 @@ class Peft:
             self.model.load_adapter(folders[name], adapter_name=name)
         self.model.eval()
 
-    def mixed(self, asks: Sequence[Ask], new: int) -> None:
-        """One batch of all requests, each with its own adapter."""
+    def mixed(self, asks: Sequence[Ask], new: int) -> float:
+        """One batch of all requests, each with its own adapter; seconds."""
+        start = time.perf_counter()
         self._generate(asks, new, adapter_names=[ask.adapter or "__base__" for ask in asks])
+        return time.perf_counter() - start
 
-    def in_turns(self, asks: Sequence[Ask], new: int) -> None:
-        """A batch for each adapter, one after the other."""
+    def in_turns(self, asks: Sequence[Ask], new: int) -> float:
+        """A batch for each adapter, one after the other; seconds."""
+        start = time.perf_counter()
         for name in dict.fromkeys(ask.adapter for ask in asks):
             self._with(name, self._generate, [ask for ask in asks if ask.adapter == name], new)
+        return time.perf_counter() - start
 
     def alone(self, ask: Ask, new: int) -> list[int]:
         """The tokens of one request with nobody beside it."""
@@ -92,13 +89,25 @@ class Peft:
         self.model.set_adapter(name)
         return function(*arguments)
 
-    @torch.no_grad()
     def _generate(self, asks: Sequence[Ask], new: int, **more) -> torch.Tensor:
-        length = max(len(ask.ids) for ask in asks)
-        ids = torch.tensor([[0] * (length - len(ask.ids)) + ask.ids for ask in asks], device=self.model.device)
-        mask = torch.tensor([[0] * (length - len(ask.ids)) + [1] * len(ask.ids) for ask in asks], device=ids.device)
-        steps = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        return self.model.generate(input_ids=ids, attention_mask=mask, **steps, **more)[:, length:]
+        batch, length = padded(asks, new, self.model.device)
+        return self.model.generate(**batch, **more)[:, length:]
+
+
+def in_bank(bank: AdapterBank, asks: Sequence[Ask], new: int) -> float:
+    """The batch that PEFT gets, through the bank and without a server; seconds."""
+    start = time.perf_counter()
+    bank.generate(adapters=[ask.adapter for ask in asks], **padded(asks, new, bank.device)[0])
+    return time.perf_counter() - start
+
+
+def padded(asks: Sequence[Ask], new: int, device: torch.device) -> tuple[dict, int]:
+    """Arguments of ``generate`` for one batch, padded on the left, and the length of its prompts."""
+    length = max(len(ask.ids) for ask in asks)
+    ids = torch.tensor([[0] * (length - len(ask.ids)) + ask.ids for ask in asks], device=device)
+    mask = torch.tensor([[0] * (length - len(ask.ids)) + [1] * len(ask.ids) for ask in asks], device=device)
+    steps = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    return {"input_ids": ids, "attention_mask": mask, **steps}, length
 
 
 class Check(NamedTuple):
@@ -155,7 +164,7 @@ def plot(seconds: dict[str, list[float]], tokens: int, trained: dict[str, Traine
         [median - min(each) for median, each in zip(medians, rates.values(), strict=True)],
         [max(each) - median for median, each in zip(medians, rates.values(), strict=True)],
     ]
-    names = [name.replace(" one", "\none") for name in rates]
+    names = [name.replace(", ", ",\n").replace(" one adapter", "\none adapter") for name in rates]
     drawn = left.barh(names, medians, xerr=error, color=[COLOURS[name] for name in rates], ecolor="#444444")
     left.bar_label(drawn, [f" {median:.0f}" for median in medians], label_type="center", color="white")
     left.set_title(f"Tokens a second: {title}", loc="left", fontsize=10)

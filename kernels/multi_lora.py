@@ -41,7 +41,7 @@ def config(step: str, columns: int, dtype: torch.dtype, tile: int, dropout: bool
             return Config(tile, 32 if dropout else 64, 16, 4, 2)
         if dropout:
             return Config(tile, 128 if tile <= DECODE else 64, min(block_r, 32), 8, 2)
-        return Config(tile, 64, min(block_r, 32), 4, 2)
+        return Config(tile, 64, 16, 4, 2) if tile <= DECODE else Config(tile, 64, min(block_r, 32), 8, 2)
     if step == "outer":
         return Config(32, 64, min(block_r, 32), 8 if wide else 4, 2)
     raise ValueError(f"config: step is {step!r}, expected shrink, expand or outer")

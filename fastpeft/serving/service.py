@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class Service:
         # One thread each: tokenizers are not made for several at once, and one load at a time keeps memory in bounds.
         self.tokenizing, self.loading = (ThreadPoolExecutor(1, name) for name in ("tokenize", "load-adapter"))
         self._active: set[Completion] = set()
+        self._arrived: deque[tuple[Completion, int]] = deque()
         self._prompts = 0  # that are being tokenized, or wait for it
 
     def adapter(self, name: str) -> str | None:
@@ -130,6 +132,21 @@ class Service:
             raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
         return self._ids(text, special=False)
 
+    def deliver(self, completion: "Completion", token: int) -> None:
+        """From the batcher's thread to the event loop, which is woken once for all tokens of a step.
+
+        A closed loop raises here, which ends the request.
+        """
+        idle = not self._arrived
+        self._arrived.append((completion, token))
+        if idle:
+            completion.loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        while self._arrived:
+            completion, token = self._arrived.popleft()
+            completion.tokens.put_nowait(token)
+
     async def watch(self) -> None:
         """Runs as long as the server: tells completions that their request has ended."""
         loop = asyncio.get_running_loop()
@@ -156,31 +173,49 @@ class Completion:
         self.tokens: asyncio.Queue[int | None] = asyncio.Queue()
         self.prompt_tokens, self.completion_tokens = prompt, 0
         self._service, self._measured, self._new, self._text = service, measured, new, text
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
 
     def on_token(self, token: int) -> None:
-        """On the batcher's thread. A closed loop raises here, which ends this request alone."""
-        self._loop.call_soon_threadsafe(self.tokens.put_nowait, token)
+        """On the batcher's thread."""
+        self._service.deliver(self, token)
 
     async def pieces(self) -> AsyncIterator[tuple[str, str | None]]:
-        """Text as it comes, and with the last piece why it ended: "stop" or "length". Raises ApiError."""
-        while (token := await self.tokens.get()) is not None:
+        """Text as it comes, and with the last piece why it ended: "stop" or "length". Raises ApiError.
+
+        A piece is all that has come since the one before: each costs a system call, in which the loop gives the
+        interpreter to the batcher, and where those take longer than a step, tokens would pile up.
+        """
+        while True:
+            tokens = [await self.tokens.get()]
+            while not self.tokens.empty():
+                tokens.append(self.tokens.get_nowait())
+            piece, finish = self._text_of(tokens)
+            if piece or finish:
+                yield piece, finish
+            if finish:
+                return
+
+    def _text_of(self, tokens: list[int | None]) -> tuple[str, str | None]:
+        piece = ""
+        for token in tokens:
+            if token is None:
+                return piece + self._ended(), "stop"
             self.completion_tokens += 1
             self._measured.token()
-            piece = self._text.push(token)
+            piece += self._text.push(token)
             if self._text.stopped:
-                yield piece, "stop"
-                return
+                return piece, "stop"
             if self.completion_tokens == self._new:
-                yield piece + self._text.finish(), "length"
-                return
-            if piece:
-                yield piece, None
+                return piece + self._text.finish(), "length"
+        return piece, None
+
+    def _ended(self) -> str:
+        """What is left when the request has ended without a last token."""
         if self.handle.finish_reason == "error":
             raise as_api_error(self.handle.error)
         if self.handle.finish_reason == "cancelled":
             raise ApiError(503, "The server is stopping", code="stopping")
-        yield self._text.finish(), "stop"
+        return self._text.finish()
 
     def close(self) -> None:
         """Free the request's row, if it has one."""
