@@ -83,7 +83,7 @@ def base_model(options: argparse.Namespace, texts: dict[str, serve_texts.Text]) 
     tokenizer = serve_training.make_tokenizer([prose.train, *(text.train for text in texts.values())], options.size)
     model = serve_training.make_model(len(tokenizer), options.size).to(options.device)
     ids = torch.tensor(serve_training.encode(tokenizer, prose.train))
-    steps = serve_training.train(model, ids, options.base_seconds, 3e-3, options.size, "base model, all of it")
+    steps = serve_training.train(model, ids, options.base_seconds, 2e-3, options.size, "base model, all of it")
     test = torch.tensor(serve_training.encode(tokenizer, prose.test))
     loss = serve_training.held_out_loss(model, test, options.size)
     millions = sum(p.numel() for p in model.parameters()) / 1e6

@@ -116,18 +116,22 @@ class Check(NamedTuple):
     equal: int
     tied: int
     different: int
+    unlike_base: int  # equal or not; without this, adapters that do nothing would pass
 
     def __str__(self) -> str:
         return (
-            f"{self.equal} of {sum(self)} answers are, token by token, those of their adapter alone in PEFT; "
-            f"{self.tied} differ at a tie (two best logits within {TIE:g}), {self.different} differ otherwise."
+            f"{self.equal} of {sum(self[:3])} answers are, token by token, those of their adapter alone in PEFT; "
+            f"{self.tied} differ at a tie (two best logits within {TIE:g}), {self.different} differ otherwise. "
+            f"{self.unlike_base} differ from what the base model says."
         )
 
 
 def compare(answers: Sequence[Answer], asks: Sequence[Ask], reference: Peft, tokenizer: object, new: int) -> Check:
-    counts = [0, 0, 0]
+    counts = [0, 0, 0, 0]
     for answer, ask in zip(answers, tqdm(asks, "each alone", leave=False), strict=True):
         tokens = reference.alone(ask, new)
+        base = tokenizer.decode(reference.alone(Ask(None, ask.ids), new), skip_special_tokens=True)
+        counts[3] += answer.text != base
         decoded = [tokenizer.decode(tokens[:n], skip_special_tokens=True) for n in range(1, len(tokens) + 1)]
         if answer.text == decoded[-1]:
             counts[0] += 1

@@ -19,7 +19,7 @@ import fastpeft
 class Size(NamedTuple):
     """Of the model that is made, and of a training step."""
 
-    vocabulary: int = 2048
+    vocabulary: int = 1024
     hidden: int = 256
     layers: int = 4
     batch: int = 4
