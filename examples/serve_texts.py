@@ -36,7 +36,8 @@ def tenants(count: int) -> dict[str, Text]:
 
 
 def sources(folder: Path) -> list[Path]:
-    if folder.name.startswith("_") or folder.name in docstrings.TESTS or not (folder / "__init__.py").is_file():
+    skipped = folder.name.startswith("_") or folder.name in docstrings.TESTS or folder.name == "pydoc_data"  # the prose
+    if skipped or not (folder / "__init__.py").is_file():
         return []
     return [p for p in sorted(folder.rglob("*.py")) if not docstrings.TESTS.intersection(p.relative_to(folder).parts)]
 
