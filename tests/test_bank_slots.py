@@ -30,6 +30,15 @@ def bank(model, folders):
         yield bank
 
 
+def test_a_cpu_takes_all_ranks_together(model, folders):
+    """Padded with zeros up to 64 or the bank's largest, whatever the adapters' own ranks."""
+    with AdapterBank(model, slots=4, max_rank=16) as bank:
+        for name in NAMES:
+            bank.load(name, folders[name])
+        ranks = {rank for site in bank._sites for rank in site.ranks.tolist()}
+        assert ranks == {0, 16}
+
+
 def test_least_recently_used_makes_room(model, folders):
     with AdapterBank(model, slots=2, max_rank=16) as bank:
         for name in NAMES:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..methods.lora import Lora
 from ..methods.peft_files import read_config, read_tensors, without_prefix
@@ -25,7 +26,8 @@ class Adapter:
 
     Attributes:
         tensors: for each adapted layer ``A [r, K]`` and ``B [N, r]``; an embedding's A is ``[V, r]``.
-        ranks, scales: int32 and float32, one for each layer of the bank; 0 where the adapter has nothing.
+        ranks, scales: int32 and float32, one for each layer of the bank; 0 where the adapter has nothing. On a CPU
+            ranks are rounded up, and the tensors padded with zeros.
         slot: of the device, or None; leases: how many batches and requests hold it; used: when, for the LRU order;
             retired: unloaded or replaced while it was held; ready: the event after which its slot can be read.
     """
@@ -65,17 +67,28 @@ def read_adapter(
     pairs = _pairs(op, name, model, {site.path: site for site in sites}, tensors)
     _check_pairs(op, name, lora, sites, pairs, max_rank)
     pin = sites[0].device.type == "cuda"
+    padded = sites[0].device.type == "cpu"
     ranks, scales = torch.zeros(len(sites), dtype=torch.int32), torch.zeros(len(sites))
     host = {}
     for site, (a, b) in pairs.items():
-        host[site] = tuple(_host(op, name, site, t, pin) for t in (a.T if site.embedding else a, b))
         r = lora.rank_of(site.path)
-        ranks[site.index] = r
+        served = _rank_class(r, max_rank) if padded else r
+        a, b = pad(a, (0, 0, 0, served - r)), pad(b, (0, served - r))
+        host[site] = tuple(_host(op, name, site, t, pin) for t in (a.T if site.embedding else a, b))
+        ranks[site.index] = served
         scale = lora.alpha_of(site.path) / (math.sqrt(r) if lora.rslora else r) * site.factor
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise BadCheckpoint(f"{op}: {name!r} has scale {scale} at {site.path}, expected a number of float32")
         scales[site.index] = scale
     return Adapter(name, host, ranks.pin_memory() if pin else ranks, scales.pin_memory() if pin else scales)
+
+
+def _rank_class(rank: int, max_rank: int) -> int:
+    """64, 256, ...: a CPU takes adapters of one rank together, and fewer calls are worth more than zeros cost."""
+    served = 64
+    while served < rank:
+        served *= 4
+    return min(served, max_rank)
 
 
 def _read(op: str, source: object, fields: object) -> tuple[object, dict[str, Tensor]]:
