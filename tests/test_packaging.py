@@ -161,7 +161,9 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
     """What make would run; nothing is run."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    return subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_make_peft_suite_wants_a_source_tree():

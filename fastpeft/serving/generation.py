@@ -1,17 +1,20 @@
 """One request for tokens over HTTP: its body in, the answer out, whole or as server-sent events."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
 
 from .api import Answer, ApiError, ChatRequest, CompletionRequest, parse, usage
 from .metrics import DISCONNECTED, Measured
 from .service import Completion, Service
 
 _BODY_SECONDS = 60.0
+_DISCARD_SECONDS, _DISCARD_BYTES = 1.0, 64 << 20
 
 
 class Generation(Response):
@@ -112,6 +115,7 @@ async def body_of(request: Request, limit: int) -> bytes:
     too_large = ApiError(413, f"The body is larger than {limit} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > limit:
+        await _discard(request)
         raise too_large
     body = bytearray()
 
@@ -119,13 +123,30 @@ async def body_of(request: Request, limit: int) -> bytes:
         async for chunk in request.stream():
             body.extend(chunk)
             if len(body) > limit:
-                raise too_large
+                return False
+        return True
 
     try:
-        await asyncio.wait_for(read(), _BODY_SECONDS)
+        whole = await asyncio.wait_for(read(), _BODY_SECONDS)
     except asyncio.TimeoutError:
         raise ApiError(408, f"The body did not arrive within {_BODY_SECONDS:.0f} s") from None
+    if not whole:
+        await _discard(request)
+        raise too_large
     return bytes(body)
+
+
+async def _discard(request: Request) -> None:
+    """Read on for a moment: a connection that is closed over unread bytes is reset, and the answer lost with it."""
+
+    async def read(left: int):
+        async for chunk in request.stream():
+            left -= len(chunk)
+            if left < 0:
+                return
+
+    with contextlib.suppress(asyncio.TimeoutError, ClientDisconnect):
+        await asyncio.wait_for(read(_DISCARD_BYTES), _DISCARD_SECONDS)
 
 
 def error_response(error: ApiError) -> Response:

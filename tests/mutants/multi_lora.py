@@ -144,4 +144,4 @@ MUTANTS = {
         "routing of another batch": ("if routing.slots != slots or", "if False and routing.slots != slots or", "tests/test_multi_lora_torch.py::test_a_routing_of_another_batch"),
         "one seed for all slices": ("shape = (slots,) if count == 1 else (count, slots)", "shape = (slots,)", SEEDS),
     },
-}
+}  # fmt: skip
