@@ -254,16 +254,10 @@ def _call(
 
 
 def _triton_reason(x, lora_as):
-    reason = _backend.triton_reason(x.device)
-    if reason is not None:
-        return reason
-    adapter = lora_as[0].dtype
-    if x.is_cuda and torch.float64 in (x.dtype, adapter):
-        return "dtype float64"
-    if not x.is_cuda and torch.bfloat16 in (x.dtype, adapter):
-        return "dtype bfloat16 (Triton's interpreter multiplies its bit patterns, and truncates where GPUs round)"
     rank = max(a.shape[1] for a in lora_as)
-    return f"rank {rank} > {MAX_RANK}" if rank > MAX_RANK else None
+    return _backend.triton_lora_reason(x, lora_as[0].dtype) or (
+        f"rank {rank} > {MAX_RANK}" if rank > MAX_RANK else None
+    )
 
 
 REASONS = {
