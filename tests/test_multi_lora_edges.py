@@ -83,6 +83,14 @@ def test_no_ranks_means_all_of_them(backend):
 
 
 @each_backend
+def test_the_last_slot_has_the_fewest_tokens(backend):
+    """All of one rank, and no token without an adapter: what pads the last slot must not lie past the batch."""
+    p = with_slots(integers(tokens=9), [0] * 5 + [2] * 3 + [3])
+    full = {name: tuple(t.nan_to_num() for t in getattr(p, name)) for name in ("lora_as", "lora_bs")}
+    assert_exact(replace(p, ranks=None, **full), backend)
+
+
+@each_backend
 def test_what_an_unused_slot_holds_does_not_leak(backend):
     """NaN and infinity in slots without tokens, and a NaN scale."""
     problem = with_slots(integers(tokens=20), [0, 2, -1, 2] * 5)

@@ -16,6 +16,7 @@ SEEDS = "tests/test_multi_lora_edges.py::test_seeds_are_drawn_where_none_are_giv
 NAN = "tests/test_multi_lora_edges.py::test_nan_of_one_adapter_harms_no_other"
 WORK = "tests/test_multi_lora_memory.py::test_work_ends_at_the_true_rank"
 SLICES = "tests/test_multi_lora_memory.py::test_slices_of_different_strides"
+FEWEST = "tests/test_multi_lora_edges.py::test_the_last_slot_has_the_fewest_tokens"
 NO_SLOT = "tests/test_routing.py::test_kernels_take_it_for_none"
 
 TESTS = (
@@ -128,7 +129,7 @@ MUTANTS = {
         "groups: ranks mixed": ("by_rank.setdefault(rank, [])", "by_rank.setdefault(largest, [])"),
         "groups: first slots": ("chosen = slice(slots[0], slots[-1] + 1)", "chosen = slice(0, len(slots))"),
         "groups: slots between": ("if slots[-1] - slots[0] == len(slots) - 1:", "if True:"),
-        "groups: no padding": ("min(start + i, stop - 1)", "start + i"),
+        "groups: no padding": ("min(start + i, stop - 1)", "start + i", FEWEST),
         "dX: no 1 / (1 - p)": (".to(ds.dtype)).mul_(factor)\n            total", ".to(ds.dtype))\n            total"),
         "outer: no 1 / (1 - p)": ("(s[rows, :rank].T @ x_s).mul_(factor)", "s[rows, :rank].T @ x_s"),
         "outer: mask not applied": ("        x_s = x[rows] if mask is None else mask.mul_(x[rows])\n        g[", "        x_s = x[rows]\n        g["),
