@@ -118,11 +118,11 @@ def triton_reason(device: torch.device, oldest: int = 80) -> str | None:
     return f"device {device.type} (on a CPU Triton runs only in its interpreter, TRITON_INTERPRET=1)"
 
 
-def triton_lora_reason(x: torch.Tensor, adapter: torch.dtype) -> str | None:
-    """Why Triton cannot multiply x with adapters of this dtype where x is, or None."""
+def triton_lora_reason(x: torch.Tensor, adapter: torch.dtype, rank: int, largest: int) -> str | None:
+    """Why Triton cannot multiply x with adapters of this dtype and rank where x is, or None."""
     reason = triton_reason(x.device)
     if reason is None and x.is_cuda and torch.float64 in (x.dtype, adapter):
         return "dtype float64"
     if reason is None and not x.is_cuda and torch.bfloat16 in (x.dtype, adapter):
         return "dtype bfloat16 (Triton's interpreter multiplies its bit patterns, and truncates where GPUs round)"
-    return reason
+    return f"rank {rank} > {largest}" if reason is None and rank > largest else reason

@@ -257,10 +257,7 @@ def _check_branch(op, plural, x, weight, a, b, bias, first_a, sizes):
 
 
 def _triton_reason(x, lora_as):
-    rank = sum(a.shape[0] for a in lora_as)
-    return _backend.triton_lora_reason(x, lora_as[0].dtype) or (
-        f"rank {rank} > {MAX_RANK}" if rank > MAX_RANK else None
-    )
+    return _backend.triton_lora_reason(x, lora_as[0].dtype, sum(a.shape[0] for a in lora_as), MAX_RANK)
 
 
 REASONS = {

@@ -254,10 +254,7 @@ def _call(
 
 
 def _triton_reason(x, lora_as):
-    rank = max(a.shape[1] for a in lora_as)
-    return _backend.triton_lora_reason(x, lora_as[0].dtype) or (
-        f"rank {rank} > {MAX_RANK}" if rank > MAX_RANK else None
-    )
+    return _backend.triton_lora_reason(x, lora_as[0].dtype, max(a.shape[1] for a in lora_as), MAX_RANK)
 
 
 REASONS = {

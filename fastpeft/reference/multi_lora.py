@@ -113,11 +113,11 @@ def add_(
     for p, (y, a, b) in enumerate(zip(ys, lora_as, lora_bs, strict=True)):
         of_p = slots.of(p)
         for group in _groups(routing, of_p.ranks, a.shape[1]):
-            x_g = gathered.get(id(group))  # slices of equal ranks have the same groups
-            if x_g is None:
+            found = gathered.get(id(group))  # slices of equal ranks have the same groups
+            if found is None:
                 x_g = x.index_select(0, group.tokens).to(_sums(a)).view(len(group.slots), -1, x.shape[1])
-                gathered[id(group)] = x_g
-            _add(y, _project(x_g, a, group, of_p), b, group)
+                found = gathered[id(group)] = x_g, group  # held, since an id is only as unique as its object is alive
+            _add(y, _project(found[0], a, group, of_p), b, group)
 
 
 def _project(x: Tensor, a: Tensor, group: "_Group", slots: Slots) -> Tensor:
