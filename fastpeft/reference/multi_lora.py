@@ -6,8 +6,6 @@ steps below it are the same algebra cut where the kernels cut it; on the CPU the
 share x, its rows in the order of ``Routing``. A sum over the planes is the S that is meant; here there is one plane.
 """
 
-import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,8 +15,7 @@ from torch import Tensor
 from .dropout import LANES, keep_mask
 from .lora_linear import lora_linear
 from .routing import Routing
-
-CHEAP_PADDING = 64  # rows that a bmm takes in less time than the calls of one more bmm
+from .slot_groups import Group, groups_of, used_slots
 
 
 class Slots(NamedTuple):
@@ -83,7 +80,7 @@ def shrink(x: Tensor, lora_as: Sequence[Tensor], routing: Routing, slots: Slots)
     s = x.new_empty(1, len(x), sum(a.shape[1] for a in lora_as), dtype=_sums(lora_as[0]))
     for p, (a, s_p) in enumerate(zip(lora_as, s[0].split([a.shape[1] for a in lora_as], 1), strict=True)):
         of_p = slots.of(p)
-        for group in _groups(routing, of_p.ranks, a.shape[1]):
+        for group in groups_of(routing, of_p.ranks, a.shape[1]):
             x_g = x.index_select(0, group.tokens).to(s.dtype).view(len(group.slots), -1, x.shape[1])
             factor = None if of_p.thresholds is None else _drop(x_g, group, of_p)
             s_g = _project(x_g, a, group, of_p)
@@ -95,7 +92,7 @@ def shrink(x: Tensor, lora_as: Sequence[Tensor], routing: Routing, slots: Slots)
 def expand_(ys: Sequence[Tensor], s: Tensor, lora_bs: Sequence[Tensor], routing: Routing, slots: Slots) -> None:
     """``y_p += S_p B_pᵀ`` for each token that has an adapter, in place, rounded once."""
     for p, (y, b, s_p) in enumerate(zip(ys, lora_bs, s[0].split([b.shape[2] for b in lora_bs], 1), strict=True)):
-        for group in _groups(routing, slots.of(p).ranks, b.shape[2]):
+        for group in groups_of(routing, slots.of(p).ranks, b.shape[2]):
             s_g = s_p.index_select(0, group.rows)[:, : group.rank].view(len(group.slots), -1, group.rank)
             _add(y, s_g, b, group)
 
@@ -112,7 +109,7 @@ def add_(
     gathered = {}
     for p, (y, a, b) in enumerate(zip(ys, lora_as, lora_bs, strict=True)):
         of_p = slots.of(p)
-        for group in _groups(routing, of_p.ranks, a.shape[1]):
+        for group in groups_of(routing, of_p.ranks, a.shape[1]):
             found = gathered.get(id(group))  # slices of equal ranks have the same groups
             if found is None:
                 x_g = x.index_select(0, group.tokens).to(_sums(a)).view(len(group.slots), -1, x.shape[1])
@@ -120,12 +117,12 @@ def add_(
             _add(y, _project(found[0], a, group, of_p), b, group)
 
 
-def _project(x: Tensor, a: Tensor, group: "_Group", slots: Slots) -> Tensor:
+def _project(x: Tensor, a: Tensor, group: Group, slots: Slots) -> Tensor:
     a = a[group.chosen, : group.rank].to(x.dtype)
     return torch.bmm(x, a.mT).mul_(slots.scales[group.chosen].view(-1, 1, 1))
 
 
-def _add(y: Tensor, s: Tensor, b: Tensor, group: "_Group") -> None:
+def _add(y: Tensor, s: Tensor, b: Tensor, group: Group) -> None:
     delta = group.without_padding(torch.bmm(s, b[group.chosen, :, : group.rank].to(s.dtype).mT))
     if y.dtype == s.dtype:
         y.index_add_(0, group.real_tokens, delta)
@@ -188,88 +185,14 @@ def _outer(s, x, routing, slots, dtype):
     return g
 
 
-class _Group(NamedTuple):
-    """Slots of one true rank, their tokens padded to one number by repeating the last: what ``bmm`` takes.
-
-    ``chosen`` indexes the slots, without a copy where they are neighbours. ``rows`` are places in the order, ``tokens``
-    the tokens there, padding included; ``places`` and ``real_tokens`` are the same without it; ``real`` says where
-    those are among the padded ones, None: everywhere.
-    """
-
-    slots: tuple[int, ...]
-    counts: tuple[int, ...]
-    rank: int
-    chosen: slice | Tensor
-    rows: Tensor
-    tokens: Tensor
-    places: Tensor
-    real_tokens: Tensor
-    real: Tensor | None
-
-    def without_padding(self, values: Tensor) -> Tensor:
-        """``[slots, tokens, ...]`` as ``[real tokens, ...]``."""
-        values = values.view(-1, values.shape[-1])
-        return values if self.real is None else values.index_select(0, self.real)
-
-
-def _groups(routing: Routing, ranks: Tensor | None, largest: int) -> list[_Group]:
-    order, starts = (tuple(t.tolist()) for t in routing[:2])
-    return _grouped(order, starts, None if ranks is None else tuple(ranks.tolist()), largest, routing.order.device)
-
-
-@functools.lru_cache(maxsize=64)  # of values, not of tensors: the layers of a step, and steps of decoding, agree
-def _grouped(
-    order: tuple[int, ...], starts: tuple[int, ...], ranks: tuple[int, ...] | None, largest: int, device
-) -> list[_Group]:
-    by_rank = {}
-    for slot, start, stop, rank in _segments(starts, ranks, largest):
-        by_rank.setdefault(rank, []).append((slot, start, stop))
-    groups = []
-    for rank, segments in by_rank.items():
-        segments.sort(key=lambda segment: segment[1] - segment[2])
-        while segments:  # together while padding no more than doubles the work, or is less than another group costs
-            longest, padding, count = segments[0][2] - segments[0][1], 0, 0
-            for _, start, stop in segments:
-                padding += longest - (stop - start)
-                if 2 * (stop - start) < longest and padding > CHEAP_PADDING:
-                    break
-                count += 1
-            groups.append(_group(sorted(segments[:count]), rank, longest, order, device))
-            segments = segments[count:]
-    return groups
-
-
-def _group(segments: list[tuple[int, int, int]], rank: int, longest: int, order: tuple[int, ...], device) -> _Group:
-    slots, starts, stops = zip(*segments, strict=True)
-    rows = [min(start + i, stop - 1) for start, stop in zip(starts, stops, strict=True) for i in range(longest)]
-    counts = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-    real = [u * longest + i for u, count in enumerate(counts) for i in range(count)]
-    with torch.inference_mode(False):  # what is kept serves training too
-        chosen, rows, real = (torch.tensor(values, device=device) for values in (slots, rows, real))
-        tokens = torch.tensor(order, device=device)[rows]
-        if slots[-1] - slots[0] == len(slots) - 1:
-            chosen = slice(slots[0], slots[-1] + 1)
-        return _Group(
-            slots, counts, rank, chosen, rows, tokens, rows[real], tokens[real], real if len(real) < len(rows) else None
-        )
-
-
-def _segments(starts: Sequence[int], ranks: Sequence[int] | None, largest: int) -> Iterator[tuple[int, int, int, int]]:
-    """(slot, its first place in the order, the place past its last, its true rank) of every slot that has both."""
-    for slot, (start, stop) in enumerate(itertools.pairwise(starts)):
-        rank = largest if ranks is None else max(0, min(ranks[slot], largest))
-        if start < stop and rank:
-            yield slot, start, stop, rank
-
-
 def _slices(routing: Routing, ranks: Tensor | None, largest: int) -> Iterator[tuple[int, slice, int]]:
     """(slot, its places in the order, its true rank)."""
     ranks = None if ranks is None else ranks.tolist()
-    for slot, start, stop, rank in _segments(routing.starts.tolist(), ranks, largest):
+    for slot, start, stop, rank in used_slots(routing.starts.tolist(), ranks, largest):
         yield slot, slice(start, stop), rank
 
 
-def _drop(x: Tensor, group: _Group, slots: Slots) -> Tensor:
+def _drop(x: Tensor, group: Group, slots: Slots) -> Tensor:
     """Apply each slot's mask to ``x [slots, tokens, K]`` in place; returns 1 / (1 - p) as ``[slots, 1, 1]``."""
     factors = []
     for x_s, slot, count in zip(x, group.slots, group.counts, strict=True):
