@@ -2,18 +2,24 @@
 
 from importlib import import_module
 
+from .bottleneck import bottleneck
 from .lora_linear import lora_linear, lora_linear_shared
 from .multi_lora import multi_lora, multi_lora_, multi_lora_shared
+from .prompt_gather import prompt_gather
 from .routing import route
+from .row_linear import row_linear
 
 __all__ = [
+    "bottleneck",
     "explain",
     "lora_linear",
     "lora_linear_shared",
     "multi_lora",
     "multi_lora_",
     "multi_lora_shared",
+    "prompt_gather",
     "route",
+    "row_linear",
 ]
 
 

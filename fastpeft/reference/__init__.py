@@ -1,8 +1,21 @@
 """The mathematics of every op in plain PyTorch: any float dtype, differentiable, imports torch only. The definition."""
 
+from .bottleneck import bottleneck
 from .dropout import inverse_keep, keep_mask
 from .lora_linear import lora_linear
 from .multi_lora import Slots, multi_lora
+from .prompt_gather import prompt_gather
 from .routing import Routing
+from .row_linear import row_linear
 
-__all__ = ["Routing", "Slots", "inverse_keep", "keep_mask", "lora_linear", "multi_lora"]
+__all__ = [
+    "Routing",
+    "Slots",
+    "bottleneck",
+    "inverse_keep",
+    "keep_mask",
+    "lora_linear",
+    "multi_lora",
+    "prompt_gather",
+    "row_linear",
+]

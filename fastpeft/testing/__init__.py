@@ -9,22 +9,28 @@ from collections.abc import Iterator
 
 import torch
 
-from . import lora_linear, multi_lora
+from . import bottleneck, lora_linear, multi_lora, row_linear
 from .accuracy import MAX_RATIO, RMS_RATIO, Ratios, assert_no_worse, error_vs_eager, integer_inputs
+from .bottleneck import BottleneckProblem, eager_bottleneck
 from .lora_linear import LoraProblem, eager_lora_linear
 from .memory import guarded, poisoned
 from .multi_lora import MultiLoraProblem, eager_multi_lora
+from .row_linear import RowProblem, eager_row_linear
 
 __all__ = [
     "MAX_RATIO",
     "RMS_RATIO",
+    "BottleneckProblem",
     "LoraProblem",
     "MultiLoraProblem",
     "Ratios",
+    "RowProblem",
     "assert_no_worse",
     "check_ops",
+    "eager_bottleneck",
     "eager_lora_linear",
     "eager_multi_lora",
+    "eager_row_linear",
     "error_vs_eager",
     "guarded",
     "integer_inputs",
@@ -37,6 +43,6 @@ def check_ops(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, fl
 
     Yields (name, dtype, worst max ratio, worst rms ratio, ok), the ratios over all outputs and gradients.
     """
-    for op in (lora_linear, multi_lora):
+    for op in (bottleneck, lora_linear, multi_lora, row_linear):
         for name, dtype, worst in op.check(device):
             yield name, dtype, *worst, worst.ok

@@ -1,0 +1,215 @@
+"""A bottleneck adapter, fused.
+
+    a = norm(x)    z = a Dᵀ + d    h = act(z)    y = residual + mask ∘ (s · (h Uᵀ + b)) / (1 - p)
+
+    g  = mask ∘ dy / (1 - p)                     the mask is drawn again from the seed
+    dz = (s · g) U ∘ act'(z)                     dU = s · gᵀ h,   db = s · Σ g,   ds = Σ_h (gᵀ h) ∘ U + b ∘ Σ g
+    dx = norm'(dz D) (+ dy: the residual is x)   dD = dzᵀ a,      dd = Σ dz,      dresidual = dy
+
+x ``[M, K]``, D ``[H, K]``, U ``[N, H]``. A learned scale s multiplies U and b, so its gradient comes from theirs and
+nothing of y's size is computed for it. Saved for backward: x, and what the backend keeps beside it: the kernels two
+numbers a row (mean and reciprocal deviation) where there is a norm, and compute h again; on the CPU h ``[M, H]``
+itself, as PyTorch keeps it. Neither a, nor s · u, nor the mask, nor the residual.
+
+With ``slots`` every row has the adapter of its slot, as tensors ``[S, ...]``; a row with slot -1 is its residual.
+
+Every step is deterministic: sums over rows go through partial results added in a fixed order, never atomics.
+Sources: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (2019); Pfeiffer et al., "AdapterFusion"
+(2021); He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning" (2022): parallel and scaled forms.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _check
+from .._library import register_op
+from ..reference import Routing
+from ..reference.bottleneck import Settings, Weights
+from . import bottleneck_arguments as arguments
+
+MAX_WIDTH = 4096
+
+
+def _implementation(x, *operands):
+    weights, residual, seed, routing, settings, backend = _unpack(operands)
+    impl = _backend.load("bottleneck", backend)
+    if routing is None:
+        y, kept = impl.forward(x, weights, residual, settings, seed)
+    else:
+        y, kept = impl.grouped_forward(x, weights, residual, settings, seed, routing)
+    return [y], kept
+
+
+def _fake(x, *operands):
+    weights, residual, _, _, _, backend = _unpack(operands)
+    kept = _backend.load("bottleneck", backend).empty_kept(x, weights.down, weights.norm_weight is not None)
+    dtype = x.dtype if residual is None else residual.dtype
+    return [x.new_empty(x.shape[0], weights.up.shape[-2], dtype=dtype)], kept
+
+
+def _setup_context(ctx, inputs, output):
+    x, *operands = inputs
+    weights, residual, _, _, _, backend = _unpack(operands)
+    ctx.needs = [t is not None and t.requires_grad for t in (x, *weights)]
+    ctx.need_residual = residual is not None and residual.requires_grad
+    saved = x
+    if not _backend.load("bottleneck", backend).needs_x(ctx.needs, weights.norm_weight is not None):
+        saved = x.new_empty(0, x.shape[1])
+    seed, order, starts, tiles, *ctx.settings = operands[8:]
+    ctx.save_for_backward(saved, output[1] if any(ctx.needs) else None, *weights, seed, order, starts, tiles)
+
+
+def _backward(ctx, grads, _):
+    x, kept, *operands = ctx.saved_tensors
+    (dy,) = grads
+    found = [None] * len(ctx.needs)
+    if any(ctx.needs):
+        found = _bottleneck_backward(dy, x, kept, *operands[:7], None, *operands[7:], *ctx.settings, ctx.needs)
+        found = [grad if need else None for grad, need in zip(found, ctx.needs, strict=True)]
+    return *found, dy if ctx.need_residual else None, *[None] * (4 + len(ctx.settings))
+
+
+def _backward_implementation(dy, x, kept, *operands):
+    """The gradients of x and of every weight; what is not needed is an empty tensor."""
+    *operands, needs = operands
+    weights, _, seed, routing, settings, backend = _unpack(operands)
+    impl = _backend.load("bottleneck", backend)
+    if routing is None:
+        found = impl.backward(dy, x, kept, weights, settings, seed, needs)
+    else:
+        found = impl.grouped_backward(dy, x, kept, weights, settings, seed, routing, needs)
+    return [dy.new_empty(0) if grad is None else grad for grad in found]
+
+
+def _backward_fake(dy, x, kept, *operands):
+    *operands, needs = operands
+    weights = operands[:7]
+    dx = dy.new_empty(dy.shape[0], x.shape[1], dtype=x.dtype)
+    found = [dx, *(None if t is None else dy.new_empty(t.shape, dtype=t.dtype) for t in weights)]
+    return [grad if need else dy.new_empty(0) for grad, need in zip(found, needs, strict=True)]
+
+
+def _unpack(operands):
+    *tensors, activation, scale, norm, eps, dropout, own, tile, backend = operands
+    *weights, residual, seed, order, starts, tiles = tensors
+    weights = Weights(*weights)
+    routing = None if order is None else Routing(order, starts, tiles, weights.down.shape[0], tile)
+    return weights, residual, seed, routing, Settings(activation, scale, norm, eps, dropout, own), backend
+
+
+_OPERANDS = (
+    "Tensor down, Tensor? down_bias, Tensor up, Tensor? up_bias, Tensor? scales, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor? residual, Tensor? seed, Tensor? order, Tensor? starts, Tensor? tiles, "
+    "str activation, float scale, str norm, float eps, float dropout, bool own, int tile, str backend"
+)
+_bottleneck_backward = register_op(
+    "bottleneck_backward",
+    f"(Tensor dy, Tensor x, Tensor kept, {_OPERANDS}, bool[] needs) -> Tensor[]",
+    _backward_implementation,
+    _backward_fake,
+)
+_bottleneck = register_op(
+    "bottleneck",
+    f"(Tensor x, {_OPERANDS}) -> (Tensor[], Tensor)",
+    _implementation,
+    _fake,
+    _setup_context,
+    _backward,
+)
+
+
+def bottleneck(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    scale: float | Tensor = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-5,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    slots: Tensor | Routing | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``y = residual + drop(scale · (act(norm(x) Dᵀ + d) Uᵀ + b))``.
+
+    Args:
+        x: ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
+        down_weight: D ``[H, K]``, any H from 1; down_bias: d ``[H]`` or None; up_weight: U ``[N, H]``; up_bias: b
+            ``[N]`` or None. All weights have one dtype: x's, or float32, in which the branch is then computed.
+        residual: ``[..., N]`` in x's dtype or float32. None: nothing is added. The sequential adapter passes x itself,
+            which is recognised: dx then takes in dy on the way.
+        activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "tanh", "leaky_relu" (slope 0.01) or "identity".
+        scale: a number, or a learned tensor ``[1]`` or ``[N]`` in the weights' dtype.
+        norm_weight: ``[K]``, for a norm of x before the projection; None: no norm. norm_bias: ``[K]`` or None.
+        norm: "layer" or "rms"; eps: added to the variance or the mean square.
+        dropout: probability of dropping an element of the branch after the up projection, in [0, 1), rounded to 2**-16.
+        seed: of the dropout mask (see ``fastpeft.reference.keep_mask``): a 64-bit integer, an int64 tensor of one
+            element, or None to draw one from torch's generator. With ``slots`` also int64 ``[S]``.
+        slots: int32 or int64 of x's leading shape, or what ``route`` made of it: the rows' adapters, -1 for none. Every
+            weight (and a scale that is a tensor) then has a leading dimension S. A row without an adapter is its
+            residual, or 0. A mask's rows count the slot's own rows, so an adapter draws in any batch what it draws
+            alone.
+        backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
+
+    Returns:
+        ``[..., N]`` in the residual's dtype, or x's. Differentiable in x, the residual, every weight and the scale.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what was expected.
+    """
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        given = "a scalar" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"bottleneck: x is {given}, expected a tensor [..., K]")
+    if not x.is_floating_point():
+        raise TypeError(f"bottleneck: x has dtype {x.dtype}, expected a floating-point dtype")
+    own, learned = residual is x, isinstance(scale, Tensor)
+    tensors = down_weight, down_bias, up_weight, up_bias, scale if learned else None, norm_weight, norm_bias
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        wanted = torch.get_autocast_dtype(x.device.type)
+        own, x, tensors = own and x.dtype == wanted, x.to(wanted), [_weight_to(t, wanted) for t in tensors]
+    weights = Weights(*tensors)
+    sizes = arguments.weights(x, weights, slots is not None)
+    if residual is not None:
+        arguments.residual(residual, x, sizes)
+    arguments.settings(activation, norm, eps)
+    number = 1.0 if learned else _check.finite("bottleneck", "scale", scale)
+    dropout = _check.probability("bottleneck", "dropout", dropout)
+    backend = _backend.choose("bottleneck", backend, REASONS, x, down_weight)
+    routing, tile = (None, None, None), 0
+    if slots is not None:
+        *routing, _, tile = arguments.routing(slots, sizes["S"], x, backend)
+    seed = arguments.seed(seed, dropout, sizes.get("S"), x.device)
+    shape = x.shape
+    if len(shape) != 2:
+        x = x.reshape(-1, shape[-1])
+        residual = residual if residual is None or own else residual.reshape(-1, sizes["N"])
+    settings = activation, number, norm, float(eps), dropout, own, tile, backend
+    (y,), _ = _bottleneck(x, *weights, None if own else residual, seed, *routing, *settings)
+    return y if len(shape) == 2 else y.view(*shape[:-1], sizes["N"])
+
+
+def explain(x: Tensor, down_weight: Tensor, *_, backend: str | None = None, **__) -> str:
+    """Which backend serves ``bottleneck`` on these tensors, its configuration, and why the others do not."""
+    return _backend.explain("bottleneck", backend, REASONS, x, down_weight)
+
+
+def _weight_to(t, wanted):
+    return t.to(wanted) if isinstance(t, Tensor) and t.dtype != torch.float32 else t
+
+
+def _triton_reason(x, down):
+    reason = _backend.triton_lora_reason(x, down.dtype, 0, 0)
+    return f"width {down.shape[-2]} > {MAX_WIDTH}" if reason is None and down.shape[-2] > MAX_WIDTH else reason
+
+
+REASONS = {
+    "cuda": lambda x, down: _backend.cuda_missing() or "fastpeft._C has no bottleneck",
+    "triton": _triton_reason,
+    "reference": lambda x, down: None,
+}
