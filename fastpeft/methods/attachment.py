@@ -1,13 +1,15 @@
 """What ``attach`` did to a model, noted on the model itself."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..nn.lora import LoraLinear
-from .lora import Lora
+from ..nn.trained_copy import TrainedCopy
 
 KEY = "fastpeft_attachment"
+_ORIGINALS = {LoraLinear: "base_layer", TrainedCopy: "original_module"}
 
 
 @dataclass
@@ -15,21 +17,36 @@ class Attachment:
     """What was done to a model.
 
     Attributes:
-        configs: by adapter name.
+        configs: by adapter name; a tuple where an adapter has several.
         active: names of the active adapters.
-        linears, copies: paths where a LoraLinear or a TrainedCopy stands for the original.
         flags: requires_grad of every parameter of the original model, by name.
-        biases: values that trained biases had, by their name in the original model.
-        attributes: (path, attribute, value) that were set to keep PyTorch from reading past the layers.
+        records: what each method noted, by the method's name.
     """
 
-    configs: dict[str, Lora] = field(default_factory=dict)
+    configs: dict[str, Any] = field(default_factory=dict)
     active: tuple[str, ...] = ()
-    linears: list[str] = field(default_factory=list)
-    copies: list[str] = field(default_factory=list)
     flags: dict[str, bool] = field(default_factory=dict)
-    biases: dict[str, Tensor] = field(default_factory=dict)
-    attributes: list[tuple[str, str, object]] = field(default_factory=list)
+    records: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, kind: type) -> dict[str, Any]:
+        """Configs of this class, by adapter name."""
+        parts = ((name, part) for name in self.configs for part in self.parts(name))
+        return {name: part for name, part in parts if type(part) is kind}
+
+    def parts(self, name: str) -> tuple[Any, ...]:
+        """The adapter's configs."""
+        config = self.configs[name]
+        return config if isinstance(config, tuple) else (config,)
+
+    @property
+    def linears(self) -> list[str]:
+        """Paths where a LoraLinear stands for the original."""
+        return self.records["lora"].linears if "lora" in self.records else []
+
+    @property
+    def copies(self) -> list[str]:
+        """Paths where a TrainedCopy stands for the original."""
+        return self.records["lora"].copies if "lora" in self.records else []
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -51,22 +68,34 @@ def holder_of(op: str, model: nn.Module) -> tuple[nn.Module, Attachment]:
     return holders[0], attachment_of(holders[0])
 
 
-def layers_of(model: nn.Module, state: Attachment) -> list[LoraLinear]:
-    return [model.get_submodule(path) for path in state.linears]
+def original_child(module: nn.Module) -> str | None:
+    """Where a module that stands for another keeps it; None for a module that stands for itself."""
+    return _ORIGINALS.get(type(module)) or getattr(type(module), "fastpeft_original", None)
 
 
 def original_names(model: nn.Module, state: Attachment) -> dict[str, nn.Parameter]:
-    """Parameters of the original model by the names they had in it."""
-    names = {}
-    for name, parameter in model.named_parameters():
-        for part in (".base_layer.", ".original_module."):
-            head, found, tail = name.partition(part)
-            if found and head in (state.linears if part == ".base_layer." else state.copies):
-                name = f"{head}.{tail}"
-        names[name] = parameter
-    return names
+    """Parameters of the original model by the names they had in it; those that were added keep theirs."""
+    wrappers = {path: original_child(module) for path, module in model.named_modules() if original_child(module)}
+    return {_original_name(name, wrappers): parameter for name, parameter in model.named_parameters()}
 
 
-def refuse_merged(op: str, model: nn.Module, state: Attachment) -> None:
-    if any(layer.merged for layer in layers_of(model, state)):
-        raise ValueError(f"{op}: the adapters are merged; unmerge them first")
+def _original_name(name: str, wrappers: dict[str, str]) -> str:
+    kept, path = [], ""
+    for part in name.split("."):
+        if wrappers.get(path) != part:
+            kept.append(part)
+        path = f"{path}.{part}" if path else part
+    return ".".join(kept)
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put ``module`` where ``path`` says."""
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def set_attribute(attributes: list, path: str, module: nn.Module, name: str, value: object) -> None:
+    """Set an attribute and note (path, name, what it was) in ``attributes``, if it differs."""
+    if getattr(module, name, value) != value:
+        attributes.append((path, name, getattr(module, name)))
+        setattr(module, name, value)

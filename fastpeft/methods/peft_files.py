@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .files import safetensors
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
@@ -55,13 +57,3 @@ def without_prefix(op: str, source: object, tensors: dict[str, Tensor]) -> dict[
     if foreign is not None or not tensors:
         raise ValueError(f"{op}: {source} has {foreign or 'no tensors'}, expected keys that start with {PREFIX}")
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-
-
-def safetensors(op: str):
-    """``safetensors.torch``."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        message = f"{op}: safetensors does not import, it comes with transformers and PEFT (pip install safetensors)"
-        raise ImportError(message) from error
-    return safetensors.torch

@@ -1,4 +1,4 @@
-"""What became of every LoRA layer of a model: fused or not, why, by which backend, who shares its input."""
+"""What became of every adapted layer of a model: fused or not, why, by which backend, who shares its input."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,36 +6,25 @@ from dataclasses import dataclass
 from torch import nn
 
 from .. import ops
+from .attachment import attachment_of
+from .layer_report import LayerReport
+from .registry import methods_of
 
 _SERVED = "peft.tuners.lora.layer.Linear"  # the one class that accelerate changes; by name, so PEFT need not be there
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """One layer.
+class Report:
+    """All adapted layers of a model; printing it gives one line for each.
 
     Attributes:
-        path: in the model.
-        status: "fused", or why it is not.
-        backend: that would serve the layer on its weight's device; None where it is not fused.
-        shares_with: paths of the layers that are computed in the same call when they get the same tensor.
+        layers: in the model's order.
+        trained, total: numbers of parameters that are trained, and of all.
     """
 
-    path: str
-    status: str
-    backend: str | None
-    shares_with: tuple[str, ...]
-
-    @property
-    def fused(self) -> bool:
-        return self.status == "fused"
-
-
-@dataclass(frozen=True)
-class Report:
-    """All LoRA layers of a model; printing it gives one line for each."""
-
     layers: tuple[LayerReport, ...]
+    trained: int = 0
+    total: int = 0
 
     @property
     def fused(self) -> int:
@@ -50,7 +39,12 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(layer.path) for layer in self.layers), default=0)
-        lines = [f"{self.fused} of {len(self.layers)} LoRA layers fused"]
+        counts: dict[str, list[bool]] = {}
+        for layer in self.layers:
+            counts.setdefault(layer.kind, []).append(layer.fused)
+        lines = [f"{sum(fused)} of {len(fused)} {kind} fused" for kind, fused in counts.items()]
+        share = f" ({self.trained / self.total:.2%})" if self.total else ""
+        lines = [*(lines or ["no adapted layers"]), f"{self.trained:,} of {self.total:,} parameters trained{share}"]
         for layer in self.layers:
             text = f"fused ({layer.backend})" if layer.fused else f"not fused: {layer.status}"
             if layer.shares_with:
@@ -60,10 +54,11 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Every LoRA layer in ``model``, ours or PEFT's: fused or not and why, which backend, who shares its input.
+    """Every adapted layer in ``model``, ours or PEFT's: fused or not and why, which backend, who shares its input.
 
     A layer is any module with ``fastpeft_report()`` (which returns "fused" or the reason against it), or a LoRA layer
-    of PEFT that ``fastpeft.accelerate`` has not been called on or has no fused form for (Embedding, quantised, ...).
+    of PEFT that ``fastpeft.accelerate`` has not been called on or has no fused form for (Embedding, quantised, ...);
+    and what a method of ``attach`` did elsewhere.
 
     >>> print(fastpeft.report(model))
     """
@@ -77,8 +72,15 @@ def report(model: nn.Module) -> Report:
             backend = _backend(module) if status == "fused" else None
             group = module.__dict__.get("fastpeft_shared")
             partners = group.partners(module) if group is not None and status == "fused" else []
-            rows.append(LayerReport(path, status, backend, tuple(paths.get(m, "a layer elsewhere") for m in partners)))
-    return Report(tuple(rows))
+            partners = tuple(paths.get(partner, "a layer elsewhere") for partner in partners)
+            kind = getattr(type(module), "fastpeft_kind", "LoRA layers")
+            rows.append(LayerReport(path, status, backend, partners, kind))
+    for module in paths:
+        state = attachment_of(module)
+        for method in methods_of(state) if state is not None else ():
+            rows.extend(method.report(module))
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return Report(tuple(rows), sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
 
 
 def _status(module: nn.Module) -> str | None:
@@ -94,6 +96,8 @@ def _status(module: nn.Module) -> str | None:
 
 def _backend(module: nn.Module) -> str:
     """The backend for the layer's own tensors and an x of one row."""
+    if hasattr(type(module), "fastpeft_backend"):
+        return module.fastpeft_backend()
     weight = module.base_layer.weight
     lora_a = next(p for name, p in module.named_parameters() if "lora_A" in name)
     x = weight.new_empty(1, lora_a.shape[1])

@@ -1,18 +1,19 @@
 """Which adapters of an attached model act: active, disabled, merged into the frozen weights."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .attachment import holder_of, layers_of, original_names, refuse_merged
+from .attachment import Attachment, holder_of
+from .registry import method_of, methods_of
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], trainable: bool = True) -> None:
     """Make these adapters active and trainable (unless told otherwise), the others inactive and frozen.
 
-    The terms of several active adapters add up. Of a module in modules_to_save only one active adapter may have a copy.
+    The terms of several active LoRA adapters add up; bottleneck adapters follow one another. Of a module in
+    modules_to_save, and of the methods that act once (prompts, selective), only one active adapter may have a part.
     """
     holder, state = holder_of("set_adapter", model)
     names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
@@ -20,14 +21,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], trainable: bool = 
         if name not in state.configs:
             raise ValueError(f"set_adapter: no adapter {name!r}, expected one of {', '.join(state.configs)}")
     refuse_merged("set_adapter", holder, state)
-    copies = [holder.get_submodule(path) for path in state.copies]
-    for path, wrapper in zip(state.copies, copies, strict=True):
-        if len([name for name in names if name in wrapper.copies]) > 1:
-            raise ValueError(f"set_adapter: {list(names)} all have a copy of {path}, expected one active copy")
-    for layer in layers_of(holder, state):
-        layer.set_adapter([name for name in names if name in layer.adapters], trainable)
-    for wrapper in copies:
-        wrapper.set_active(next((name for name in names if name in wrapper.copies), None), trainable)
+    for method in methods_of(state):
+        method.check_active("set_adapter", holder, names)
+    for method in methods_of(state):
+        method.set_active(holder, names, trainable)
     state.active = names
 
 
@@ -35,22 +32,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], trainable: bool = 
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the ``with`` block the model computes what it did before it was attached to, trained biases included."""
     holder, state = holder_of("disable_adapter", model)
-    layers = layers_of(holder, state)
-    wrappers = [module for module in [*layers, *map(holder.get_submodule, state.copies)] if not module.disabled]
-    merged = [layer for layer in layers if layer.merged]
-    names = original_names(holder, state)
-    for layer in merged:
-        layer.unmerge()
-    trained = {name: names[name].data for name in state.biases}
-    _set_data(names, state.biases)
-    _set_disabled(wrappers, True)
-    try:
+    with ExitStack() as stack:
+        for method in methods_of(state):
+            stack.callback(method.disable(holder))
         yield model
-    finally:
-        _set_disabled(wrappers, False)
-        _set_data(names, trained)
-        for layer in merged:
-            layer.merge()
 
 
 def merge(model: nn.Module) -> None:
@@ -60,48 +45,34 @@ def merge(model: nn.Module) -> None:
     merged ones, since subtracting would lose bits; ``detach(model, keep_merged=True)`` lets them go.
 
     Raises:
-        ValueError: a layer cannot be merged (not finite, a bias without a place, a weight tied to another module);
-            nothing has been changed then.
+        ValueError: an active adapter is no term of a weight (bottleneck, prompt), or a layer cannot be merged (not
+            finite, a bias without a place, a weight tied to another module); nothing has been changed then.
     """
     holder, state = holder_of("merge", model)
     refuse_merged("merge", holder, state)
-    owners: dict[int, list[str]] = {}
-    for name, parameter in holder.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    merged = []
-    for path in state.linears:
-        layer = holder.get_submodule(path)
-        if not layer.active:
-            continue
-        tied = owners[id(layer.weight)]
-        if len(tied) > 1:
-            raise ValueError(f"merge: the weight of {path} is also {next(n for n in tied if not n.startswith(path))}")
-        try:
-            merged.append((layer, layer.merged_tensors()))
-        except ValueError as error:
-            raise ValueError(f"merge: {path}: {error}") from None
-    if not merged:
+    for name in state.active:
+        for config in state.parts(name):
+            method = method_of("merge", config)
+            if method.unmergeable is not None:
+                raise ValueError(f"merge: adapter {name!r} is {method.title}, which cannot be: {method.unmergeable}")
+    ready = [run for run in (method.prepare_merge(holder) for method in methods_of(state)) if run is not None]
+    if not ready:
         raise ValueError("merge: no adapter is active")
-    for layer, tensors in merged:
-        layer.merge(tensors)
+    for run in ready:
+        run()
 
 
 def unmerge(model: nn.Module) -> None:
     """Give every merged layer its original weights back, bit for bit."""
     holder, state = holder_of("unmerge", model)
-    merged = [layer for layer in layers_of(holder, state) if layer.merged]
+    merged = [method for method in methods_of(state) if method.merged(holder)]
     if not merged:
         raise ValueError("unmerge: the model is not merged")
-    for layer in merged:
-        layer.unmerge()
+    for method in merged:
+        method.unmerge(holder)
 
 
-def _set_disabled(modules: Sequence[nn.Module], disabled: bool) -> None:
-    for module in modules:
-        module.disabled = disabled
-
-
-def _set_data(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].data = value
+def refuse_merged(op: str, model: nn.Module, state: Attachment) -> None:
+    """Raise if an adapter is merged into the model's weights now."""
+    if any(method.merged(model) for method in methods_of(state)):
+        raise ValueError(f"{op}: the adapters are merged; unmerge them first")

@@ -13,6 +13,7 @@ from torch import nn
 from ..nn.base_layer import is_conv1d, not_linear_reason
 from ..nn.lora import LoraLinear
 from ..nn.trained_copy import TrainedCopy
+from .attachment import original_child
 from .lora import Lora
 
 ALL_LINEAR = "all-linear"
@@ -28,15 +29,28 @@ class Targets:
     copies: tuple[str, ...]
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the model as it was before anything was attached, every module once."""
-    inside = ()
-    for path, module in model.named_modules():
-        if inside and path.startswith(inside):
-            continue
-        if isinstance(module, LoraLinear | TrainedCopy):
-            inside = (f"{path}." if path else "",)
-        yield path, module
+def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the model as it was before anything was attached, every module once.
+
+    Where another module stands for the original, that module is yielded at the original's path; what was added is not.
+    """
+    return _walk(model, path, set())
+
+
+def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen or getattr(type(module), "fastpeft_added", False):
+        return
+    seen.add(module)
+    yield path, module
+    if isinstance(module, LoraLinear | TrainedCopy):
+        return
+    child = original_child(module)
+    while child is not None:
+        module = getattr(module, child)
+        child = original_child(module)
+    for name, inner in module._modules.items():
+        if inner is not None:
+            yield from _walk(inner, f"{path}.{name}" if path else name, seen)
 
 
 def resolve(op: str, model: nn.Module, config: Lora, strict: bool = True) -> Targets:

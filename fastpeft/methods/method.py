@@ -1,0 +1,139 @@
+"""What every way of adapting a model can do, so that ``attach`` and its siblings drive any of them, alone or together.
+
+A method is one object, the same for all models: a subclass of ``Method`` listed in ``registry.METHODS``. What it did to
+a model it notes in ``record(model)``, a value of its own kind, and nowhere else, so that models can be copied and
+pickled. An adapter name stands for one config of each of some methods. The order of calls in an ``attach``:
+
+1. ``resolve`` of every config: finds and checks everything, raises whatever can be wrong, touches nothing.
+2. ``apply`` of every plan: adds what belongs to the name, frozen and inactive. The model's own parameters are frozen by
+   then and the name's config is among ``configs(model)``. If anything raises from here on, ``discard`` is called on the
+   methods that have a record, and leaves the model as it was.
+3. ``settle`` of every method in use: modules may have been replaced by others' wrappers since.
+4. ``set_active``, if the adapter is the model's first, and whenever the user calls ``set_adapter``.
+
+``model`` is always the module that was attached to. Paths and names of parameters are those of the model as it was
+before (``targets.walk``, ``attachment.original_names``); a class of modules that stand for another names the attribute
+that holds it in ``fastpeft_original``, and a class of modules that are added to a model sets ``fastpeft_added = True``,
+so that no method adapts another's parts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .attachment import attachment_of
+
+
+class Method:
+    """One way of adapting: how its config becomes a change of a model, and the reverse.
+
+    Attributes:
+        name: a word: the key of its record, its folder in a checkpoint of several methods.
+        config: the class of its configs. title: what messages call it.
+        unmergeable: why its adapters cannot be added to frozen weights; None where they can.
+    """
+
+    name: str
+    config: type
+    title: str
+    unmergeable: str | None = "it is no term of a weight"
+
+    def new_record(self) -> Any:
+        """What the method notes on a model it was not used on before."""
+        raise NotImplementedError
+
+    def record(self, model: nn.Module) -> Any | None:
+        """What it noted on this model, or None."""
+        state = attachment_of(model)
+        return None if state is None else state.records.get(self.name)
+
+    def configs(self, model: nn.Module) -> dict[str, Any]:
+        """Its configs on this model, by adapter name."""
+        state = attachment_of(model)
+        return {} if state is None else state.of(self.config)
+
+    def resolve(self, op: str, model: nn.Module, config: Any, name: str, strict: bool = True) -> Any:
+        """A plan for ``apply``, of any kind.
+
+        Args:
+            op: the function to name in errors. strict: also refuse what a checkpoint's config may contain and a user's
+                may not (names that match nothing).
+        """
+        raise NotImplementedError
+
+    def apply(self, model: nn.Module, plan: Any, name: str) -> None:
+        """Add what has been resolved, inactive and frozen. ``record(model)`` and ``configs(model)[name]`` are there."""
+        raise NotImplementedError
+
+    def discard(self, model: nn.Module, name: str) -> None:
+        """Take one adapter off, also half an adapter that ``apply`` left when it raised."""
+        raise NotImplementedError
+
+    def settle(self, model: nn.Module) -> None:
+        """Put right what depends on which module now stands at a path (hooks)."""
+
+    def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
+        """Take everything off: the modules, values and attributes that were there. requires_grad is not its concern."""
+        raise NotImplementedError
+
+    def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:
+        """Raise if these cannot be active together; names of adapters without a part in this method are passed too."""
+
+    def set_active(self, model: nn.Module, names: Sequence[str], trainable: bool = True) -> None:
+        """Make these adapters act, in this order, and train unless told otherwise; the others neither."""
+        raise NotImplementedError
+
+    def disable(self, model: nn.Module) -> Callable[[], None]:
+        """Have the model compute what it did before; returns what puts back the state it found. May be nested."""
+        raise NotImplementedError
+
+    def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        """The adapter's own tensors, by the keys that ``read`` and ``write`` give them."""
+        raise NotImplementedError
+
+    def expected(self, model: nn.Module, config: Any, plan: Any) -> dict[str, tuple[int, ...]] | None:
+        """Keys and shapes of ``parameters`` after ``apply`` of this plan; None: only known once it has been applied."""
+        return None
+
+    def merged(self, model: nn.Module) -> bool:
+        """Whether its adapters are in the frozen weights now."""
+        return False
+
+    def prepare_merge(self, model: nn.Module) -> Callable[[], None] | None:
+        """Raise whatever can be wrong; returns what merges its active adapters, or None if none is active."""
+        return None
+
+    def unmerge(self, model: nn.Module) -> None:
+        """Take them out again, bit for bit."""
+
+    def recognises(self, fields: Mapping[str, Any]) -> bool:
+        """Whether ``adapter_config.json`` with these fields is a checkpoint of this method."""
+        return False
+
+    def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Any, dict[str, Tensor]]:
+        """Config and tensors, by the keys of ``parameters``, of a checkpoint that it recognises."""
+        raise NotImplementedError
+
+    def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
+        """Write one adapter. ``tensors`` are those of ``parameters``, whole and contiguous. ``files.write_json`` and
+        ``files.write_tensors`` put files in place as a whole."""
+        raise NotImplementedError
+
+    def checkpoint_key(self, key: str) -> str:
+        """A key of ``parameters`` as the method's files write it."""
+        return key
+
+    def ignores(self, key: str) -> bool:
+        """Whether a tensor in a checkpoint may be there without a place in the model."""
+        return False
+
+    def must_be_float(self, key: str) -> bool:
+        """Whether an integer tensor under this key of a checkpoint cannot be meant."""
+        return True
+
+    def report(self, model: nn.Module) -> Sequence[Any]:
+        """Rows (``layer_report.LayerReport``) for what it did that no module reports itself. A module reports itself by
+        ``fastpeft_report()`` ("fused" or why not), ``fastpeft_backend()`` and the class attribute ``fastpeft_kind``."""
+        return ()

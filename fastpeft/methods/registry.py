@@ -1,0 +1,24 @@
+"""All methods, in the order in which they are applied."""
+
+from .lora_method import LoraMethod
+from .method import Method
+
+METHODS: tuple[Method, ...] = (LoraMethod(),)
+
+
+def method_of(op: str, config: object) -> Method:
+    """The method whose config this is.
+
+    Raises:
+        TypeError: it is no config.
+    """
+    for method in METHODS:
+        if type(config) is method.config:
+            return method
+    known = ", ".join(f"fastpeft.{method.config.__name__}" for method in METHODS)
+    raise TypeError(f"{op}: config is {type(config).__name__}, expected {known}, or a list of them")
+
+
+def methods_of(state) -> list[Method]:
+    """The methods in use on a model, in their order."""
+    return [method for method in METHODS if method.name in state.records]
