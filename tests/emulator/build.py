@@ -1,0 +1,36 @@
+"""Compiles CUDA sources of csrc/ for the emulator: g++ and CUDA's headers, no nvcc and no GPU."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+
+
+def cuda_home() -> Path | None:
+    """Where CUDA's headers are: CUDA_HOME, the usual place, or what nvcc says (it may be a wrapper)."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    if shutil.which("nvcc"):
+        said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        homes += [line.partition("=")[2].strip() for line in said.splitlines() if "TOP=" in line]
+    return next((Path(home) for home in homes if home and (Path(home) / "include" / "cuda.h").exists()), None)
+
+
+def missing() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    if not shutil.which("g++"):
+        return "no g++"
+    return None if cuda_home() else "no CUDA headers"
+
+
+def build(source: Path, output: Path, *flags: str) -> Path:
+    """Compile one source; ``flags`` say what comes out: ``-shared -fPIC``, ``-fsanitize=thread``, nothing."""
+    include = cuda_home() / "include"
+    command = ["g++", "-std=c++20", "-O2", "-Wall", "-x", "c++", "-DFASTPEFT_EMULATOR", f"-I{CSRC}", f"-I{HERE}"]
+    command += ["-Wno-unknown-pragmas", "-isystem", str(include), "-isystem", str(include / "cccl")]
+    done = subprocess.run([*command, *flags, str(source), "-o", str(output)], capture_output=True, text=True)
+    if done.returncode or "warning:" in done.stderr:
+        raise RuntimeError(f"g++ {source.name}:\n{done.stderr[:4000]}")
+    return output
