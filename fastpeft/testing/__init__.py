@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import torch
 
-from . import bottleneck, lora_linear, multi_lora, row_linear
+from . import bottleneck, lora_linear, multi_lora, prompt_gather, row_linear
 from .accuracy import MAX_RATIO, RMS_RATIO, Ratios, assert_no_worse, error_vs_eager, integer_inputs
 from .bottleneck import BottleneckProblem, eager_bottleneck
 from .lora_linear import LoraProblem, eager_lora_linear
 from .memory import guarded, poisoned
 from .multi_lora import MultiLoraProblem, eager_multi_lora
+from .prompt_gather import PromptProblem, eager_prompt_gather
 from .row_linear import RowProblem, eager_row_linear
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "BottleneckProblem",
     "LoraProblem",
     "MultiLoraProblem",
+    "PromptProblem",
     "Ratios",
     "RowProblem",
     "assert_no_worse",
@@ -30,6 +32,7 @@ __all__ = [
     "eager_bottleneck",
     "eager_lora_linear",
     "eager_multi_lora",
+    "eager_prompt_gather",
     "eager_row_linear",
     "error_vs_eager",
     "guarded",
@@ -43,6 +46,6 @@ def check_ops(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, fl
 
     Yields (name, dtype, worst max ratio, worst rms ratio, ok), the ratios over all outputs and gradients.
     """
-    for op in (bottleneck, lora_linear, multi_lora, row_linear):
+    for op in (bottleneck, lora_linear, multi_lora, prompt_gather, row_linear):
         for name, dtype, worst in op.check(device):
             yield name, dtype, *worst, worst.ok

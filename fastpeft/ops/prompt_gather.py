@@ -1,0 +1,277 @@
+"""Learned prompts in front of token embeddings, for a batch whose rows have different prompts, or none.
+
+    Y[b] = [padding] prompt_b, tokens_b [padding]            tokens_b = E[ids_b] or x_b, without the row's own padding
+    mask, positions, labels to match                         written by the same launch
+    dprompt_p = Σ_{rows b with prompt p} dY[b, its place]    rows in their order: deterministic
+    dx[b, t]  = dY[b, its place]                             only where x asks for it; E gets none here
+
+Saved for backward: four integers a row. Eager PyTorch writes the embeddings, repeats the prompts, and concatenates both
+into a third tensor; here every output is written once. Source: Lester et al., "The Power of Scale for
+Parameter-Efficient Prompt Tuning" (2021).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding as look_up
+
+from .. import _backend, _check
+from .._library import register_op
+
+SIDES = ("right", "left")
+INTEGERS = (torch.int32, torch.int64)
+
+
+class PromptBatch(NamedTuple):
+    """What ``prompt_gather`` returns; W is the padded length.
+
+    Attributes:
+        inputs_embeds: ``[B, W, D]`` in the embeddings' dtype; 0 in padding.
+        attention_mask: ``[B, W]`` in the given mask's dtype, or int64: 1 over prompts, 0 in padding.
+        position_ids: int64 ``[B, W]``: 0, 1, ... from the first of a row's prompt on; 0 in padding.
+        labels: int64 ``[B, W]``, ``ignore_index`` over prompts and padding; None where none were given.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor | None
+
+
+def _implementation(
+    prompts, source, ids, prompt_ids, attention_mask, labels, position_ids, lengths, width, left, ignore_index, backend
+):
+    impl = _backend.load("prompt_gather", backend)
+    if source.device.type == "cpu":
+        _within("prompt_ids", "prompt", prompt_ids, -1, len(lengths) - 1)
+        if ids.dim() == 2:
+            _within("input_ids", "token", ids, 0, source.shape[0] - 1)
+    optional = (t if t.dim() == 2 else None for t in (ids, attention_mask, labels, position_ids))
+    y, mask, positions, y_labels, rows = impl.gather(
+        prompts, lengths, prompt_ids, source, *optional, width, left, ignore_index
+    )
+    return [y, mask, positions, _absent(source) if y_labels is None else y_labels], rows
+
+
+def _within(name: str, what: str, values: Tensor, lowest: int, highest: int) -> None:
+    if values.numel():
+        low, high = values.min().item(), values.max().item()
+        if low < lowest or high > highest:
+            wrong = low if low < lowest else high
+            raise ValueError(f"prompt_gather: {name} holds {what} {wrong}, expected {lowest} ... {highest}")
+
+
+def _absent(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.int64)
+
+
+def _fake(
+    prompts, source, ids, prompt_ids, attention_mask, labels, position_ids, lengths, width, left, ignore_index, backend
+):
+    b = prompt_ids.shape[0]
+    kind = attention_mask.dtype if attention_mask.dim() == 2 else torch.int64
+    outs = [source.new_empty(b, width, source.shape[-1])]
+    outs += [source.new_empty(b, width, dtype=dtype) for dtype in (kind, torch.int64)]
+    outs.append(source.new_empty(b, width, dtype=torch.int64) if labels.dim() == 2 else _absent(source))
+    return outs, source.new_empty(b, 4, dtype=torch.int64)
+
+
+def _setup_context(ctx, inputs, output):
+    prompts, source, ids, _, _, _, _, lengths, *_, backend = inputs
+    ctx.needs = [prompts.requires_grad, source.requires_grad]
+    ctx.save_for_backward(output[1])
+    ctx.settings = list(lengths), prompts.dtype, source.shape[1] if ids.dim() != 2 else 0, backend
+
+
+def _backward(ctx, grads, _):
+    (rows,) = ctx.saved_tensors
+    lengths, dtype, tokens, backend = ctx.settings
+    found = [None, None]
+    if any(ctx.needs):
+        found = _prompt_gather_backward(grads[0], rows, lengths, dtype, tokens, ctx.needs, backend)
+    return *(grad if need else None for grad, need in zip(found, ctx.needs, strict=True)), *[None] * 10
+
+
+def _backward_implementation(dy, rows, lengths, dtype, tokens, needs, backend):
+    """``[dprompts, dx]``; what is not needed is an empty tensor."""
+    impl = _backend.load("prompt_gather", backend)
+    dprompts = impl.prompt_backward(dy, rows, lengths, dtype) if needs[0] else dy.new_empty(0)
+    return [dprompts, impl.source_backward(dy, rows, lengths, tokens) if needs[1] else dy.new_empty(0)]
+
+
+def _backward_fake(dy, rows, lengths, dtype, tokens, needs, backend):
+    b, _, d = dy.shape
+    dprompts = dy.new_empty(sum(lengths), d, dtype=dtype) if needs[0] else dy.new_empty(0)
+    return [dprompts, dy.new_empty(b, tokens, d) if needs[1] else dy.new_empty(0)]
+
+
+_prompt_gather_backward = register_op(
+    "prompt_gather_backward",
+    "(Tensor dy, Tensor rows, SymInt[] lengths, ScalarType dtype, SymInt tokens, bool[] needs, str backend) "
+    "-> Tensor[]",
+    _backward_implementation,
+    _backward_fake,
+)
+_prompt_gather = register_op(
+    "prompt_gather",
+    "(Tensor prompts, Tensor source, Tensor ids, Tensor prompt_ids, Tensor attention_mask, Tensor labels, "
+    "Tensor position_ids, SymInt[] lengths, SymInt width, bool left, int ignore_index, str backend) "
+    "-> (Tensor[], Tensor)",
+    _implementation,
+    _fake,
+    _setup_context,
+    _backward,
+)
+
+
+def prompt_gather(
+    prompts: Tensor | Sequence[Tensor],
+    prompt_ids: Sequence[int | None] | Tensor,
+    input_ids: Tensor | None = None,
+    embedding: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+    padding_side: str = "right",
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> PromptBatch:
+    """Put each row's learned prompt in front of its tokens, and pad the batch to one length.
+
+    The tokens of a row are what lies between the first and the last 1 of its mask: the row's own padding is taken off
+    before its prompt is put on, so a row gets what it would get alone. W is T plus the longest prompt: among the rows'
+    where ``prompt_ids`` is a sequence, among all where it is a tensor (looking into it would wait for the device).
+
+    Args:
+        prompts: one ``[P_i, D]`` for each prompt; or all of them in one ``[S, D]``, with ``lengths`` of each.
+        prompt_ids: for each row the number of its prompt, and -1 or None for no prompt. A prompt that does not exist is
+            an error in a sequence and on the CPU; in a tensor on a GPU it is none.
+        input_ids: ``[B, T]`` int32 or int64, with ``embedding [V, D]``, which is read directly; a token outside of it
+            is an error on the CPU and NaN on a GPU. An embedding that is trained gets its gradient as by F.embedding.
+        inputs_embeds: ``[B, T, D]``, instead of input_ids and embedding; differentiable.
+        attention_mask: ``[B, T]`` of integers or bool; None: all 1. labels: ``[B, T]`` of integers.
+        position_ids: ``[B, T]`` or ``[1, T]``, of the tokens without their prompt; None: 0, 1, ... in every row.
+        padding_side: "right" or "left", of the output; the input may be padded on either.
+        backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what was expected.
+    """
+    source = _source(input_ids, embedding, inputs_embeds)
+    ids = _absent(source) if inputs_embeds is not None else input_ids
+    b, t = source.shape[:2] if inputs_embeds is not None else input_ids.shape
+    table, lengths = _table(prompts, lengths, source)
+    prompt_ids, longest = _rows(prompt_ids, b, lengths, source)
+    optional = {"attention_mask": attention_mask, "labels": labels, "position_ids": position_ids}
+    for name, value in optional.items():
+        allowed = (*INTEGERS, torch.bool) if name == "attention_mask" else INTEGERS
+        optional[name] = _absent(source) if value is None else _integers(name, value, (b, t), source, allowed)
+    if padding_side not in SIDES:
+        raise ValueError(f"prompt_gather: padding_side is {padding_side!r}, expected 'right' or 'left'")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"prompt_gather: ignore_index is {ignore_index!r}, expected an integer")
+    backend = _backend.choose("prompt_gather", backend, REASONS, source, table)
+    left = padding_side == "left"
+    if inputs_embeds is None and source.requires_grad and torch.is_grad_enabled():
+        source, ids = look_up(ids, source), _absent(source)
+    outs, _ = _prompt_gather(
+        table, source, ids, prompt_ids, *optional.values(), lengths, t + longest, left, ignore_index, backend
+    )
+    return PromptBatch(*outs[:3], None if labels is None else outs[3])
+
+
+def explain(
+    prompts: Tensor | Sequence[Tensor], _=None, input_ids=None, embedding=None, inputs_embeds=None, *__, **options
+) -> str:
+    """Which backend serves ``prompt_gather`` on these tensors, its configuration, and why the others do not."""
+    table = prompts if isinstance(prompts, Tensor) else prompts[0]
+    facts = embedding if inputs_embeds is None else inputs_embeds, table
+    return _backend.explain("prompt_gather", options.get("backend"), REASONS, *facts)
+
+
+def _source(input_ids, embedding, inputs_embeds) -> Tensor:
+    """Where the tokens' embeddings come from."""
+    if inputs_embeds is not None:
+        if input_ids is not None or embedding is not None:
+            raise ValueError("prompt_gather: inputs_embeds is given beside input_ids or embedding, expected either")
+        like = inputs_embeds if isinstance(inputs_embeds, Tensor) else torch.empty(0)
+        return _check.tensor("prompt_gather", "inputs_embeds", inputs_embeds, ("B", "T", "D"), {}, like)
+    if input_ids is None or embedding is None:
+        raise ValueError("prompt_gather: expected input_ids and embedding, or inputs_embeds")
+    like = embedding if isinstance(embedding, Tensor) else torch.empty(0)
+    _check.tensor("prompt_gather", "embedding", embedding, ("V", "D"), {}, like)
+    _integers("input_ids", input_ids, None, embedding)
+    return embedding
+
+
+def _table(prompts, lengths, source: Tensor) -> tuple[Tensor, list[int]]:
+    """All prompts in one tensor, and the length of each."""
+    d = source.shape[-1]
+    if isinstance(prompts, Tensor):
+        if lengths is None:
+            raise ValueError("prompt_gather: prompts is one tensor without lengths, expected the length of each prompt")
+        _check.tensor("prompt_gather", "prompts", prompts, ("S", "D"), {"D": d}, source)
+        lengths = list(lengths)
+        if any(length < 0 for length in lengths) or sum(lengths) != prompts.shape[0]:
+            raise ValueError(
+                f"prompt_gather: lengths is {lengths}, expected numbers of at least 0 that add up to {prompts.shape[0]}"
+            )
+        return prompts, lengths
+    if lengths is not None:
+        raise ValueError("prompt_gather: lengths is given beside one tensor for each prompt, expected None")
+    for i, prompt in enumerate(prompts):
+        _check.tensor("prompt_gather", f"prompts[{i}]", prompt, ("P", "D"), {"D": d}, source)
+        _check.dtype("prompt_gather", f"prompts[{i}]", prompt, prompts[0].dtype)
+    if not prompts:
+        return source.new_empty(0, d), []
+    return prompts[0] if len(prompts) == 1 else torch.cat(list(prompts)), [p.shape[0] for p in prompts]
+
+
+def _rows(prompt_ids, b: int, lengths: list[int], source: Tensor) -> tuple[Tensor, int]:
+    """Each row's prompt on the device, and the longest of them."""
+    if isinstance(prompt_ids, Tensor):
+        found = _integers("prompt_ids", prompt_ids, (b,), source)
+        return found, max(lengths, default=0)
+    found = [-1 if p is None else p for p in prompt_ids]
+    if len(found) != b:
+        raise ValueError(f"prompt_gather: prompt_ids has {len(found)} items, expected one for each of {b} rows")
+    for p in found:
+        if isinstance(p, bool) or not isinstance(p, int) or not -1 <= p < len(lengths):
+            raise ValueError(f"prompt_gather: prompt_ids holds prompt {p!r}, expected -1 ... {len(lengths) - 1}")
+    longest = max((lengths[p] for p in found if p >= 0), default=0)
+    return torch.tensor(found, dtype=torch.int64, device=source.device), longest
+
+
+def _integers(name: str, value, shape: tuple[int, ...] | None, like: Tensor, allowed=INTEGERS) -> Tensor:
+    """Check an integer argument; position_ids of one row serve every row."""
+    wanted = "[B, T]" if shape is None else list(shape)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"prompt_gather: {name} is {type(value).__name__}, expected a tensor {wanted}")
+    if value.dtype not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise TypeError(f"prompt_gather: {name} has dtype {value.dtype}, expected {names}")
+    if value.device != like.device:
+        raise ValueError(f"prompt_gather: {name} is on {value.device}, expected {like.device}")
+    if name == "position_ids" and value.dim() == 2 and value.shape[0] == 1:
+        value = value.expand(shape[0], -1)
+    if value.dim() != 2 if shape is None else tuple(value.shape) != shape:
+        raise ValueError(f"prompt_gather: {name} has shape {list(value.shape)}, expected {wanted}")
+    return value
+
+
+def _triton_reason(source: Tensor, prompts: Tensor) -> str | None:
+    reason = _backend.triton_reason(source.device)
+    if reason is None and not source.is_cuda and torch.bfloat16 in (source.dtype, prompts.dtype):
+        return "dtype bfloat16 (Triton's interpreter truncates where GPUs round)"
+    return reason
+
+
+REASONS = {
+    "cuda": lambda source, prompts: _backend.cuda_missing() or "fastpeft._C has no prompt_gather",
+    "triton": _triton_reason,
+    "reference": lambda source, prompts: None,
+}
