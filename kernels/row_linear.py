@@ -1,0 +1,78 @@
+"""The weight gradient of chosen rows: ``G = dY[:, index]ᵀ x``, columns of dY gathered in the load and never copied.
+
+Alphabet: x [M, K] and dY [M, N] have rows m; G [R, K] has rows r, of which row r belongs to dY's column index[r]. The
+same kernel without an index takes the gradient of chosen columns, whose x has been gathered in forward. Sums over m
+that are cut into parts go through partial results added in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Config, capability, launch, math, reduce_partials, split
+
+
+def config(rows: int, dtype: torch.dtype, capability: int) -> Config:
+    """The tile sizes for so many chosen rows of x's dtype: by shape, dtype and capability, never by a GPU's name."""
+    block_r = min(max(16, triton.next_power_of_2(rows)), 64)
+    if dtype.itemsize > 2:  # float32 tiles take twice the shared memory and registers
+        return Config(32, 64, min(block_r, 32), 4, 2)
+    return Config(64, 128, block_r, 8 if block_r > 32 else 4, 3)
+
+
+@triton.jit
+def _gathered_outer_kernel(
+    dy_ptr, x_ptr, index_ptr, g_ptr,
+    M, N, K, R, SPAN,
+    stride_ym, stride_yn, stride_xm, stride_xk, stride_index, stride_gp, stride_gr, stride_gk,
+    GATHER: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_k, pid_r, pid_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    n = r
+    if GATHER:
+        n = tl.load(index_ptr + r * stride_index, mask=r < R, other=0)
+    n_ok = (r < R) & (n >= 0) & (n < N)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), ACC)
+    first = pid_p * SPAN
+    for m0 in range(first, tl.minimum(first + SPAN, M), BLOCK_M):
+        m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+        dy_tile = dy_ptr + m[:, None] * stride_ym + n[None, :] * stride_yn
+        x_tile = x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk
+        dy = tl.load(dy_tile, mask=(m < M)[:, None] & n_ok[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        x = tl.load(x_tile, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    g_tile = g_ptr + pid_p * stride_gp + r[:, None] * stride_gr + k[None, :] * stride_gk
+    tl.store(g_tile, acc, mask=(r < R)[:, None] & (k < K)[None, :])
+
+
+def row_gradient(dy: Tensor, x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dY[:, index]ᵀ x``: ``[n, K]`` in ``dtype``. An index outside dY's columns gives a row of zeros."""
+    return _gathered_outer(dy, x, index, index.shape[0], dtype)
+
+
+def column_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``dYᵀ x`` of an x that holds the chosen columns alone: ``[N, n]`` in ``dtype``."""
+    return _gathered_outer(dy, x, None, dy.shape[1], dtype)
+
+
+def _gathered_outer(dy, x, index, rows, dtype):
+    (m, k), acc, c = x.shape, math(x, x), config(rows, x.dtype, capability(x))
+    grid = triton.cdiv(k, c.block_k), triton.cdiv(rows, c.block_r)
+    parts, span = split(m, c.block_m, grid[0] * grid[1])
+    g = x.new_empty(parts, rows, k, dtype=acc.torch if parts > 1 else dtype)
+    launch(
+        _gathered_outer_kernel, (*grid, parts), c, acc,
+        dy, x, index, g, m, dy.shape[1], k, rows, span,
+        *dy.stride(), *x.stride(), 0 if index is None else index.stride(0), *g.stride(),
+        GATHER=index is not None,
+    )  # fmt: skip
+    return reduce_partials(g, dtype)
+
+
+def describe(x: Tensor, trained: Tensor, columns: bool) -> list[str]:
+    """The kernel configuration of a call, for ``fastpeft.explain``."""
+    return [f"gradient: {config(trained.shape[0], x.dtype, capability(x))}"]
