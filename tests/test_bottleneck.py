@@ -13,12 +13,12 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 FORMS = {
     "sequential": {"residual": "x"},
     "other residual": {},
-    "no residual, other width": {"residual": None, "out": 45},
+    "no residual, other width": {"residual": None, "out": 125},
     "no bias": {"bias": False, "residual": "x"},
     "learned": {"scale": "learned", "residual": None},
     "channel": {"scale": "channel", "residual": "x"},
     "layer": {"norm": "layer", "residual": "x"},
-    "rms": {"norm": "rms", "out": 45},
+    "rms": {"norm": "rms", "out": 125},
     "rms without bias": {"norm": "rms", "bias": False, "residual": "x"},
     "dropout": {"dropout": 0.3, "residual": "x"},
     "everything": {"scale": "channel", "norm": "layer", "dropout": 0.3, "residual": "x", "activation": "gelu"},
@@ -63,10 +63,12 @@ def test_integers_are_exact(backend, form, slots, activation):
 @pytest.mark.parametrize(("backend", "dtype", "wide"), served(*TRAINING))
 def test_no_worse_than_eager(form, slots, backend, dtype, wide, record_property):
     problem = BottleneckProblem.make(
-        (130, 70), 24, dtype=dtype, weights_dtype=wide, device=DEVICE, slots=slots, **FORMS[form]
+        (130, 160), 110, dtype=dtype, weights_dtype=wide, device=DEVICE, slots=slots, **FORMS[form]
     )
     fused, eager, exact = problem.fused(backend), problem.eager(), problem.exact()
     for name in exact:
+        if exact[name].numel() < 100:  # ratios are statistics
+            continue
         ratios = assert_no_worse(fused[name], eager[name], exact[name], name)
         record_property("ratio", f"{ratios.max:.2f} {ratios.rms:.2f} {name}")
 
@@ -74,7 +76,7 @@ def test_no_worse_than_eager(form, slots, backend, dtype, wide, record_property)
 @each_backend
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(backend, activation):
-    problem = BottleneckProblem.make((130, 40), 24, dtype=FP32, device=DEVICE, activation=activation, residual="x")
+    problem = BottleneckProblem.make((130, 120), 100, dtype=FP32, device=DEVICE, activation=activation, residual="x")
     fused, eager, exact = problem.fused(backend), problem.eager(), problem.exact()
     for name in exact:
         assert_no_worse(fused[name], eager[name], exact[name], name)

@@ -198,7 +198,7 @@ def check(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, Ratios
     forms = {"bottleneck": {"residual": "x", "norm": "layer"}, "bottleneck slots": {"slots": 3, "activation": "silu"}}
     for name, form in forms.items():
         for dtype, wide in dtypes:
-            problem = BottleneckProblem.make((201, 448), 48, 448, dtype, wide, device, dropout=0.1, **form)
+            problem = BottleneckProblem.make((201, 448), 112, 448, dtype, wide, device, dropout=0.1, **form)
             for backend in _backend.ORDER:
                 if REASONS[backend](problem.x, problem.weights["down_weight"]) is None:
                     tiles = (None,) if problem.slots is None else TILES
