@@ -1,0 +1,100 @@
+// fastpeft._C: the launchers of csrc/ as functions of integers. Knows neither torch nor tensors.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common.cuh"
+#include "multi_lora_params.h"
+
+namespace py = pybind11;
+
+extern "C" int fastpeft_multi_lora(const multi_lora::Params* given, int dtype, int path, int early, void* stream);
+
+namespace {
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+/// Makes a device the current one for a launch. This library has a CUDA runtime of its own, so torch's choice of device
+/// says nothing here.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    raise(fastpeft::check(cudaGetDevice(&before_), "current device"));
+    raise(fastpeft::check(cudaSetDevice(device), "device"));
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+
+  static void raise(int code) {
+    if (code != fastpeft::OK) throw std::runtime_error(std::string("fastpeft._C: ") + fastpeft::error_text);
+  }
+
+ private:
+  int before_ = 0;
+};
+
+/// a, b, y, scales, ranks; strides of a, a's rows, b, b's rows, y's rows; R, N.
+using SliceNumbers = std::array<int64_t, 12>;
+
+multi_lora::Slice slice_of(const SliceNumbers& n) {
+  multi_lora::Slice slice = {};
+  slice.a = pointer<const void>(n[0]);
+  slice.b = pointer<const void>(n[1]);
+  slice.y = pointer<void>(n[2]);
+  slice.scales = pointer<const float>(n[3]);
+  slice.ranks = pointer<const int>(n[4]);
+  slice.stride_as = n[5];
+  slice.stride_ar = n[6];
+  slice.stride_bs = n[7];
+  slice.stride_bn = n[8];
+  slice.stride_ym = n[9];
+  slice.rank = static_cast<int>(n[10]);
+  slice.width = static_cast<int>(n[11]);
+  return slice;
+}
+
+void run_multi_lora(int64_t x, int64_t stride_xm, int k, int64_t order, int64_t starts, int64_t tiles,
+                    int64_t stride_tiles, int tile_count, int tile, const std::vector<SliceNumbers>& slices, int64_t s,
+                    int64_t stride_sm, int64_t planes, int dtype, int path, bool early, int device, int64_t stream) {
+  if (slices.size() > multi_lora::MAX_SLICES) throw std::invalid_argument("multi_lora: expected 1 ... 4 slices");
+  multi_lora::Params p = {};
+  p.slice_count = static_cast<int>(slices.size());
+  for (size_t i = 0; i < slices.size(); ++i) p.slices[i] = slice_of(slices[i]);
+  p.x = pointer<const void>(x);
+  p.order = pointer<const int>(order);
+  p.starts = pointer<const int>(starts);
+  p.tiles = pointer<const int>(tiles);
+  p.s = pointer<float>(s);
+  p.planes = pointer<float>(planes);
+  p.stride_xm = stride_xm;
+  p.stride_tiles = stride_tiles;
+  p.stride_sm = stride_sm;
+  p.k = k;
+  p.tile = tile;
+  p.tile_count = tile_count;
+  const OnDevice on(device);
+  OnDevice::raise(fastpeft_multi_lora(&p, dtype, path, early, pointer<void>(stream)));
+}
+
+/// (devices, why none can be used): the second is empty where all is well.
+py::tuple devices() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  return py::make_tuple(error == cudaSuccess ? count : 0, error == cudaSuccess ? "" : cudaGetErrorString(error));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CUDA launchers of fastpeft: pointers, sizes and strides as integers";
+  m.attr("cuda") = CUDART_VERSION;
+  m.def("devices", &devices);
+  m.def("multi_lora", &run_multi_lora);
+}
