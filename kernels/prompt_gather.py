@@ -30,7 +30,11 @@ class Config:
     block_m: int
     block_k: int
     num_warps: int = 4
-    num_stages: int = 2
+
+    @property
+    def options(self) -> dict:
+        """No pipeline: there is no product to hide loads behind. Fusion is stated since its default differs."""
+        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def config(step: str, columns: int, dtype: torch.dtype) -> Config:
@@ -39,7 +43,7 @@ def config(step: str, columns: int, dtype: torch.dtype) -> Config:
     if step == "gather":  # a program writes all columns of its places, so that the mask is read once for them
         return Config(8, block_k)
     if step == "prompt_backward":  # few prompts: narrow tiles, so that there are programs enough
-        return Config(8, min(block_k, 128))
+        return Config(8, min(block_k, 128 if dtype.itemsize <= 2 else 64))  # 128 of float32 spill on sm_80
     if step == "source_backward":
         return Config(8, block_k)
     raise ValueError(f"config: step is {step!r}, expected gather, prompt_backward or source_backward")
@@ -207,7 +211,7 @@ def gather(
                 IDS=ids is not None, MASK=attention_mask is not None, POSITIONS=position_ids is not None,
                 LABELS=labels is not None, LEFT=left,
                 BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_T=min(BLOCK_T, triton.next_power_of_2(max(t, 16))),
-                num_warps=c.num_warps, num_stages=c.num_stages,
+                **c.options,
             )  # fmt: skip
     return y, mask, positions, y_labels, rows
 
@@ -225,7 +229,7 @@ def prompt_backward(dy: Tensor, rows: Tensor, lengths: Sequence[int], dtype: tor
             _prompt_backward_kernel[(*grid, parts)](
                 dy, rows, _starts(tuple(lengths), dy.device), partials, b, s, d, tiles, span, *dy.stride(),
                 ACC=tl.float64 if wide else tl.float32, BLOCK_M=c.block_m, BLOCK_K=c.block_k,
-                num_warps=c.num_warps, num_stages=c.num_stages,
+                **c.options,
             )  # fmt: skip
     return reduce_partials(partials, dtype)
 
@@ -239,7 +243,7 @@ def source_backward(dy: Tensor, rows: Tensor, lengths: Sequence[int], tokens: in
         with on_device(dy):
             _source_backward_kernel[grid](
                 dy, rows, _starts(tuple(lengths), dy.device), dx, tokens, d, *dy.stride(),
-                BLOCK_M=c.block_m, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=c.num_stages,
+                BLOCK_M=c.block_m, BLOCK_K=c.block_k, **c.options,
             )  # fmt: skip
     return dx
 

@@ -66,6 +66,22 @@ MULTI_LORA = (
     (FP32, FP32, (64,), 0.0, 64, *_LARGE),
 )
 
+# (x's dtype, the trained part's, (how many rows,), no dropout, M, K, N); columns too.
+ROW_LINEAR = (
+    *((BF16, dtype, (rows,), 0.0, *_LARGE) for dtype in (BF16, FP32) for rows in (16, 32, 204)),
+    (BF16, BF16, (17,), 0.0, 127, 1001, 1003),
+    (FP16, FP16, (204,), 0.0, *_LARGE),
+    (FP32, FP32, (16,), 0.0, *_LARGE),
+    (FP32, FP32, (204,), 0.0, *_LARGE),
+)
+# (the embeddings' dtype, the prompts', their lengths, no dropout, rows, tokens, D): ids and embeddings of each.
+PROMPT_GATHER = (
+    *((BF16, dtype, (20, 100), 0.0, 64, 2048, 4096) for dtype in (BF16, FP32)),
+    (FP16, FP16, (20,), 0.0, 32, 512, 768),
+    (FP32, FP32, (7, 3), 0.0, 5, 127, 1001),
+    (FP32, FP32, (20,), 0.0, 32, 128, 384),
+)
+
 
 class _Driver:
     """A GPU as far as a compilation asks. The device's number is the architecture: compiled kernels are kept apart."""
@@ -86,9 +102,9 @@ class _Driver:
 @contextlib.contextmanager
 def compiling(architecture: int, record):
     """Inside, every launch compiles for ``architecture`` instead, and ``record(name, kernel, seconds)`` is called."""
-    from fastpeft.kernels import launch, lora_linear, multi_lora
+    from fastpeft.kernels import launch, lora_linear, multi_lora, row_linear
 
-    users = [module for module in (launch, lora_linear, multi_lora) if hasattr(module, "capability")]
+    users = [module for module in (launch, lora_linear, multi_lora, row_linear) if hasattr(module, "capability")]
     run, capability = JITFunction.run, launch.capability
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -156,6 +172,33 @@ def multi_lora(x_dtype, dtype, ranks, dropout, tile, tokens, k, n) -> None:
     kernels.shrink_backward(ds, x, lora_as, routing, slot, True, True)
 
 
+def row_linear(x_dtype, dtype, rows, dropout, m, k, n) -> None:
+    """Launch the gradients of so many rows, and of so many columns."""
+    from fastpeft.kernels import row_linear as kernels
+
+    (count,) = rows
+    x, dy = (torch.empty(m, size, dtype=x_dtype, device="meta") for size in (k, n))
+    kernels.row_gradient(dy, x, torch.empty(count, dtype=torch.int64, device="meta"), dtype)
+    kernels.column_gradient(dy, torch.empty(m, count, dtype=x_dtype, device="meta"), dtype)
+
+
+def prompt_gather(x_dtype, dtype, lengths, dropout, rows, tokens, columns) -> None:
+    """Launch all that a forward and backward of ``prompt_gather`` launches, with ids and with embeddings."""
+    from fastpeft.kernels import prompt_gather as kernels
+
+    def new(*shape, dtype=x_dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    prompts, which = new(sum(lengths), columns, dtype=dtype), new(rows, dtype=torch.int64)
+    ids, mask, labels, positions = (new(rows, tokens, dtype=torch.int64) for _ in range(4))
+    width = tokens + max(lengths)
+    kernels.gather(prompts, lengths, which, new(32000, columns), ids, mask, labels, positions, width, True, -100)
+    x = new(rows, tokens, columns)
+    y, *_, spans = kernels.gather(prompts, lengths, which, x, None, None, None, None, width, False, -100)
+    kernels.prompt_backward(y, spans, lengths, dtype)
+    kernels.source_backward(y, spans, lengths, tokens)
+
+
 def examine(kernel) -> dict:
     """What ptxas made of a compiled kernel: registers, stack and spill instructions, shared memory, dot instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -190,6 +233,7 @@ def rows(architecture: int):
             )
 
     cases = [(lora_linear, *case) for case in LORA_LINEAR] + [(multi_lora, *case) for case in MULTI_LORA]
+    cases += [(row_linear, *case) for case in ROW_LINEAR] + [(prompt_gather, *case) for case in PROMPT_GATHER]
     with compiling(architecture, record):
         for op, x_dtype, dtype, ranks, dropout, *sizes in cases:
             names = [str(d).removeprefix("torch.") for d in (x_dtype, dtype)]

@@ -235,14 +235,14 @@ def _rows(prompt_ids, b: int, lengths: list[int], source: Tensor) -> tuple[Tenso
     """Each row's prompt on the device, and the longest of them."""
     if isinstance(prompt_ids, Tensor):
         found = _integers("prompt_ids", prompt_ids, (b,), source)
-        return found, max(lengths, default=0)
+        return found, max([0, *lengths])
     found = [-1 if p is None else p for p in prompt_ids]
     if len(found) != b:
         raise ValueError(f"prompt_gather: prompt_ids has {len(found)} items, expected one for each of {b} rows")
     for p in found:
         if isinstance(p, bool) or not isinstance(p, int) or not -1 <= p < len(lengths):
             raise ValueError(f"prompt_gather: prompt_ids holds prompt {p!r}, expected -1 ... {len(lengths) - 1}")
-    longest = max((lengths[p] for p in found if p >= 0), default=0)
+    longest = max([0, *(lengths[p] for p in found if p >= 0)])
     return torch.tensor(found, dtype=torch.int64, device=source.device), longest
 
 
