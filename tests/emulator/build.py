@@ -30,6 +30,7 @@ def build(source: Path, output: Path, *flags: str) -> Path:
     include = cuda_home() / "include"
     command = ["g++", "-std=c++20", "-O2", "-Wall", "-x", "c++", "-DFASTPEFT_EMULATOR", f"-I{CSRC}", f"-I{HERE}"]
     command += ["-Wno-unknown-pragmas", "-isystem", str(include), "-isystem", str(include / "cccl")]
+    command += ["-include", str(HERE / "exports.h")]  # before any CUDA header
     done = subprocess.run([*command, *flags, str(source), "-o", str(output)], capture_output=True, text=True)
     if done.returncode or "warning:" in done.stderr:
         raise RuntimeError(f"g++ {source.name}:\n{done.stderr[:4000]}")

@@ -120,6 +120,7 @@ inline Grid grid;
 struct Settings {
   uint64_t seed = 1;           // of the order in which threads and copies run
   size_t resident = SIZE_MAX;  // how many clusters the machine holds at a time
+  int clusters = 2;            // how many it says it holds
   std::function<void()> kernel_ahead;  // runs once, when the first thread waits for the kernels before
 };
 inline Settings settings;

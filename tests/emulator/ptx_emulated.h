@@ -15,8 +15,8 @@
 
 #define threadIdx (emulator::self().index)
 #define blockIdx (emulator::block_index())
-#define blockDim (emulator::grid.block)
-#define gridDim (emulator::grid.grid)
+inline emulator::Index& gridDim = emulator::grid.grid;
+inline emulator::Index& blockDim = emulator::grid.block;
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __cluster_dims__

@@ -1,0 +1,16 @@
+// What the tests need beside a launcher: the machine's settings, and the words of the last failure.
+#pragma once
+#include "runtime_emulated.h"
+// After the runtime's names have been replaced:
+#include "common.cuh"
+
+#define EXPORTED extern "C" inline __attribute__((used, visibility("default")))
+
+/// The order of events, how many clusters the machine says it holds, and how many it does hold (0: all).
+EXPORTED void emulator_set(uint64_t seed, int clusters, int resident) {
+  emulator::settings = {seed, resident ? size_t(resident) : SIZE_MAX, clusters};
+}
+
+EXPORTED const char* emulator_error_text() { return fastpeft::error_text; }
+
+#undef EXPORTED
