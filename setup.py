@@ -158,7 +158,8 @@ def extensions() -> tuple[list[Extension], str | None]:
     except CannotBuild as error:
         print(f"fastpeft: pure Python, without CUDA kernels: {error}", file=sys.stderr)
         return [], str(error)
-    return [Extension("fastpeft._C", sources=["csrc/bindings.cpp", *(f"csrc/{name}" for name in TARGETS if Path("csrc", name).is_file())])], None
+    sources = ["csrc/bindings.cpp", *(f"csrc/{name}" for name in TARGETS if Path("csrc", name).is_file())]
+    return [Extension("fastpeft._C", sources=sources)], None
 
 
 EXTENSIONS, WHY_NOT = extensions()

@@ -1,19 +1,24 @@
 """Which of cuda, triton and reference serves a call, and why not the others.
 
 Automatic choice takes the first backend without a reason against it. It depends on shapes, dtypes and the device's
-capability alone, never on timing. An explicit request is served by that backend or raises with the reason.
+capability alone, never on timing: where a CUDA kernel is worth taking unasked is a committed table of measurements. An
+explicit request is served by that backend or raises with the reason.
 """
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 ORDER = ("cuda", "triton", "reference")
-_FOLDERS = {"triton": "fastpeft.kernels", "reference": "fastpeft.reference"}
+UNASKED = "cuda, unasked"  # the reason against cuda where nobody asked for it
+_FOLDERS = {"cuda": "fastpeft.cuda", "triton": "fastpeft.kernels", "reference": "fastpeft.reference"}
+_NOTE = Path(__file__).parent / "without_C.txt"  # left by setup.py where it built no extension
 
 Reasons = Mapping[str, Callable[..., str | None]]
 
@@ -23,7 +28,8 @@ def choose(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
 
     Args:
         requested: a backend's name, or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
-        reasons: for each backend the function that returns None, or why it cannot serve the facts.
+        reasons: for each backend the function that returns None, or why it cannot serve the facts; for ``UNASKED``
+            one that returns None where cuda is to be taken without being asked for.
         facts: what the reasons look at; the first is the tensor whose device decides.
 
     Raises:
@@ -33,7 +39,7 @@ def choose(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
     if requested is None:
         # Triton's interpreter serves CPU tensors, but only those who ask for it: it proves kernels, slowly.
         order = ORDER if facts[0].device.type != "cpu" else ("reference",)
-        return next(name for name in order if reasons[name](*facts) is None)
+        return next(name for name in order if _against(name, reasons, facts) is None)
     if requested not in ORDER:
         raise ValueError(f"{op}: backend={requested!r}, expected one of {', '.join(ORDER)}")
     reason = reasons[requested](*facts)
@@ -46,9 +52,19 @@ def explain(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
     """The choice for these facts, its kernel configurations, and the reasons against the other backends."""
     chosen = choose(op, requested, reasons, *facts)
     lines = [f"{op}: served by {chosen}"]
-    lines += [f"  {name}: {reasons[name](*facts) or 'can serve this call'}" for name in ORDER if name != chosen]
+    for name in ORDER:
+        if name != chosen:
+            found = reasons[name](*facts)
+            unasked = None if found else _against(name, reasons, facts)
+            lines.append(f"  {name}: {found or 'can serve this call'}{f', if asked to: {unasked}' if unasked else ''}")
     describe = getattr(load(op, chosen), "describe", None)
     return "\n".join(lines + ([f"  {line}" for line in describe(*facts)] if describe else []))
+
+
+def _against(name: str, reasons: Reasons, facts: tuple) -> str | None:
+    """The reason against a backend that nobody asked for."""
+    unasked = reasons.get(UNASKED) if name == "cuda" else None
+    return (unasked and unasked(*facts)) or reasons[name](*facts)
 
 
 def _constant(function: Callable) -> Callable:
@@ -73,9 +89,14 @@ def triton_missing() -> str | None:
 @_constant
 def cuda_missing() -> str | None:
     """None when the compiled extension imports, else the reason."""
-    if _import_error("fastpeft._C") is not None:
-        return "fastpeft._C is not built (it needs nvcc when fastpeft is installed)"
-    return None
+    error = _import_error("fastpeft._C")
+    if error is None:
+        return None
+    if importlib.util.find_spec("fastpeft._C") is not None:
+        return f"fastpeft._C is built, but does not load: {error}"
+    if _NOTE.is_file():
+        return f"fastpeft._C was not built: {_NOTE.read_text().strip()}"
+    return "fastpeft._C is not built (in a checkout: python setup.py build_ext --inplace, which needs nvcc)"
 
 
 @_constant
@@ -116,6 +137,46 @@ def triton_reason(device: torch.device, oldest: int = 80) -> str | None:
     if device.type == "cpu" and interpreting():
         return None
     return f"device {device.type} (on a CPU Triton runs only in its interpreter, TRITON_INTERPRET=1)"
+
+
+def cuda_reason(x: torch.Tensor, capabilities: str, fits: Callable[[int], bool]) -> str | None:
+    """Why no kernel of fastpeft._C runs where x is, or None; ``fits`` takes the capability, 80, 90, ..."""
+    missing = cuda_missing()
+    if missing is not None:
+        return missing
+    if x.device.type != "cuda":
+        return f"device {x.device.type} (the kernels of fastpeft._C run on CUDA devices)"
+    found = capability(torch.cuda.current_device() if x.device.index is None else x.device.index)
+    if not fits(found):
+        return f"sm_{found}, expected {capabilities}"
+    return cuda_unusable()
+
+
+def cuda_unasked(op: str, x: torch.Tensor, n: int, rank: int) -> str | None:
+    """Why a kernel of fastpeft._C is not taken for x, N and R without being asked for; None where it was measured."""
+    choice = importlib.import_module("fastpeft.cuda.choice")
+    where = "fastpeft/cuda/choice.py"
+    if not choice.TABLE:
+        return f"no measurement says that it is faster ({where} is empty)"
+    if not x.is_cuda or cuda_missing() is not None:
+        return None  # there are better reasons
+    found, k = capability(torch.cuda.current_device() if x.device.index is None else x.device.index), x.shape[-1]
+    sizes = x.numel() // max(1, k), k, n, rank
+    if choice.measured(op, found, *sizes) is None:
+        return f"{where} has no measurement on sm_{found} for M, K, N, R = {sizes}"
+    return None
+
+
+@_constant
+def cuda_unusable() -> str | None:
+    """Why the extension's own CUDA runtime sees no device, or None: an older driver than it was built for, say."""
+    return _unusable()
+
+
+@functools.cache
+def _unusable() -> str | None:
+    count, error = importlib.import_module("fastpeft._C").devices()
+    return None if count else f"fastpeft._C sees no device: {error or 'none is there'}"
 
 
 def triton_lora_reason(x: torch.Tensor, adapter: torch.dtype, rank: int, largest: int) -> str | None:

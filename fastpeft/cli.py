@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,21 +173,15 @@ def _driver() -> str:
 
 
 def _extension() -> str:
-    spec = importlib.util.find_spec("fastpeft._C")
-    if spec is not None:
-        try:
-            importlib.import_module("fastpeft._C")
-        except ImportError as error:
-            return f"built, but does not load: {error}"
-        return f"built  ({spec.origin})"
-    csrc = _CHECKOUT / "csrc"
-    if csrc.is_dir() and not any(csrc.glob("*.cu")):
-        return "not built: this version has no CUDA C++ kernels; on a GPU, Triton's serve"
-    if shutil.which("nvcc") is None:
-        return "not built: no nvcc; install a CUDA toolkit, then install fastpeft from source again"
-    return (
-        "not built, though nvcc is here: install fastpeft from source again (pip install --no-binary fastpeft fastpeft)"
-    )
+    from . import _backend
+
+    missing = _backend.cuda_missing()
+    if missing is not None:
+        return missing.removeprefix("fastpeft._C ").removeprefix("is ").removeprefix("was ")
+    extension = importlib.import_module("fastpeft._C")
+    devices, error = extension.devices()
+    built = f"built for CUDA {extension.cuda // 1000}.{extension.cuda % 1000 // 10}  ({extension.__file__})"
+    return f"{built}, sees {devices} devices{f': {error}' if error else ''}"
 
 
 def _backends() -> list[tuple[str, str]]:

@@ -20,10 +20,11 @@ MAY_IMPORT = {
     "_bridge": set(),
     "_check": set(),
     "_library": {"_check"},
-    "_backend": {"_check", "reference", "kernels", "_C"},
+    "_backend": {"_check", "reference", "kernels", "cuda", "_C"},
     "reference": {"reference"},
     "kernels": {"kernels"},
-    "ops": {*_OPS, "reference", "kernels", "_C"},
+    "cuda": {"cuda", "kernels", "_backend", "_C"},  # steps without a CUDA kernel are the Triton kernels'
+    "ops": {*_OPS, "reference", "kernels", "cuda", "_C"},
     "nn": {"nn", "ops", "_check"},
     "testing": {"testing", *_OPS, "reference"},
     "methods": {"methods", "nn", "ops", "_check"},

@@ -2,8 +2,9 @@
 
     y[t] += (scale · x[t] A[slot]ᵀ) B[slot]ᵀ       for up to 256 tokens and up to 4 slices of one x
 
-Sums are float32; S is multiplied with B as two TF32 terms, 21 bits. Both paths add in one order and give the same bits,
-which are not those of the Triton kernels: there S is cut along K in other places. The gradients are the Triton kernels'.
+Sums are float32; S is multiplied with B as two TF32 terms, 21 bits. Both paths add in one order and give the same bits;
+a token's are the same in every batch. They are not the Triton kernels' bits: those cut K in other places. The gradients
+are the Triton kernels'.
 """
 
 import contextlib

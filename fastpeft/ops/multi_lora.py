@@ -28,11 +28,13 @@ MAX_RANK = 512
 
 def _implementation(x, lora_as, lora_bs, ys, order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend):
     impl, routing, slots = _prepare(order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend)
-    s = impl.shrink(x, lora_as, routing, slots)
     outs = [
         y.clone(memory_format=torch.contiguous_format) if y.dim() == 2 else x.new_zeros(x.shape[0], b.shape[1])
         for y, b in zip(ys, lora_bs, strict=True)
     ]
+    if backend == "cuda":  # both steps in one launch
+        return outs, impl.add_keeping_(outs, x, lora_as, lora_bs, routing, slots)
+    s = impl.shrink(x, lora_as, routing, slots)
     impl.expand_(outs, s, lora_bs, routing, slots)
     return outs, s
 
@@ -214,9 +216,12 @@ def multi_lora_(
     return y
 
 
-def explain(x: Tensor, lora_a: Tensor, *_, backend: str | None = None, **__) -> str:
+def explain(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor | None = None, *_, backend: str | None = None, dropouts=None, **__
+) -> str:
     """Which backend serves ``multi_lora`` on these tensors, its configuration, and why the others do not."""
-    return _backend.explain("multi_lora", backend, REASONS, x, [lora_a])
+    facts = x, [lora_a], [] if lora_b is None else [lora_b], [], dropouts
+    return _backend.explain("multi_lora", backend, REASONS, *facts)
 
 
 def _call(
@@ -234,7 +239,7 @@ def _call(
     sizes = {"T": flat.shape[0], "K": shape[-1]}
     arguments.slices(op, plural, x, lora_as, lora_bs, ys, sizes)
     slots, count = sizes["slots"], len(lora_as)
-    backend = _backend.choose(op, backend, REASONS, x, lora_as)
+    backend = _backend.choose(op, backend, REASONS, x, lora_as, lora_bs, ys, dropouts)
     routing = arguments.routing(op, token_slots, slots, sizes["T"], x, backend)
     wanted = torch.float64 if lora_as[0].dtype == torch.float64 else torch.float32
     scales = arguments.table(op, "scales", scales, wanted, count, slots, x)
@@ -253,12 +258,37 @@ def _call(
     return [out.reshape(*shape[:-1], out.shape[-1]) for out in outs]
 
 
-def _triton_reason(x, lora_as):
+def _triton_reason(x, lora_as, *_):
     return _backend.triton_lora_reason(x, lora_as[0].dtype, max(a.shape[1] for a in lora_as), MAX_RANK)
 
 
+def _cuda_reason(x, lora_as, lora_bs=(), ys=(), dropouts=None):
+    found = _backend.cuda_reason(x, "sm_80 or later", lambda capability: capability >= 80)
+    if found is not None:
+        return found
+    limits, k = _backend.load("multi_lora", "cuda"), max(1, x.shape[-1])
+    if x.dtype not in limits.DTYPES or lora_as[0].dtype != x.dtype:
+        return f"x in {x.dtype} and adapters in {lora_as[0].dtype}, expected both bfloat16 or both float16"
+    if x.numel() > limits.MAX_TOKENS * k:
+        return f"{x.numel() // k} tokens > {limits.MAX_TOKENS}"
+    columns = sum(limits.columns_of(a.shape[1]) for a in lora_as)
+    if columns > limits.MAX_COLUMNS:
+        return f"ranks, each rounded up to 16, of {columns} > {limits.MAX_COLUMNS}"
+    if dropouts is not None and any(dropouts):
+        return "dropout (the kernel is for serving)"
+    rows = [("x", x), *(("lora_a", a) for a in lora_as), *(("lora_b", b) for b in lora_bs), *(("y", y) for y in ys)]
+    apart = next((name for name, t in rows if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1), None)
+    return None if apart is None else f"{apart}'s last dimension has gaps, expected adjacent elements"
+
+
+def _cuda_unasked(x, lora_as, lora_bs=(), *_):
+    sizes = sum(b.shape[1] for b in lora_bs), sum(a.shape[1] for a in lora_as)
+    return _backend.cuda_unasked("multi_lora", x, *sizes)
+
+
 REASONS = {
-    "cuda": lambda x, lora_as: _backend.cuda_missing() or "fastpeft._C has no multi_lora",
+    "cuda": _cuda_reason,
+    _backend.UNASKED: _cuda_unasked,
     "triton": _triton_reason,
-    "reference": lambda x, lora_as: None,
+    "reference": lambda *_: None,
 }

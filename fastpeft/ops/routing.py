@@ -75,7 +75,9 @@ def explain(token_slots: Tensor, *_, backend: str | None = None, **__) -> str:
 
 
 REASONS = {
-    "cuda": lambda token_slots: _backend.cuda_missing() or "fastpeft._C has no routing",
+    # csrc/ reads a routing and makes none: asked for, it is the Triton kernels' all the same.
+    "cuda": lambda token_slots: _backend.cuda_missing() or _backend.triton_reason(token_slots.device),
+    _backend.UNASKED: lambda token_slots: "csrc/ has no kernel for it, the Triton kernels serve",
     "triton": lambda token_slots: _backend.triton_reason(token_slots.device),
     "reference": lambda token_slots: None,
 }

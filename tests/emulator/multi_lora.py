@@ -9,7 +9,6 @@ HERE = Path(__file__).resolve().parent
 pointer, stride, number = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int32
 
 
-
 class Slice(ctypes.Structure):
     """As multi_lora::Slice in csrc/multi_lora_params.h."""
 
