@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _MODULES = ("integrations", "methods", "nn", "ops", "reference", "serving", "testing")
 _HOME = {
+    "Bottleneck": "methods",
     "Lora": "methods",
     "attach": "methods",
     "detach": "methods",

@@ -74,6 +74,8 @@ def apply_all(model: nn.Module, configs: Sequence[Any], name: str, plans: Plans)
         model.requires_grad_(False)
     state.configs[name] = configs[0] if len(configs) == 1 else tuple(configs)
     try:
+        for method in methods_of(state):
+            method.lift(model)
         for method, plan in sorted(plans, key=lambda pair: METHODS.index(pair[0])):
             if method.name not in state.records:
                 state.records[method.name] = method.new_record()
@@ -93,6 +95,8 @@ def take_back(model: nn.Module, name: str, flags: Flags) -> None:
     """Take one adapter off, whole or half applied, and give parameters these flags."""
     state = attachment_of(model)
     parts = [method_of("attach", config) for config in state.parts(name)]
+    for method in methods_of(state):
+        method.lift(model)
     for method in reversed(methods_of(state)):
         if method in parts:
             method.discard(model, name)
@@ -122,6 +126,8 @@ def detach(model: nn.Module, keep_merged: bool = False) -> nn.Module:
     methods = methods_of(state)
     if keep_merged and not any(method.merged(holder) for method in methods):
         raise ValueError("detach: keep_merged on a model that is not merged; merge it first")
+    for method in methods:
+        method.lift(holder)
     for method in reversed(methods):
         method.remove(holder, keep_merged)
     delattr(holder, KEY)

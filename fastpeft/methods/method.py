@@ -5,9 +5,9 @@ a model it notes in ``record(model)``, a value of its own kind, and nowhere else
 pickled. An adapter name stands for one config of each of some methods. The order of calls in an ``attach``:
 
 1. ``resolve`` of every config: finds and checks everything, raises whatever can be wrong, touches nothing.
-2. ``apply`` of every plan: adds what belongs to the name, frozen and inactive. The model's own parameters are frozen by
-   then and the name's config is among ``configs(model)``. If anything raises from here on, ``discard`` is called on the
-   methods that have a record, and leaves the model as it was.
+2. ``lift`` of every method in use, then ``apply`` of every plan: adds what belongs to the name, frozen and inactive.
+   The model's own parameters are frozen by then and the name's config is among ``configs(model)``. If anything raises from
+   here on, ``discard`` is called on the methods that have a record, and leaves the model as it was.
 3. ``settle`` of every method in use: modules may have been replaced by others' wrappers since.
 4. ``set_active``, if the adapter is the model's first, and whenever the user calls ``set_adapter``.
 
@@ -70,6 +70,9 @@ class Method:
     def discard(self, model: nn.Module, name: str) -> None:
         """Take one adapter off, also half an adapter that ``apply`` left when it raised."""
         raise NotImplementedError
+
+    def lift(self, model: nn.Module) -> None:
+        """Take off for a while what must not be there when modules are copied or replaced (hooks)."""
 
     def settle(self, model: nn.Module) -> None:
         """Put right what depends on which module now stands at a path (hooks)."""

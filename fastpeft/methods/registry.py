@@ -1,9 +1,10 @@
 """All methods, in the order in which they are applied."""
 
+from .bottleneck_method import BottleneckMethod
 from .lora_method import LoraMethod
 from .method import Method
 
-METHODS: tuple[Method, ...] = (LoraMethod(),)
+METHODS: tuple[Method, ...] = (LoraMethod(), BottleneckMethod())
 
 
 def method_of(op: str, config: object) -> Method:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from .. import ops
+from ..nn.bottleneck import BottleneckAdapter
 from .attachment import attachment_of
+from .bottleneck_holder import backend_of
 from .layer_report import LayerReport
 from .registry import methods_of
 
@@ -65,15 +67,20 @@ def report(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model is {type(model).__name__}, expected a torch.nn.Module")
     paths = {module: path for path, module in model.named_modules()}
-    rows = []
+    rows, reported = [], ()
     for module, path in paths.items():
+        if reported and path.startswith(reported):
+            continue
+        if hasattr(type(module), "fastpeft_report") and getattr(type(module), "fastpeft_added", False):
+            reported = (f"{path}.",)  # it speaks for the modules inside
         status = _status(module)
         if status is not None:
             backend = _backend(module) if status == "fused" else None
             group = module.__dict__.get("fastpeft_shared")
             partners = group.partners(module) if group is not None and status == "fused" else []
             partners = tuple(paths.get(partner, "a layer elsewhere") for partner in partners)
-            kind = getattr(type(module), "fastpeft_kind", "LoRA layers")
+            kind = "bottleneck adapters" if isinstance(module, BottleneckAdapter) else "LoRA layers"
+            kind = getattr(type(module), "fastpeft_kind", kind)
             rows.append(LayerReport(path, status, backend, partners, kind))
     for module in paths:
         state = attachment_of(module)
@@ -98,6 +105,8 @@ def _backend(module: nn.Module) -> str:
     """The backend for the layer's own tensors and an x of one row."""
     if hasattr(type(module), "fastpeft_backend"):
         return module.fastpeft_backend()
+    if isinstance(module, BottleneckAdapter):
+        return backend_of(module)
     weight = module.base_layer.weight
     lora_a = next(p for name, p in module.named_parameters() if "lora_A" in name)
     x = weight.new_empty(1, lora_a.shape[1])

@@ -1,0 +1,135 @@
+"""Bottleneck adapters, as ``attach`` drives them: holders beside the model's modules, called by hooks."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.base_layer import HALF
+from ..nn.bottleneck import BottleneckAdapter
+from .bottleneck import Bottleneck
+from .bottleneck_holder import Bottlenecks, form_at
+from .bottleneck_sites import Site, sites
+from .method import Method
+
+Plan = tuple[Bottleneck, list[Site]]
+
+
+class BottleneckMethod(Method):
+    """The record is the list of holders, in the model's order."""
+
+    name, config, title = "bottleneck", Bottleneck, "a bottleneck adapter"
+    unmergeable = "it is not linear"
+
+    def new_record(self) -> list[Bottlenecks]:
+        return []
+
+    def resolve(self, op: str, model: nn.Module, config: Bottleneck, name: str, strict: bool = True) -> Plan:
+        found = sites(op, model, config)
+        if config.residual_before_norm == "post_add" and not config.parallel and config.original_norm_before:
+            early = next((site for site in found if site.norm is None and site.place != "rule"), None)
+            if early is not None:
+                raise ValueError(
+                    f"{op}: residual_before_norm='post_add' asks for a norm after the sub-block, which "
+                    f"{early.path} has not"
+                )
+        for site in found:
+            config.size_of(site.features, site.layer)
+        return config, found
+
+    def apply(self, model: nn.Module, plan: Plan, name: str) -> None:
+        config, found = plan
+        record = self.record(model)
+        self.lift(model)
+        built = []
+        for site in found:
+            kind, form = form_at(site, config)
+            built.append((site, kind, form, _build(model, site, config)))
+        for site, kind, form, adapter in built:
+            holder = next((h for h in record if h.site.path == site.path and h.kind == kind), None)
+            if holder is None:
+                holder = Bottlenecks(site, kind).train(adapter.training)
+                record.append(holder)
+            holder.adapters[name], holder.forms[name] = adapter, form
+
+    def lift(self, model: nn.Module) -> None:
+        for holder in self.record(model):
+            holder.take_down(model)
+
+    def settle(self, model: nn.Module) -> None:
+        self.lift(model)
+        for holder in self.record(model):
+            holder.put_up(model)
+
+    def discard(self, model: nn.Module, name: str) -> None:
+        record = self.record(model)
+        self.lift(model)
+        for holder in list(record):
+            if name in holder.adapters:
+                del holder.adapters[name], holder.forms[name]
+            if not len(holder.adapters):
+                record.remove(holder)
+
+    def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
+        self.lift(model)
+
+    def set_active(self, model: nn.Module, names: Sequence[str], trainable: bool = True) -> None:
+        for holder in self.record(model):
+            holder.active = tuple(name for name in names if name in holder.adapters)
+            for name, adapter in holder.adapters.items():
+                adapter.requires_grad_(trainable and name in holder.active)
+
+    def disable(self, model: nn.Module) -> Callable[[], None]:
+        holders = [holder for holder in self.record(model) if not holder.disabled]
+
+        def switch(disabled: bool) -> None:
+            for holder in holders:
+                holder.disabled = disabled
+
+        switch(True)
+        return lambda: switch(False)
+
+    def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        return {
+            f"{holder.site.path}.{key}": parameter
+            for holder in self.record(model)
+            if name in holder.adapters
+            for key, parameter in holder.adapters[name].named_parameters()
+        }
+
+    def expected(self, model: nn.Module, config: Bottleneck, plan: Plan) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for site in plan[1]:
+            with torch.device("meta"):
+                adapter = _adapter(config, site)
+            shapes.update((f"{site.path}.{key}", tuple(p.shape)) for key, p in adapter.named_parameters())
+        return shapes
+
+
+def _build(model: nn.Module, site: Site, config: Bottleneck) -> BottleneckAdapter:
+    """On the device of the modules it stands beside."""
+    module = model.get_submodule(site.stream or site.norm or site.path)
+    near = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if near is None:
+        near = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    dtype = config.dtype or (torch.float32 if near.dtype in HALF else near.dtype)
+    adapter = _adapter(config, site, dtype=dtype, device=near.device)
+    return adapter.requires_grad_(False).train(model.get_submodule(site.path).training)
+
+
+def _adapter(config: Bottleneck, site: Site, **where) -> BottleneckAdapter:
+    return BottleneckAdapter(
+        site.features,
+        config.size_of(site.features, site.layer),
+        activation=config.activation,
+        scale=config.scale,
+        norm=config.norm,
+        norm_after=config.norm_after,
+        residual_first=config.residual_first,
+        parallel=config.parallel,
+        dropout=config.dropout,
+        stochastic_depth=config.stochastic_depth,
+        gating=config.gating,
+        init=config.init,
+        **where,
+    )

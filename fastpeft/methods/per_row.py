@@ -1,0 +1,49 @@
+"""A different adapter for each row of a batch, where the method allows it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..nn.rows import BASE, RowAdapters
+from .attachment import holder_of
+from .registry import method_of
+
+BY_ROW = ("prompt", "prefix")
+
+
+@contextmanager
+def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Inside the ``with`` block row i of every batch has the adapter ``names[i]``, or none where that is None.
+
+    For prompts and prefixes, in training and in ``generate``. A single call can be given the same as
+    ``model(..., adapter_names=[...])``. LoRA adapters by row: ``fastpeft.serving.AdapterBank``.
+
+    >>> with fastpeft.per_row(model, ["alice", None, "bob"]):
+    ...     model.generate(input_ids, attention_mask=mask)
+
+    Raises:
+        ValueError: an adapter that is not attached, or one of a method that acts on all rows alike.
+    """
+    holder, state = holder_of("per_row", model)
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"per_row: names is {names!r}, expected a name or None for each row of the batch")
+    for name in names:
+        if name is None or name == BASE:
+            continue
+        if name not in state.configs:
+            known = ", ".join(map(repr, state.configs))
+            raise ValueError(f"per_row: names holds {name!r}, expected None or one of {known}")
+        for config in state.parts(name):
+            method = method_of("per_row", config)
+            if method.name not in BY_ROW:
+                raise ValueError(f"per_row: adapter {name!r} is {method.title}, which acts on all rows alike")
+    parts = [module for module in holder.children() if isinstance(module, RowAdapters)]
+    before = [part.rows for part in parts]
+    for part in parts:
+        part.rows = tuple(name if name in part.names else None for name in names)
+    try:
+        yield model
+    finally:
+        for part, rows in zip(parts, before, strict=True):
+            part.rows = rows

@@ -1,0 +1,107 @@
+"""PEFT's files for prompts and prefixes: ``prompt_embeddings`` in a safetensors file without any prefix of keys."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .files import safetensors
+from .peft_files import WEIGHTS
+
+EMBEDDINGS = "prompt_embeddings"
+# Fields that do not change what a trained prompt computes, or that the model itself tells.
+WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "encoder_hidden_size",
+    "inference_mode",
+    "init_weights",
+    "num_attention_heads",
+    "num_layers",
+    "num_transformer_submodules",
+    "num_virtual_tokens",
+    "peft_type",
+    "peft_version",
+    "prefix_projection",
+    "prompt_tuning_init",
+    "prompt_tuning_init_state_dict_path",
+    "prompt_tuning_init_text",
+    "revision",
+    "task_type",
+    "token_dim",
+    "tokenizer_kwargs",
+    "tokenizer_name_or_path",
+}
+
+
+def check_fields(op: str, fields: Mapping) -> int:
+    """The number of virtual tokens.
+
+    Raises:
+        ValueError: it is missing, or a field asks for what is not served here.
+    """
+    length = fields.get("num_virtual_tokens")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"{op}: adapter_config.json has num_virtual_tokens={length!r}, expected at least 1")
+    if fields.get("num_transformer_submodules") not in (None, 1):
+        given = fields["num_transformer_submodules"]
+        raise ValueError(f"{op}: adapter_config.json has num_transformer_submodules={given}, expected 1")
+    for name, value in fields.items():
+        if value and name not in WITHOUT_EFFECT:
+            raise ValueError(f"{op}: adapter_config.json has {name}={value!r}, which is not served")
+    return length
+
+
+def read_embeddings(op: str, directory: Path) -> dict[str, Tensor]:
+    """The tensors of ``adapter_model.safetensors``.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: pickled, truncated, or without prompt_embeddings.
+    """
+    path = directory / WEIGHTS
+    if not path.is_file():
+        pickled = [p.name for p in sorted(directory.glob("*")) if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        if pickled:
+            raise ValueError(f"{op}: {directory} has {pickled[0]}, which would be unpickled, expected {WEIGHTS}")
+        raise FileNotFoundError(f"{op}: {directory} has no {WEIGHTS}")
+    tensors = load_tensors(op, path)
+    if EMBEDDINGS not in tensors:
+        raise ValueError(f"{op}: {path} has {', '.join(sorted(tensors)[:3]) or 'no tensors'}, expected {EMBEDDINGS}")
+    return tensors
+
+
+def load_tensors(op: str, path: Path) -> dict[str, Tensor]:
+    """A safetensors file."""
+    library = safetensors(op)
+    try:
+        return library.load_file(path)
+    except Exception as error:  # SafetensorError is not public in every version
+        raise ValueError(f"{op}: {path} is truncated or no safetensors file ({error})") from None
+
+
+def fields_of(model: nn.Module, peft_type: str, length: int, **fields) -> dict:
+    """What PEFT's configs of both kinds have in common."""
+    config = getattr(model, "config", None)
+    decoder = getattr(model, "can_generate", bool)() and not getattr(config, "is_encoder_decoder", False)
+    return dict(
+        sorted(
+            {
+                "peft_type": peft_type,
+                "task_type": "CAUSAL_LM" if decoder else _TASKS.get(type(model).__name__.partition("For")[2]),
+                "num_virtual_tokens": length,
+                "num_transformer_submodules": 1,
+                "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+                "inference_mode": True,
+                **fields,
+            }.items()
+        )
+    )
+
+
+# What stands behind "For" in a model's class, and PEFT's word for it.
+_TASKS = {
+    "ConditionalGeneration": "SEQ_2_SEQ_LM",
+    "QuestionAnswering": "QUESTION_ANS",
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+}
