@@ -6,8 +6,8 @@ pickled. An adapter name stands for one config of each of some methods. The orde
 
 1. ``resolve`` of every config: finds and checks everything, raises whatever can be wrong, touches nothing.
 2. ``lift`` of every method in use, then ``apply`` of every plan: adds what belongs to the name, frozen and inactive.
-   The model's own parameters are frozen by then and the name's config is among ``configs(model)``. If anything raises from
-   here on, ``discard`` is called on the methods that have a record, and leaves the model as it was.
+   The model's own parameters are frozen by then, and the name's config is among ``configs(model)``. If anything raises
+   from here on, ``discard`` is called on the methods that have a record, and leaves the model as it was.
 3. ``settle`` of every method in use: modules may have been replaced by others' wrappers since.
 4. ``set_active``, if the adapter is the model's first, and whenever the user calls ``set_adapter``.
 
