@@ -18,7 +18,7 @@ def config(rows: int, dtype: torch.dtype, capability: int) -> Config:
     block_r = min(max(16, triton.next_power_of_2(rows)), 64)
     if dtype.itemsize > 2:  # float32 tiles take twice the shared memory and registers
         return Config(32, 64, min(block_r, 32), 4, 2)
-    return Config(64, 128, block_r, 8 if block_r > 32 else 4, 3)
+    return Config(64, 64, block_r, 8 if block_r > 32 else 4, 3)  # 128 columns, or 4 warps, spill
 
 
 @triton.jit

@@ -234,6 +234,17 @@ def test_an_index_of_any_stride(backend):
     assert_exact(replace(p, index=torch.stack([p.index, p.index * 0 - 5], 1)[:, 0]), backend)
 
 
+def test_an_index_that_does_not_exist_reads_nothing():
+    """On a GPU nobody looks at the values of an index, so the kernel must be safe with any."""
+    kernels = pytest.importorskip("fastpeft.kernels.row_linear", reason="Triton is not installed")
+    p = integers()
+    dy, check = guarded(p.dy)
+    found = kernels.row_gradient(dy, p.x, torch.tensor([-1, 45, 44], device=DEVICE), FP32)
+    assert not found[:2].any()
+    assert torch.equal(found[2], p.dy[:, 44] @ p.x)
+    check()
+
+
 BIG = """
 import torch
 from fastpeft import ops
@@ -244,18 +255,25 @@ def apart(t, dim):  # t with its rows or columns so far apart that the last offs
     buffer = torch.empty(stride * (t.shape[dim] - 1) + 256, dtype=torch.float16, device=DEVICE)
     return torch.as_strided(buffer, t.shape, (stride, 1) if dim == 0 else (1, stride)).copy_(t)
 
-def run(x, dy):
-    y = ops.row_linear(x.requires_grad_(), weight, part, index, None, False, BACKEND)
+def run(x, dy, columns, index):
+    part = weight.index_select(int(columns), index).requires_grad_()
+    y = ops.row_linear(x.requires_grad_(), weight, part, index, None, columns, BACKEND)
     return [y, *torch.autograd.grad(y, (x, part), dy)]
 
 for m, k in ((4, 4), (130, 4), (4, 130)):
     x, dy, weight = integer_inputs((m, k), (m, 4), (4, k), dtype=torch.float16, device=DEVICE)
     index = torch.tensor([3, 0], device=DEVICE)
-    part = weight[index].requires_grad_()
-    wanted = run(x.clone(), dy)
-    for dim in (0, 1):
-        assert all(map(torch.equal, wanted, run(apart(x, dim), dy))), ("x", m, k, dim)
-        assert all(map(torch.equal, wanted, run(x.clone(), apart(dy, dim)))), ("dy", m, k, dim)
+    far = torch.empty(2**31 + 1, dtype=torch.int64, device=DEVICE)[:: 2**31].copy_(index)
+    for columns in (False, True):
+        wanted = run(x.clone(), dy, columns, index)
+        for name, found in (
+            ("x", run(apart(x, 0), dy, columns, index)),
+            ("x", run(apart(x, 1), dy, columns, index)),
+            ("dy", run(x.clone(), apart(dy, 0), columns, index)),
+            ("dy", run(x.clone(), apart(dy, 1), columns, index)),
+            ("index", run(x.clone(), dy, columns, far)),
+        ):
+            assert all(map(torch.equal, wanted, found)), (name, m, k, columns)
 """
 
 

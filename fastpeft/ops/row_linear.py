@@ -32,7 +32,7 @@ def _setup_context(ctx, inputs, output):
     x, weight, trained, index, bias, columns, backend = inputs
     ctx.needs = [t.requires_grad for t in (x, trained, bias)]
     absent = x.new_empty(0)
-    saved_x = absent if not ctx.needs[1] else output[1] if columns else x
+    saved_x = output[1] if columns else x
     # trained is saved for its dtype, and so that a step of the optimizer between forward and backward is noticed.
     ctx.save_for_backward(saved_x, weight if ctx.needs[0] else absent, trained, index)
     ctx.settings = columns, backend
