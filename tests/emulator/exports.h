@@ -11,6 +11,14 @@ EXPORTED void emulator_set(uint64_t seed, int clusters, int resident) {
   emulator::settings = {seed, resident ? size_t(resident) : SIZE_MAX, clusters};
 }
 
+/// What the kernel ahead in the stream writes, as late as it may: called before a launch, and again for more.
+EXPORTED void emulator_ahead(void* to, const void* from, size_t bytes) {
+  emulator::settings.kernel_ahead = [before = emulator::settings.kernel_ahead, to, from, bytes] {
+    if (before) before();
+    memcpy(to, from, bytes);
+  };
+}
+
 EXPORTED const char* emulator_error_text() { return fastpeft::error_text; }
 
 #undef EXPORTED

@@ -5,16 +5,15 @@ from pathlib import Path
 
 from emulator import build
 
-HERE = Path(__file__).resolve().parent
 pointer, stride, number = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int32
 
 
 class Slice(ctypes.Structure):
-    """As multi_lora::Slice in csrc/multi_lora_params.h."""
+    """As multi_lora::Slice in csrc/multi_lora.h."""
 
     _fields_ = (
         *((name, pointer) for name in "a b y scales ranks".split()),
-        *((name, stride) for name in "as ar bs bn ym".split()),
+        *((f"stride_{name}", stride) for name in "as ar bs bn ym".split()),
         *((name, number) for name in "rank width aligned_b aligned_y".split()),
     )
 
@@ -25,15 +24,9 @@ class Params(ctypes.Structure):
     _fields_ = (
         ("slices", Slice * 4),
         *((name, pointer) for name in "x order starts tiles s planes".split()),
-        *((name, stride) for name in "xm tiles_ sm".split()),
+        *((f"stride_{name}", stride) for name in "xm tiles sm".split()),
         *((name, number) for name in "k slice_count tile tile_count items columns aligned_k".split()),
     )
-
-
-class Ahead(ctypes.Structure):
-    """A copy that the kernel ahead in the stream makes."""
-
-    _fields_ = (("to", pointer), ("source", pointer), ("bytes", ctypes.c_int64))
 
 
 class Fault(RuntimeError):
@@ -41,18 +34,17 @@ class Fault(RuntimeError):
 
 
 class Extension:
-    """fastpeft._C with an emulated GPU of one capability."""
+    """fastpeft._C with an emulated GPU; ``seed`` orders its events, ``calls`` tells what was asked for."""
 
-    def __init__(self, library: Path, seed: int = 1):
-        self.run = ctypes.CDLL(str(library)).emulated_multi_lora
-        self.run.argtypes = [
-            ctypes.POINTER(Params), number, number, ctypes.POINTER(Ahead), number, ctypes.c_uint64, ctypes.c_char_p,
-        ]  # fmt: skip
-        self.seed, self.ahead, self.calls = seed, [], []
+    def __init__(self, library: Path):
+        self.library = ctypes.CDLL(str(library))
+        self.library.emulator_error_text.restype = ctypes.c_char_p
+        self.seed, self.ahead, self.calls = 1, [], []
 
     @classmethod
     def build(cls, folder: Path, *flags: str) -> "Extension":
-        return cls(build.build(HERE / "multi_lora.cpp", folder / "multi_lora.so", "-shared", "-fPIC", *flags))
+        output = folder / "multi_lora.so"
+        return cls(build.build(build.CSRC / "multi_lora.cu", output, "-shared", "-fPIC", *flags))
 
     def multi_lora(
         self, x, stride_xm, k, order, starts, tiles, stride_tiles, tile_count, tile, slices, s, stride_sm, planes,
@@ -60,13 +52,16 @@ class Extension:
     ):  # fmt: skip
         """The binding's own signature."""
         p = Params(
-            x=x, order=order, starts=starts, tiles=tiles, s=s, planes=planes, xm=stride_xm, tiles_=stride_tiles,
-            sm=stride_sm, k=k, slice_count=len(slices), tile=tile, tile_count=tile_count,
+            x=x, order=order, starts=starts, tiles=tiles, s=s, planes=planes, stride_xm=stride_xm,
+            stride_tiles=stride_tiles, stride_sm=stride_sm, k=k, slice_count=len(slices), tile=tile,
+            tile_count=tile_count,
         )  # fmt: skip
         for i, numbers in enumerate(slices):
             p.slices[i] = Slice(*numbers)
-        copies = (Ahead * len(self.ahead))(*self.ahead)
-        fault = ctypes.create_string_buffer(256)
         self.calls.append((dtype, path, early))
-        if self.run(p, dtype, path, copies, len(copies), self.seed, fault):
-            raise Fault(fault.value.decode())
+        self.library.emulator_set(ctypes.c_uint64(self.seed), 2, 1)  # one cluster at a time takes the least memory
+        for to, source in self.ahead:
+            addresses = (ctypes.c_void_p(t.data_ptr()) for t in (to, source))
+            self.library.emulator_ahead(*addresses, ctypes.c_size_t(to.numel() * to.element_size()))
+        if self.library.fastpeft_multi_lora(ctypes.byref(p), dtype, path, int(early), None):
+            raise Fault(self.library.emulator_error_text().decode())

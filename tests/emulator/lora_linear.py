@@ -1,0 +1,108 @@
+"""The launchers of csrc/lora_linear.cu, run on the emulated GPU, on CPU tensors that lie between guard bands."""
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+ROWS, COLUMNS = 3, 8  # the width of the guard bands
+
+
+class Guarded:
+    """A matrix as TMA wants it, rows at multiples of 16 bytes, with NaN around it."""
+
+    def __init__(self, value: Tensor):
+        rows, columns = value.shape
+        self.buffer = value.new_full((rows + 2 * ROWS, -(-columns // 8) * 8 + 2 * COLUMNS), torch.nan)
+        self.view = self.buffer[ROWS : ROWS + rows, COLUMNS : COLUMNS + columns]
+        self.view.copy_(value)
+        self.before = self.buffer.clone()
+
+    def check(self, written: bool) -> None:
+        """Nothing changed; where ``written``, nothing outside the matrix."""
+        before, now = self.before.clone(), self.buffer.clone()
+        if written:
+            rows, columns = self.view.shape
+            for buffer in (before, now):
+                buffer[ROWS : ROWS + rows, COLUMNS : COLUMNS + columns] = 0
+        if not torch.equal(before.view(torch.int16), now.view(torch.int16)):
+            raise AssertionError("the kernel wrote outside of its output")
+
+
+class Launchers:
+    """Each method allocates its outputs, full of NaN, and returns them. A launch that fails raises RuntimeError."""
+
+    def __init__(self, library: Path):
+        self.library = ctypes.CDLL(str(library))
+        self.library.emulator_error_text.restype = ctypes.c_char_p
+        self.library.fastpeft_lora_linear_workspace.restype = ctypes.c_int64
+        self.set()
+
+    def set(self, seed: int = 1, clusters: int = 2, resident: int = 0) -> None:
+        """The order of events; how many clusters the machine says it holds, and how many it does hold (0: all)."""
+        self.library.emulator_set(ctypes.c_uint64(seed), clusters, resident)
+
+    def forward(self, x, w, s, b, bias=None, config=0) -> Tensor:
+        y = x.new_full((x.shape[0], w.shape[0]), torch.nan)
+        bias = _between_nans(bias)
+        rest = [_pointer(bias), y, *y.shape, x.shape[1], s.shape[1], _dtype(x), ctypes.c_int(config), None]
+        return self._call("", [x, w, s, b], rest)[0]
+
+    def backward(self, dy, w, ds, a, seed=None, threshold=0, inverse_keep=1.0, config=0) -> Tensor:
+        dx = dy.new_full((dy.shape[0], w.shape[1]), torch.nan)
+        sizes = [dy.shape[0], *w.shape, ds.shape[1]]
+        rest = [dx, *sizes, *_mask(seed, threshold, inverse_keep), _dtype(dy), ctypes.c_int(config), None]
+        return self._call("_backward", [dy, w, ds, a], rest)[0]
+
+    def down(self, x, w, a, b, workspace, bias=None, scale=1.0, seed=None, threshold=0, inverse_keep=1.0):
+        """y and s."""
+        y, s = (x.new_full((x.shape[0], n), torch.nan) for n in (w.shape[0], a.shape[0]))
+        bias = _between_nans(bias)
+        sizes = [*y.shape, x.shape[1], a.shape[0], ctypes.c_float(scale)]
+        mask = _mask(seed, threshold, inverse_keep)
+        rest = [_pointer(bias), s, y, *sizes, *mask, _pointer(workspace), _dtype(x), None]
+        return self._call("_down", [x, w, a, b], rest)[::-1]
+
+    def workspace(self, rows: int) -> Tensor:
+        return torch.zeros(self.library.fastpeft_lora_linear_workspace(ctypes.c_int64(rows)) // 4, dtype=torch.int32)
+
+    def _call(self, name, inputs, rest):
+        """Tensors become guarded copies, as pointer and stride; those among ``rest`` are outputs, and returned."""
+        inputs = [Guarded(t) for t in inputs]
+        rest = [Guarded(value) if isinstance(value, Tensor) else value for value in rest]
+        arguments = []
+        for value in (*inputs, *rest):
+            if isinstance(value, Guarded):
+                arguments += [_pointer(value.view), ctypes.c_int64(value.view.stride(0))]
+            else:
+                arguments.append(ctypes.c_int64(value) if isinstance(value, int) else value)
+        if code := getattr(self.library, f"fastpeft_lora_linear{name}")(*arguments):
+            raise RuntimeError(f"{code}: {self.library.emulator_error_text().decode()}")
+        for t in inputs:
+            t.check(written=False)
+        outputs = [value for value in rest if isinstance(value, Guarded)]
+        for t in outputs:
+            t.check(written=True)
+        return [t.view.clone() for t in outputs]
+
+
+def _between_nans(vector: Tensor | None) -> Tensor | None:
+    """A copy at no particular alignment, with NaN before and after it."""
+    if vector is None:
+        return None
+    nans = vector.new_full((9,), torch.nan)
+    return torch.cat([nans, vector, nans])[9 : 9 + vector.numel()]
+
+
+def _mask(seed: Tensor | None, threshold: int, inverse_keep: float) -> list:
+    return [_pointer(seed), ctypes.c_uint32(threshold), ctypes.c_float(inverse_keep)]
+
+
+def _dtype(t: Tensor) -> ctypes.c_int:
+    return ctypes.c_int(DTYPES[t.dtype])
+
+
+def _pointer(t: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
