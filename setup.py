@@ -158,7 +158,7 @@ def extensions() -> tuple[list[Extension], str | None]:
     except CannotBuild as error:
         print(f"fastpeft: pure Python, without CUDA kernels: {error}", file=sys.stderr)
         return [], str(error)
-    sources = ["csrc/bindings.cpp", *(f"csrc/{name}" for name in TARGETS if Path("csrc", name).is_file())]
+    sources = ["csrc/bindings.cpp", *(f"csrc/{name}" for name in TARGETS)]
     return [Extension("fastpeft._C", sources=sources)], None
 
 

@@ -9,11 +9,10 @@
 #include <vector>
 
 #include "common.cuh"
-#include "multi_lora_params.h"
+#include "lora_linear.h"
+#include "multi_lora.h"
 
 namespace py = pybind11;
-
-extern "C" int fastpeft_multi_lora(const multi_lora::Params* given, int dtype, int path, int early, void* stream);
 
 namespace {
 
@@ -83,6 +82,40 @@ void run_multi_lora(int64_t x, int64_t stride_xm, int k, int64_t order, int64_t 
   OnDevice::raise(fastpeft_multi_lora(&p, dtype, path, early, pointer<void>(stream)));
 }
 
+void run_lora_linear(int64_t x, int64_t stride_x, int64_t w, int64_t stride_w, int64_t s, int64_t stride_s, int64_t b,
+                     int64_t stride_b, int64_t bias, int64_t y, int64_t stride_y, int64_t M, int64_t N, int64_t K,
+                     int64_t R, int dtype, int config, int device, int64_t stream) {
+  const OnDevice on(device);
+  OnDevice::raise(fastpeft_lora_linear(pointer<const void>(x), stride_x, pointer<const void>(w), stride_w,
+                                       pointer<const void>(s), stride_s, pointer<const void>(b), stride_b,
+                                       pointer<const void>(bias), pointer<void>(y), stride_y, M, N, K, R, dtype, config,
+                                       pointer<void>(stream)));
+}
+
+void run_lora_linear_backward(int64_t dy, int64_t stride_dy, int64_t w, int64_t stride_w, int64_t ds, int64_t stride_ds,
+                              int64_t a, int64_t stride_a, int64_t dx, int64_t stride_dx, int64_t M, int64_t N,
+                              int64_t K, int64_t R, int64_t seed, uint32_t threshold, float inverse_keep, int dtype,
+                              int config, int device, int64_t stream) {
+  const OnDevice on(device);
+  OnDevice::raise(fastpeft_lora_linear_backward(
+      pointer<const void>(dy), stride_dy, pointer<const void>(w), stride_w, pointer<const void>(ds), stride_ds,
+      pointer<const void>(a), stride_a, pointer<void>(dx), stride_dx, M, N, K, R, pointer<const int64_t>(seed),
+      threshold, inverse_keep, dtype, config, pointer<void>(stream)));
+}
+
+void run_lora_linear_down(int64_t x, int64_t stride_x, int64_t w, int64_t stride_w, int64_t a, int64_t stride_a,
+                          int64_t b, int64_t stride_b, int64_t bias, int64_t s, int64_t stride_s, int64_t y,
+                          int64_t stride_y, int64_t M, int64_t N, int64_t K, int64_t R, float scale, int64_t seed,
+                          uint32_t threshold, float inverse_keep, int64_t workspace, int dtype, int device,
+                          int64_t stream) {
+  const OnDevice on(device);
+  OnDevice::raise(fastpeft_lora_linear_down(
+      pointer<const void>(x), stride_x, pointer<const void>(w), stride_w, pointer<const void>(a), stride_a,
+      pointer<const void>(b), stride_b, pointer<const void>(bias), pointer<void>(s), stride_s, pointer<void>(y),
+      stride_y, M, N, K, R, scale, pointer<const int64_t>(seed), threshold, inverse_keep, pointer<void>(workspace),
+      dtype, pointer<void>(stream)));
+}
+
 /// (devices, why none can be used): the second is empty where all is well.
 py::tuple devices() {
   int count = 0;
@@ -96,5 +129,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA launchers of fastpeft: pointers, sizes and strides as integers";
   m.attr("cuda") = CUDART_VERSION;
   m.def("devices", &devices);
+  m.def("lora_linear", &run_lora_linear);
+  m.def("lora_linear_backward", &run_lora_linear_backward);
+  m.def("lora_linear_down", &run_lora_linear_down);
+  m.def("lora_linear_workspace", &fastpeft_lora_linear_workspace);
   m.def("multi_lora", &run_multi_lora);
 }

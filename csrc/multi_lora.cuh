@@ -14,7 +14,7 @@
 // Alphabet: q = lane / 4 and t = lane % 4 place a lane in the tensor cores' tiles; columns of S are ranks of all slices,
 // each slice padded to 16; a row of B is a column of y.
 #pragma once
-#include "multi_lora_params.h"
+#include "multi_lora.h"
 #include "ptx.cuh"
 
 namespace multi_lora {

@@ -1,4 +1,4 @@
-// What multi_lora's launcher is given, for the kernel (multi_lora.cuh), its launcher and the bindings.
+// The launcher of multi_lora.cu and what it is given. It returns 0, or a code of common.cuh's Error.
 #pragma once
 #include <cstdint>
 
@@ -65,3 +65,6 @@ inline const char* complete(Params* p, int path) {
 }
 
 }  // namespace multi_lora
+
+/// dtype: 0 bfloat16, 1 float16, of x, A, B and y; path: multi_lora::Path; early: see multi_lora.cu.
+extern "C" int fastpeft_multi_lora(const multi_lora::Params* given, int dtype, int path, int early, void* stream);
