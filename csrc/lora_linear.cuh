@@ -97,11 +97,11 @@ struct Tiles {
   int pairs, columns, base, low;  // pairs of M tiles, N tiles, K tiles of the base and of the low-rank product
 
   template <class Config, class Params>
-  __device__ __forceinline__ static Tiles of(const Params& p) {
+  __host__ __device__ __forceinline__ static Tiles of(const Params& p) {
     return {(p.M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M), (p.N + Config::BLOCK_N - 1) / Config::BLOCK_N,
             (p.K + BLOCK_K - 1) / BLOCK_K, (p.R + BLOCK_K - 1) / BLOCK_K};
   }
-  __device__ __forceinline__ int count() const { return pairs * columns; }
+  __host__ __device__ __forceinline__ int count() const { return pairs * columns; }
 
   /// The pair and the column of the `index`-th tile.
   __device__ __forceinline__ void locate(int index, int& pair, int& column) const {
