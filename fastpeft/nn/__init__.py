@@ -4,7 +4,9 @@ from .adapter import LoraAdapter
 from .bottleneck import BottleneckAdapter
 from .branch import Branch
 from .lora import LoraLinear
+from .row_sparse import RowSparseLinear
 from .sharing import SharedInput, share_inputs, unshare_inputs
+from .token_rows import TokenRows
 from .trained_copy import TrainedCopy
 
 __all__ = [
@@ -12,7 +14,9 @@ __all__ = [
     "Branch",
     "LoraAdapter",
     "LoraLinear",
+    "RowSparseLinear",
     "SharedInput",
+    "TokenRows",
     "TrainedCopy",
     "share_inputs",
     "unshare_inputs",

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Mutants of row_linear and of the modules made of it, as run.py says."""
 
 GUARDS = "tests/test_row_linear.py::test_nothing_is_read_or_written_outside"

@@ -1,0 +1,132 @@
+"""Chosen rows or columns of a frozen weight as a small trained parameter, and the weight that always holds them.
+
+The optimizer sees the small parameter ``trained``. The weight stays one dense tensor: before it is used, what has been
+trained is written into it, so forward is the plain computation, and whoever else holds the weight (a tied output layer,
+``state_dict``, a merge) finds it up to date.
+
+When to write: when the parameter's version counter has moved, and, since optimizers may write through ``.data``, which
+moves no counter, once after every forward that recorded gradients. Where nothing is trained, nothing is written.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .base_layer import HALF
+
+
+class LiveSlice(nn.Module):
+    """Parameters ``weight`` (the base's own, frozen) and ``trained`` (a slice of it), buffer ``index``.
+
+    The state dict is the base layer's: the weight as trained. Where ``trained`` is wider than the weight it is there
+    too. Loading a weight loads its slice.
+
+    Args:
+        base_layer: the module to stand for; it is not changed.
+        index: ``[n]``; columns: whether it counts the weight's columns.
+        transposed: whether the base stores the weight the other way round.
+        trained: the slice of a layer that is tied to this one; None for one of its own.
+        dtype: of the slice; None is the weight's, or float32 where that is 16 bits wide.
+    """
+
+    def __init__(self, base_layer, index, columns=False, transposed=False, trained=None, dtype=None):
+        super().__init__()
+        self.__dict__["base_layer"] = base_layer  # no submodule: the parameters keep the names they had
+        self.columns, self.transposed = columns, transposed
+        self._stale = False
+        weight = base_layer.weight
+        self._parameters["weight"] = weight
+        self._parameters["bias"] = getattr(base_layer, "bias", None)
+        self.register_buffer("index", index.to(weight.device), persistent=False)
+        if trained is None:
+            dtype = dtype or (torch.float32 if weight.dtype in HALF else weight.dtype)
+            values = self._matrix(weight.detach()).index_select(int(columns), self.index)
+            trained = nn.Parameter(values.to(dtype, memory_format=torch.contiguous_format, copy=True))
+        self.trained = trained
+        self._version = trained._version
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, with what has been trained so far."""
+        self.write()
+        return self._parameters["weight"]
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Bring the weight up to date if the trained part may have changed."""
+        weight, trained = self._parameters["weight"], self._parameters["trained"]
+        version = None if trained.is_inference() else trained._version
+        moved = version is None or version != self._version
+        if weight.is_meta or not (moved or self._stale):
+            return
+        # A counted write, so that a backward that needs the old weight raises. Not where the counter stands: the value
+        # is most likely the same then, as between the micro-batches of a pipeline, whose backwards are still to come.
+        target = self._matrix(weight if moved else weight.data)
+        target.index_copy_(int(self.columns), self.index, trained.detach().to(weight.dtype))
+        self._version, self._stale = version, False
+
+    def current(self) -> Tensor:
+        """``[N, K]`` for a forward. The optimizer may change the slice after one that records gradients."""
+        if torch.compiler.is_compiling():
+            weight, trained = self._parameters["weight"], self._parameters["trained"].detach()
+            with torch.no_grad():
+                self._matrix(weight).index_copy_(int(self.columns), self.index, trained.to(weight.dtype))
+            return self._matrix(weight)
+        weight = self.weight
+        if torch.is_grad_enabled() and self._parameters["trained"].requires_grad:
+            self._stale = True
+        return self._matrix(weight)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.transposed else weight
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["base_layer"], name)
+
+    def __getstate__(self):
+        self.write()  # a copy starts with counters of its own
+        return self.__dict__
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.write()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.trained.dtype == self._parameters["weight"].dtype:
+            del destination[f"{prefix}trained"]
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *errors):
+        self.write()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *errors)
+        key = f"{prefix}trained"
+        if key in state_dict:
+            return
+        if key in missing_keys:
+            missing_keys.remove(key)
+        if f"{prefix}weight" in state_dict:
+            with torch.no_grad():
+                weight = self._matrix(self._parameters["weight"])
+                self.trained.copy_(weight.index_select(int(self.columns), self.index))
+
+
+def index_of(op: str, name: str, numbers, size: int) -> Tensor:
+    """Distinct numbers in [0, size), sorted, as an int64 tensor; negative ones count from the end.
+
+    Raises:
+        ValueError: naming the argument, what it is and what was expected.
+    """
+    if isinstance(numbers, Tensor):
+        numbers = numbers.tolist()
+    numbers = [numbers] if isinstance(numbers, int) else list(numbers)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or not -size <= number < size:
+            raise ValueError(f"{op}: {name} has {number!r}, expected integers in [0, {size})")
+    distinct = sorted({number % size for number in numbers})
+    if not distinct or len(distinct) < len(numbers):
+        raise ValueError(
+            f"{op}: {name} has {len(numbers)} numbers of which {len(distinct)} differ, expected distinct ones"
+        )
+    return torch.tensor(distinct, dtype=torch.int64)

@@ -1,0 +1,75 @@
+"""An embedding that trains the rows of chosen tokens, in place: work in a batch's tokens, not in the vocabulary."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .live_slice import LiveSlice, index_of
+
+
+class _Lookup(torch.autograd.Function):
+    """``weight[ids]``; the gradient of row j of ``trained`` is the sum over the places where ``ids == index[j]``."""
+
+    @staticmethod
+    def forward(ctx, ids, weight, trained, index):
+        slots = torch.searchsorted(index, ids).clamp_(max=len(index) - 1)
+        # Tokens that are not trained share the one slot past the end, which the sum leaves out.
+        ctx.save_for_backward(torch.where(index[slots] == ids, slots, len(index)), trained)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        slots, trained = ctx.saved_tensors
+        count = trained.shape[0]
+        sums = torch.ops.aten.embedding_dense_backward(dy.to(trained.dtype), slots, count + 1, count, False)
+        return None, None, sums[:count], None
+
+
+class TokenRows(LiveSlice):
+    """``y = weight[ids]`` with a gradient for the rows of chosen tokens alone.
+
+    The weight is the base's own and stays live, so an output layer tied to it sees what was trained; make that one a
+    ``RowSparseLinear`` with the same ``trained`` for its share of the gradient.
+
+    Args:
+        base_layer: ``nn.Embedding``.
+        tokens: ids to train.
+        dtype: of the trained rows; None is the weight's, or float32 where that is 16 bits wide.
+
+    Raises:
+        TypeError: the base is no plain ``nn.Embedding``.
+        ValueError: naming the argument, what it is and what was expected.
+    """
+
+    def __init__(self, base_layer: nn.Module, tokens: Sequence[int] | Tensor, dtype: torch.dtype | None = None):
+        reason = no_embedding_reason(base_layer)
+        if reason is not None:
+            raise TypeError(f"TokenRows: base_layer is {reason}, expected a plain nn.Embedding")
+        index = index_of("TokenRows", "tokens", tokens, base_layer.num_embeddings)
+        if base_layer.padding_idx in index.tolist():
+            raise ValueError(f"TokenRows: tokens has {base_layer.padding_idx}, the padding, which gets no gradient")
+        super().__init__(base_layer, index, dtype=dtype)
+        self._parameters["weight"].requires_grad_(False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight, trained = self.current(), self._parameters["trained"]
+        if not (trained.requires_grad and torch.is_grad_enabled()):
+            return F.embedding(ids, weight)
+        return _Lookup.apply(ids, weight, trained, self.index)
+
+    def extra_repr(self) -> str:
+        rows, width = self._parameters["weight"].shape
+        return f"{rows}, {width}, tokens={len(self.index)}"
+
+
+def no_embedding_reason(module: nn.Module) -> str | None:
+    """None for exactly ``nn.Embedding`` whose lookup is no more than that, else what it is instead."""
+    if type(module) is not nn.Embedding:
+        return f"a {type(module).__name__}"
+    if module.max_norm is not None or module.scale_grad_by_freq:
+        return "an Embedding with max_norm or scale_grad_by_freq"
+    return None if type(module.weight) is nn.Parameter else f"an Embedding with a {type(module.weight).__name__} weight"
