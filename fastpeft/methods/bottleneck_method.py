@@ -1,16 +1,22 @@
 """Bottleneck adapters, as ``attach`` drives them: holders beside the model's modules, called by hooks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.base_layer import HALF
 from ..nn.bottleneck import BottleneckAdapter
+from .adapterhub_files import read_hub_tensors, write_hub
+from .adapterhub_format import from_hub, keys_from_hub, keys_to_hub, to_hub, why_not
 from .bottleneck import Bottleneck
+from .bottleneck_files import PEFT_TYPE, own_config, own_fields
 from .bottleneck_holder import Bottlenecks, form_at
 from .bottleneck_sites import Site, sites
+from .files import read_safetensors, write_json, write_tensors
 from .method import Method
+from .peft_files import CONFIG, WEIGHTS
 
 Plan = tuple[Bottleneck, list[Site]]
 
@@ -104,6 +110,26 @@ class BottleneckMethod(Method):
                 adapter = _adapter(config, site)
             shapes.update((f"{site.path}.{key}", tuple(p.shape)) for key, p in adapter.named_parameters())
         return shapes
+
+    def recognises(self, fields: Mapping) -> bool:
+        return ("peft_type" not in fields and "config" in fields) or fields.get("peft_type") == PEFT_TYPE
+
+    def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Bottleneck, dict[str, Tensor]]:
+        if fields.get("peft_type") == PEFT_TYPE:
+            return own_config(op, fields), read_safetensors(op, directory / WEIGHTS)
+        config = from_hub(op, fields)
+        tensors = read_hub_tensors(op, directory)
+        prefix = getattr(model, "base_model_prefix", "")
+        return config, keys_from_hub(tensors, sites(op, model, config), prefix, fields.get("name"))
+
+    def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
+        config = self.configs(model)[name]
+        found = [holder.site for holder in self.record(model) if name in holder.adapters]
+        if why_not(config, found) is None:
+            write_hub(op, directory, keys_to_hub(tensors, found, name), to_hub(config, found, model, name))
+        else:
+            write_tensors(op, directory / WEIGHTS, tensors)
+            write_json(directory / CONFIG, own_fields(config, [site.path for site in found]))
 
 
 def _build(model: nn.Module, site: Site, config: Bottleneck) -> BottleneckAdapter:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,26 @@ def write_tensors(op: str, path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file of tensors that are contiguous and share no memory."""
     library = safetensors(op)
     _write(path, lambda temporary: library.save_file(dict(tensors), temporary, metadata={"format": "pt"}))
+
+
+def read_safetensors(op: str, path: Path) -> dict[str, Tensor]:
+    """All tensors of a file.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: truncated, or no safetensors file.
+    """
+    library = safetensors(op)
+    if not path.is_file():
+        raise FileNotFoundError(f"{op}: {path.parent} has no {path.name}")
+    try:
+        return library.load_file(path)
+    except Exception as error:  # SafetensorError is not public in every version
+        raise ValueError(f"{op}: {path} is truncated or no safetensors file ({error})") from None
+
+
+def write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A file of ``torch.save`` with nothing but tensors, for libraries that look for one."""
+    _write(path, lambda temporary: torch.save(dict(tensors), temporary))
 
 
 def write_json(path: Path, fields: Mapping) -> None:

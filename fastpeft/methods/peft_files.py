@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .files import safetensors
+from .files import read_safetensors, safetensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -37,18 +37,13 @@ def read_tensors(op: str, directory: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is none.
         ValueError: pickled, truncated, no safetensors file, or not one of PEFT's. ImportError: safetensors is missing.
     """
-    library = safetensors(op)
+    safetensors(op)
     path = directory / WEIGHTS
     if not path.is_file():
         pickled = [p.name for p in sorted(directory.glob("*")) if p.suffix in _PICKLES]
         if pickled:
             raise ValueError(f"{op}: {directory} has {pickled[0]}, which would be unpickled, expected {WEIGHTS}")
-        raise FileNotFoundError(f"{op}: {directory} has no {WEIGHTS}")
-    try:
-        tensors = library.load_file(path)
-    except Exception as error:  # SafetensorError is not public in every version
-        raise ValueError(f"{op}: {path} is truncated or no safetensors file ({error})") from None
-    return without_prefix(op, path, tensors)
+    return without_prefix(op, path, read_safetensors(op, path))
 
 
 def without_prefix(op: str, source: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
