@@ -7,7 +7,8 @@
 
 The shared form does this for several projections of the same x (q, k and v; gate and up): their A's are stacked, x is
 read once for all S and once for all dA, and their dX's add up in one buffer. The low-rank term is written first and the
-base GEMM accumulates onto it (beta = 1), so y is rounded at the magnitude of the small term, not twice at its own.
+base GEMM accumulates onto it (beta = 1), so y is rounded at the magnitude of the small term, not twice at its own. The
+CUDA kernels of csrc/ take both products in one sum, and y is rounded once.
 
 Every step is deterministic: sums over row blocks go through partial results added in a fixed order, never atomics.
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021).
@@ -27,6 +28,8 @@ MAX_RANK = 512
 
 def _implementation(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
     impl = _backend.load("lora_linear", backend)
+    if backend == "cuda":  # the low-rank term inside the GEMM
+        return impl.forward(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds)
     s = impl.down(x, lora_as, scales, dropouts, seeds)
     ys = []
     for weight, b, bias, s_p in zip(weights, lora_bs, biases, _split(s, lora_as), strict=True):
@@ -75,9 +78,10 @@ def _backward_implementation(dys, x, s, weights, lora_as, lora_bs, scales, dropo
     dx = das = None
     if need_dx or need_da:
         ds = steps[0][0] if len(steps) == 1 else torch.cat([ds for ds, _ in steps], 1)
-        dx, das = impl.down_backward(ds, x, lora_as, dropouts, seeds, need_dx, need_da)
+        base = (dys, weights) if backend == "cuda" else ()
+        dx, das = impl.down_backward(ds, x, lora_as, dropouts, seeds, need_dx, need_da, *base)
     for dy, weight in zip(dys, weights, strict=True):
-        if need_dx and weight.numel():
+        if need_dx and weight.numel() and backend != "cuda":
             dx.addmm_(dy, weight)
     grads = [
         dx,
@@ -194,9 +198,12 @@ def lora_linear_shared(
     return tuple(_call("lora_linear_shared", x, weights, *lists.values(), backend, "s"))
 
 
-def explain(x: Tensor, weight: Tensor | None, lora_a: Tensor, *_, backend: str | None = None, **__) -> str:
+def explain(
+    x: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor | None = None, *_, backend: str | None = None, **__
+) -> str:
     """Which backend serves ``lora_linear`` on these tensors, its configuration, and why the others do not."""
-    return _backend.explain("lora_linear", backend, REASONS, x, [lora_a])
+    facts = x, [lora_a], [weight], [] if lora_b is None else [lora_b]
+    return _backend.explain("lora_linear", backend, REASONS, *facts)
 
 
 def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend, plural):
@@ -216,7 +223,7 @@ def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, bac
         _check_branch(op, plural, x, weight, a, b, bias, lora_as[0], {**sizes})
     scales = [_check.finite(op, f"scale{plural}", scale) for scale in scales]
     dropouts = [_check.probability(op, f"dropout{plural}", dropout) for dropout in dropouts]
-    backend = _backend.choose(op, backend, REASONS, x, lora_as)
+    backend = _backend.choose(op, backend, REASONS, x, lora_as, weights, lora_bs)
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     absent = x.new_empty(0)
     drawn = []
@@ -256,14 +263,39 @@ def _check_branch(op, plural, x, weight, a, b, bias, first_a, sizes):
         _check.dtype(op, "bias" if not plural else "biases", bias, x.dtype, first_a.dtype)
 
 
-def _triton_reason(x, lora_as):
+def _triton_reason(x, lora_as, *_):
     return _backend.triton_lora_reason(x, lora_as[0].dtype, sum(a.shape[0] for a in lora_as), MAX_RANK)
 
 
+def _cuda_reason(x, lora_as, weights=(), lora_bs=()):
+    found = _backend.cuda_reason(x, "sm_90 (wgmma)", lambda capability: capability == 90) or _triton_reason(x, lora_as)
+    if found is not None:
+        return found
+    impl, ranks = _backend.load("lora_linear", "cuda"), [a.shape[0] for a in lora_as]
+    if x.dtype not in impl.DTYPES or lora_as[0].dtype != x.dtype:
+        return f"x in {x.dtype} and adapters in {lora_as[0].dtype}, expected both bfloat16 or both float16"
+    if sum(ranks) > impl.MAX_RANK or any(rank % 8 for rank in ranks):
+        return f"ranks {ranks}, expected multiples of 8 that add up to {impl.MAX_RANK} at most"
+    base = [weight for weight in weights if weight is not None]
+    if weights and not base:
+        return "no weight, so no GEMM to compute the low-rank term in"
+    if any(size % 8 for weight in base for size in weight.shape):
+        return f"weight has shape {[list(weight.shape) for weight in base]}, expected multiples of 8"
+    read = [("weight", weight) for weight in base] + [("lora_b", b) for b in lora_bs]
+    read += [("x", x)] if x.dim() == 2 else []  # others are flattened, which copies what has gaps
+    return next(filter(None, (impl.unfit(name, t) for name, t in read)), None)
+
+
+def _cuda_unasked(x, lora_as, weights=(), lora_bs=()):
+    widest = max((weight.shape[0] for weight in weights if weight is not None), default=0)
+    return _backend.cuda_unasked("lora_linear", x, widest, sum(a.shape[0] for a in lora_as))
+
+
 REASONS = {
-    "cuda": lambda x, lora_as: _backend.cuda_missing() or "fastpeft._C has no lora_linear",
+    "cuda": _cuda_reason,
+    _backend.UNASKED: _cuda_unasked,
     "triton": _triton_reason,
-    "reference": lambda x, lora_as: None,
+    "reference": lambda *_: None,
 }
 
 

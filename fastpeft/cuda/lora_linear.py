@@ -1,0 +1,185 @@
+"""LoRA inside the GEMM of the frozen layer, by csrc/lora_linear.cu on Hopper; steps without a CUDA kernel are Triton's.
+
+    forward     y  = x Wᵀ + bias + S Bᵀ                 one chain of float32 sums; S by Triton, or inside (see below)
+    backward    dX = mask ∘ (dS A) / (1 - p) + dY W     likewise; dS, dB and dA by Triton
+
+TMA reads rows that begin at multiples of 16 bytes. Where dY has others, or where several projections of one x drop each
+by a mask of its own, dX is the portable path's: Triton's low-rank term, then ``addmm``.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16)  # in the order of csrc's numbers
+TILES = ("128x256", "128x128")
+MAX_RANK = 256
+INSIDE_RANK = 64
+# Clusters of two blocks that fill an H100. A constant, not the device's count: bits must not depend on the board.
+TARGET_CLUSTERS = 66
+
+_inside = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows x columns of y that a block computes, and whether S is computed by the same launch."""
+
+    tile: str
+    inside: bool = False
+
+
+def config(m: int, n: int, inside: bool = False) -> Config:
+    """The kernel for y [m, n]: the wide tiles where there are enough of them for every block. Not yet measured."""
+    wide = -(-m // 256) * -(-n // 256)
+    return Config(TILES[0] if inside or wide >= TARGET_CLUSTERS else TILES[1], inside)
+
+
+@contextlib.contextmanager
+def computing_s_inside() -> Iterator[None]:
+    """Inside, S of a single projection up to rank 64 is computed by warps that the GEMM leaves idle."""
+    global _inside
+    before, _inside = _inside, True
+    try:
+        yield
+    finally:
+        _inside = before
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    scales: Sequence[float],
+    dropouts: Sequence[float],
+    seeds: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    """y of every projection, and S ``[M, R]``; absent weights and biases are empty tensors."""
+    from ..kernels import lora_linear
+
+    alone = len(weights) == 1 and weights[0].numel() > 0
+    if _inside and alone and lora_as[0].shape[0] <= INSIDE_RANK and _fits(lora_as[0]):
+        return _with_s_inside(x, weights[0], lora_as[0], lora_bs[0], biases[0], scales[0], dropouts[0], seeds)
+    s = lora_linear.down(x, lora_as, scales, dropouts, seeds)
+    ys = []
+    parts = s.split([a.shape[0] for a in lora_as], 1)
+    for weight, b, bias, s_p in zip(weights, lora_bs, biases, parts, strict=True):
+        if not weight.numel():
+            ys.append(lora_linear.up(s_p, b, bias if bias.numel() else None, x.dtype))
+            continue
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        _extension().lora_linear(
+            *_rows(x, weight, s_p, b), _bias(bias), *_rows(y), *y.shape, x.shape[1], b.shape[1],
+            DTYPES.index(x.dtype), TILES.index(config(*y.shape).tile), *_place(x),
+        )  # fmt: skip
+        ys.append(y)
+    return ys, s
+
+
+def _with_s_inside(x, weight, a, b, bias, scale, dropout, seeds):
+    y, s = x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+    extension = _extension()
+    workspace = torch.zeros(extension.lora_linear_workspace(len(x)) // 4, dtype=torch.int32, device=x.device)
+    extension.lora_linear_down(
+        *_rows(x, weight, a, b), _bias(bias), *_rows(s, y), *y.shape, x.shape[1], a.shape[0], scale,
+        *_mask(dropout, seeds), workspace.data_ptr(), DTYPES.index(x.dtype), *_place(x),
+    )  # fmt: skip
+    return [y], s
+
+
+def up_backward(dy, s, b, scale, need_ds, need_db):
+    """As ``fastpeft.kernels.lora_linear.up_backward``."""
+    from ..kernels import lora_linear
+
+    return lora_linear.up_backward(dy, s, b, scale, need_ds, need_db)
+
+
+def down_backward(
+    ds: Tensor,
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    dropouts: Sequence[float],
+    seeds: Tensor,
+    need_dx: bool,
+    need_da: bool,
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """dX, the base's part included, and dA of every projection."""
+    from ..kernels import lora_linear
+
+    own_masks = len(lora_as) > 1 and any(map(_threshold, dropouts))
+    base = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if weight.numel()]
+    fused = next((pair for pair in base if all(map(_fits, pair))), None) if need_dx and not own_masks else None
+    dx, das = lora_linear.down_backward(ds, x, lora_as, dropouts, seeds, need_dx and fused is None, need_da)
+    if fused is not None:
+        a = lora_as[0] if len(lora_as) == 1 else torch.cat(list(lora_as))
+        dx = _input_gradient(*fused, ds, a if _fits(a) else a.contiguous(), dropouts[0], seeds)
+    for pair in base if need_dx else ():
+        if pair is not fused:
+            dx.addmm_(*pair)
+    return dx, das
+
+
+def _input_gradient(dy, weight, ds, a, dropout, seeds):
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    _extension().lora_linear_backward(
+        *_rows(dy, weight, ds, a, dx), dy.shape[0], *weight.shape, a.shape[0], *_mask(dropout, seeds),
+        DTYPES.index(dy.dtype), TILES.index(config(*dx.shape).tile), *_place(dy),
+    )  # fmt: skip
+    return dx
+
+
+def unfit(name: str, t: Tensor) -> str | None:
+    """Why TMA cannot read a matrix, or None: rows of adjacent elements that begin at multiples of 16 bytes."""
+    if _fits(t):
+        return None
+    return f"{name} has strides {t.stride()} and starts at element {t.storage_offset()}, expected (a multiple of 8, 1)"
+
+
+def _fits(t: Tensor) -> bool:
+    row, element = t.stride()
+    return element == 1 and row % 8 == 0 and row >= t.shape[1] and t.storage_offset() % 8 == 0
+
+
+def _rows(*matrices: Tensor) -> list[int]:
+    """Where each begins, and the elements from one row to the next."""
+    return [number for t in matrices for number in (t.data_ptr(), t.stride(0))]
+
+
+def _bias(bias: Tensor) -> int:
+    return bias.contiguous().data_ptr() if bias.numel() else 0
+
+
+def _mask(dropout: float, seeds: Tensor) -> tuple[int, int, float]:
+    dropped = _threshold(dropout)
+    return seeds.data_ptr() if dropped else 0, dropped, 65536 / (65536 - dropped)
+
+
+def _threshold(dropout: float) -> int:
+    from ..kernels.dropout import threshold
+
+    return threshold(dropout)
+
+
+def describe(x: Tensor, lora_as: Sequence[Tensor], weights: Sequence[Tensor | None] = (), *_) -> list[str]:
+    """The kernels of a call, for ``fastpeft.explain``."""
+    rows = x.numel() // max(1, x.shape[-1])
+    outs = [weight.shape[0] for weight in weights if weight is not None]
+    return [f"y [{rows}, {n}]: {config(rows, n, _inside)}; S, dS, dB and dA by the Triton kernels" for n in outs]
+
+
+def _extension():
+    from .. import _C
+
+    return _C
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """The device and its current stream."""
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
