@@ -4,6 +4,8 @@ from .attach import attach, detach
 from .bottleneck import Bottleneck
 from .checkpoint import adapter_state_dict, load, save
 from .lora import Lora
+from .per_row import per_row
+from .prompt import PromptTuning
 from .report import LayerReport, Report, report
 from .switch import disable_adapter, merge, set_adapter, unmerge
 
@@ -11,6 +13,7 @@ __all__ = [
     "Bottleneck",
     "LayerReport",
     "Lora",
+    "PromptTuning",
     "Report",
     "adapter_state_dict",
     "attach",
@@ -18,6 +21,7 @@ __all__ = [
     "disable_adapter",
     "load",
     "merge",
+    "per_row",
     "report",
     "save",
     "set_adapter",

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..nn.rows import BASE, RowAdapters
+from ..nn.rows import RowAdapters, check_rows
 from .attachment import holder_of
 from .registry import method_of
 
@@ -26,14 +26,8 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module
         ValueError: an adapter that is not attached, or one of a method that acts on all rows alike.
     """
     holder, state = holder_of("per_row", model)
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise TypeError(f"per_row: names is {names!r}, expected a name or None for each row of the batch")
-    for name in names:
-        if name is None or name == BASE:
-            continue
-        if name not in state.configs:
-            known = ", ".join(map(repr, state.configs))
-            raise ValueError(f"per_row: names holds {name!r}, expected None or one of {known}")
+    rows = check_rows("per_row", "names", names, state.configs)
+    for name in filter(None, rows):
         for config in state.parts(name):
             method = method_of("per_row", config)
             if method.name not in BY_ROW:
@@ -41,7 +35,7 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module
     parts = [module for module in holder.children() if isinstance(module, RowAdapters)]
     before = [part.rows for part in parts]
     for part in parts:
-        part.rows = tuple(name if name in part.names else None for name in names)
+        part.rows = tuple(name if name in part.names else None for name in rows)
     try:
         yield model
     finally:

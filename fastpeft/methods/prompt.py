@@ -1,5 +1,6 @@
 """Prompt tuning, as ``attach`` drives it: embeddings trained in place of a text in front of the input."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, ops
 from ..nn.prompt import Prompts
 from .files import write_json, write_tensors
+from .layer_report import LayerReport
 from .method import Method
 from .peft_files import CONFIG, WEIGHTS
 from .prompt_format import EMBEDDINGS, check_fields, fields_of, read_embeddings
@@ -144,6 +146,12 @@ class PromptMethod(Method):
         write_tensors(op, directory / WEIGHTS, tensors)
         write_json(directory / CONFIG, fields)
 
+    def report(self, model: nn.Module) -> Sequence[LayerReport]:
+        prompts = getattr(model, CHILD)
+        table, rows = model.get_input_embeddings().weight, list(prompts.prompts.values())
+        text = ops.explain("prompt_gather", rows, inputs_embeds=table[None, :0])
+        return [LayerReport(CHILD, "fused", text.splitlines()[0].rpartition(" ")[2], kind="prompts")]
+
 
 def embedding_of(op: str, method: str, model: nn.Module) -> nn.Module:
     """The model's token embedding.
@@ -151,8 +159,6 @@ def embedding_of(op: str, method: str, model: nn.Module) -> nn.Module:
     Raises:
         TypeError: it has none, or no place for other embeddings.
     """
-    import inspect
-
     arguments = inspect.signature(model.forward).parameters if isinstance(model, nn.Module) else ()
     if "inputs_embeds" not in arguments or not hasattr(model, "get_input_embeddings"):
         raise TypeError(

@@ -80,28 +80,19 @@ def load_tensors(op: str, path: Path) -> dict[str, Tensor]:
 
 
 def fields_of(model: nn.Module, peft_type: str, length: int, **fields) -> dict:
-    """What PEFT's configs of both kinds have in common."""
+    """What PEFT's configs of both kinds have in common.
+
+    Its classes for classifiers refuse files without a trained head; the one for feature extraction puts prompts before
+    any encoder's input, so models that do not generate are written as that.
+    """
     config = getattr(model, "config", None)
-    decoder = getattr(model, "can_generate", bool)() and not getattr(config, "is_encoder_decoder", False)
-    return dict(
-        sorted(
-            {
-                "peft_type": peft_type,
-                "task_type": "CAUSAL_LM" if decoder else _TASKS.get(type(model).__name__.partition("For")[2]),
-                "num_virtual_tokens": length,
-                "num_transformer_submodules": 1,
-                "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-                "inference_mode": True,
-                **fields,
-            }.items()
-        )
-    )
-
-
-# What stands behind "For" in a model's class, and PEFT's word for it.
-_TASKS = {
-    "ConditionalGeneration": "SEQ_2_SEQ_LM",
-    "QuestionAnswering": "QUESTION_ANS",
-    "SequenceClassification": "SEQ_CLS",
-    "TokenClassification": "TOKEN_CLS",
-}
+    task = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    common = {
+        "peft_type": peft_type,
+        "task_type": task if getattr(model, "can_generate", bool)() else "FEATURE_EXTRACTION",
+        "num_virtual_tokens": length,
+        "num_transformer_submodules": 1,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+    }
+    return dict(sorted({**common, **fields}.items()))

@@ -3,8 +3,9 @@
 from .bottleneck_method import BottleneckMethod
 from .lora_method import LoraMethod
 from .method import Method
+from .prompt import PromptMethod
 
-METHODS: tuple[Method, ...] = (LoraMethod(), BottleneckMethod())
+METHODS: tuple[Method, ...] = (LoraMethod(), BottleneckMethod(), PromptMethod())
 
 
 def method_of(op: str, config: object) -> Method:
