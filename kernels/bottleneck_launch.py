@@ -1,0 +1,84 @@
+"""Tile sizes of bottleneck's kernels, and what their launchers hand them beside tensors."""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from .dropout import threshold
+from .launch import Config, math
+
+STEPS = ("fused", "hidden", "up", "hidden_backward", "dx", "outer")
+DECODE = 16  # rows a tile where weights, not rows, are what there is to read
+
+
+def config(step: str, hidden: int, dtype: torch.dtype, capability: int, tile: int = 64) -> Config:
+    """The tile sizes of ``step`` for weights of ``dtype``, the largest without spills."""
+    wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
+    block_r = max(16, triton.next_power_of_2(hidden))
+    if step == "fused":
+        return Config(tile, 32 if wide or block_r > 64 else 64, block_r, 8, 2 if wide else 3)
+    block_r = min(block_r, 32 if wide else 64)
+    if step in ("hidden", "hidden_backward"):
+        return Config(tile, 32 if wide else 64, block_r, 4, 2 if wide else 3)
+    if step == "up":
+        return Config(tile, 64, min(block_r, 32), 4, 2)
+    if step == "dx":
+        return Config(tile, 64, min(block_r, 32), 8 if tile > DECODE else 4, 2)
+    if step == "outer":
+        return Config(32, 64, min(block_r, 32) if wide else block_r, 4, 2)
+    raise ValueError(f"config: step is {step!r}, expected one of {', '.join(STEPS)}")
+
+
+def norm_of(weights, settings) -> str:
+    return "" if weights.norm_weight is None else settings.norm
+
+
+def factor_of(scale: float, dropout: float) -> float:
+    """Of what the mask keeps."""
+    return scale * 65536 / (65536 - threshold(dropout))
+
+
+def numbers_of(settings, x: Tensor, weight: Tensor) -> Tensor:
+    """``[3]``: the branch's factor, eps, and the threshold of the mask."""
+    return _numbers_table(settings.scale, settings.eps, settings.dropout, math(x, weight).torch, x.device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _numbers_table(scale: float, eps: float, dropout: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Kernels read these as data, so that a new scale or dropout compiles nothing, and in the dtype of their sums.
+    return torch.tensor([factor_of(scale, dropout), eps, threshold(dropout)], dtype=dtype, device=device)
+
+
+def tables_of(routing) -> tuple[Tensor | None, ...]:
+    return (None, None, None) if routing is None else (routing.order, routing.starts, routing.tiles)
+
+
+def blocks_of(m, block_m, routing):
+    """How many programs share the rows, the tables that say which, and the stride between the latter's rows."""
+    if routing is None:
+        return triton.cdiv(m, block_m), tables_of(None), 0
+    return routing.tiles.shape[1], tables_of(routing), routing.tiles.stride(0)
+
+
+def seed_stride(seed: Tensor | None) -> int:
+    return 0 if seed is None or seed.numel() == 1 else seed.stride(0)
+
+
+def stride_of(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if tensor is None else tensor.stride()
+
+
+def strides_of(weights, routing) -> list[tuple[int, ...]]:
+    """Of every tensor from slot to slot, 0 where there are none, and within one; a scale of one element repeats it."""
+    found = []
+    for t in weights:
+        strides = (0, 0) if t is None else t.stride() if routing is not None else (0, *t.stride())
+        found.append((*strides[:-1], 0) if t is weights.scale and t is not None and t.shape[-1] == 1 else strides)
+    return found
+
+
+def empty_kept(x: Tensor, down: Tensor, norm: bool) -> Tensor:
+    """Memory for what ``forward`` keeps for ``backward``."""
+    return x.new_empty((2, x.shape[0]) if norm else (0,), dtype=math(x, down).torch)
