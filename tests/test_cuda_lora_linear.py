@@ -3,6 +3,8 @@
 Integers first: every product and sum is exact, so the results must be equal bit for bit, whatever the tiling.
 """
 
+import subprocess
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,3 +190,52 @@ def test_down_accuracy(gpu, dtype, rank):
     exact, eager = (down(t, [u], [2.0], [0.1], seed) for t, u in ((x.double(), a.double()), (x, a)))
     assert_no_worse(s, eager, exact, "s")
     assert_no_worse(y, forward(x, w, eager, b, None), forward(x, w, exact, b, None, torch.float64), "y")
+
+
+def zeros(*shapes):
+    return [torch.zeros(s, dtype=BF16) for s in shapes]
+
+
+def test_nothing_to_do(gpu):
+    assert gpu.forward(*zeros((0, 8), (16, 8), (0, 4), (16, 4))).shape == (0, 16)
+    assert gpu.forward(*zeros((5, 8), (0, 8), (5, 4), (0, 4))).shape == (5, 0)
+    assert gpu.down(*zeros((0, 8), (16, 8), (4, 8), (16, 4)), gpu.workspace(0))[0].shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("says", "call"),
+    [
+        (
+            "sums over 12 columns, expected a multiple of 8",
+            lambda g: g.forward(*zeros((4, 12), (4, 12), (4, 4), (4, 4))),
+        ),
+        ("sums over 0 columns", lambda g: g.forward(*zeros((4, 0), (4, 0), (4, 4), (4, 4)))),
+        ("sums over 20 columns", lambda g: g.backward(*zeros((4, 20), (20, 8), (4, 4), (4, 8)))),
+        ("rank 257, expected at most 256", lambda g: g.forward(*zeros((4, 8), (4, 8), (4, 257), (4, 257)))),
+        ("config is 2, expected 0 or 1", lambda g: g.forward(*zeros((4, 8), (4, 8), (4, 4), (4, 4)), config=2)),
+        ("dropout without a seed", lambda g: g.backward(*zeros((4, 8), (8, 8), (4, 4), (4, 8)), None, 9)),
+        ("threshold is 65536", lambda g: g.backward(*zeros((4, 8), (8, 8), (4, 4), (4, 8)), None, 65536)),
+        ("rank 65, expected at most 64", lambda g: g.down(*zeros((4, 8), (4, 8), (65, 8), (4, 65)), g.workspace(4))),
+        ("rank 0, expected at least 1", lambda g: g.down(*zeros((4, 8), (4, 8), (0, 8), (4, 0)), g.workspace(4))),
+        ("no workspace", lambda g: g.down(*zeros((4, 8), (4, 8), (4, 8), (4, 4)), None)),
+    ],
+)
+def test_refusals(gpu, says, call):
+    with pytest.raises(RuntimeError, match=f"-1: lora_linear: .*{says}"):
+        call(gpu)
+
+
+@pytest.mark.parametrize(("left", "right"), [(4, 4), (8, 4)], ids=["start", "stride"])
+def test_refuses_unaligned_rows(gpu, monkeypatch, left, right):
+    """Matrices that begin, or whose rows begin, at an odd multiple of 8 bytes."""
+    monkeypatch.setattr("emulator.lora_linear.LEFT", left)
+    monkeypatch.setattr("emulator.lora_linear.RIGHT", right)
+    with pytest.raises(RuntimeError, match="lora_linear: x has rows that begin between multiples of 16 bytes"):
+        gpu.forward(*zeros((4, 8), (4, 8), (4, 4), (4, 4)))
+
+
+def test_races(tmp_path):
+    """Every form once under ThreadSanitizer."""
+    program = build.build(build.HERE / "race.cpp", tmp_path / "race", "-g", "-O1", "-fsanitize=thread")
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")

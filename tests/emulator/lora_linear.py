@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
-ROWS, COLUMNS = 3, 8  # the width of the guard bands
+ROWS, LEFT, RIGHT = 3, 8, 8  # the widths of the guard bands
 
 
 class Guarded:
@@ -15,8 +15,8 @@ class Guarded:
 
     def __init__(self, value: Tensor):
         rows, columns = value.shape
-        self.buffer = value.new_full((rows + 2 * ROWS, -(-columns // 8) * 8 + 2 * COLUMNS), torch.nan)
-        self.view = self.buffer[ROWS : ROWS + rows, COLUMNS : COLUMNS + columns]
+        self.buffer = value.new_full((rows + 2 * ROWS, LEFT + -(-columns // 8) * 8 + RIGHT), torch.nan)
+        self.view = self.buffer[ROWS : ROWS + rows, LEFT : LEFT + columns]
         self.view.copy_(value)
         self.before = self.buffer.clone()
 
@@ -26,7 +26,7 @@ class Guarded:
         if written:
             rows, columns = self.view.shape
             for buffer in (before, now):
-                buffer[ROWS : ROWS + rows, COLUMNS : COLUMNS + columns] = 0
+                buffer[ROWS : ROWS + rows, LEFT : LEFT + columns] = 0
         if not torch.equal(before.view(torch.int16), now.view(torch.int16)):
             raise AssertionError("the kernel wrote outside of its output")
 

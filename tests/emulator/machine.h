@@ -178,8 +178,9 @@ inline void deliver(Mbarrier& barrier, int64_t bytes) {
   complete(barrier);
 }
 
-/// Work of an asynchronous unit on behalf of `block`; what its issuer did before is visible to it.
-inline std::function<void()> asynchronous(Block* block, std::function<void()> work) {
+/// Work of an asynchronous unit on behalf of `block`; what its issuer did before is visible to it, and what it did
+/// to whoever waits for `done`, if that is given.
+inline std::function<void()> asynchronous(Block* block, void* done, std::function<void()> work) {
   auto issued = std::make_shared<char>();
   happens_before(issued.get());
   return [=] {
@@ -189,6 +190,7 @@ inline std::function<void()> asynchronous(Block* block, std::function<void()> wo
       Unseen unseen;
       happens_after(issued.get());
       work();
+      if (done) happens_before(done);
     }
     tsan_switch(here);
   };

@@ -186,7 +186,7 @@ inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* barri
   for (auto& peer : block->cluster->blocks) {
     if (!(blocks >> peer->rank & 1)) continue;
     Block* into = peer.get();
-    emulator::scheduler.pending.push_back(emulator::asynchronous(block, [=] {
+    emulator::scheduler.pending.push_back(emulator::asynchronous(block, nullptr, [=] {
       emulator::check_no_mbarrier(*into, address, bytes);
       {
         Seen seen;
@@ -211,7 +211,7 @@ inline void tma_store(const CUtensorMap* map, const void* from, int x, int y) {
   if (address % 1024) throw Fault("tma_store: a swizzled box must begin at a multiple of 1024 bytes");
   for (uint32_t unit = address / 16; unit < (address + bytes) / 16; ++unit)
     if (block->unfenced[unit]) throw Fault("tma_store: its source was written without fence_async_shared since");
-  self().stores.push_back(emulator::asynchronous(block, [=] {
+  self().stores.push_back(emulator::asynchronous(block, &self(), [=] {
     Seen seen;
     emulator::for_box(m, block->base, address, x, y, [](uint8_t* global, const uint8_t* shared) {
       if (global) memcpy(global, shared, 2);
@@ -223,7 +223,7 @@ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barr
   Block* block = self().block;
   const uint32_t address = block->address(to, bytes, "bulk_load"), flag = block->address(barrier, 8, "mbarrier");
   if (address % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) throw Fault("bulk_load: not 16-byte aligned");
-  emulator::scheduler.pending.push_back(emulator::asynchronous(block, [=] {
+  emulator::scheduler.pending.push_back(emulator::asynchronous(block, nullptr, [=] {
     emulator::check_no_mbarrier(*block, address, bytes);
     {
       Seen seen;
@@ -245,6 +245,7 @@ void bulk_wait_read() {
   Unseen unseen;
   for (auto& batches = self().batches; batches.size() > N; batches.pop_front())
     for (auto& store : batches.front()) store();
+  emulator::happens_after(&self());
 }
 template <int N>
 void bulk_wait() {
