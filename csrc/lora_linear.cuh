@@ -439,6 +439,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     ptx::registers_increase<DOWN_RANKS ? 208 : 232>();
     consume<T, Config, FORM>(shared, maps, p);
   }
+  __syncwarp();  // the producer's warp comes together again: the barrier below is for whole warps
   ptx::cluster_sync();  // a block that leaves takes its shared memory along, and its peer may still signal there
   if (DOWN_RANKS && threadIdx.x == 0) reset_workspace(p);
 }
