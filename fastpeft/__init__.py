@@ -16,18 +16,20 @@ _MODULES = ("integrations", "methods", "nn", "ops", "reference", "serving", "tes
 _HOME = {
     "Bottleneck": "methods",
     "Lora": "methods",
+    "PromptTuning": "methods",
     "attach": "methods",
     "detach": "methods",
     "disable_adapter": "methods",
     "load": "methods",
     "merge": "methods",
+    "per_row": "methods",
     "report": "methods",
     "save": "methods",
     "set_adapter": "methods",
     "unmerge": "methods",
-    "accelerate": "integrations.peft",
+    "accelerate": "integrations.accelerate",
     "register": "integrations.peft",
-    "restore": "integrations.peft",
+    "restore": "integrations.accelerate",
     "explain": "ops",
 }
 

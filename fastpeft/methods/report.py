@@ -13,6 +13,8 @@ from .layer_report import LayerReport
 from .registry import methods_of
 
 _SERVED = "peft.tuners.lora.layer.Linear"  # the one class that accelerate changes; by name, so PEFT need not be there
+_ADAPTERHUB = ("adapters.methods.modeling", "adapters.methods.invertible")
+_ADAPTERHUB_LAYERS = ("Adapter", "ParallelAdapter", "BertFusion", "NICECouplingBlock", "GLOWCouplingBlock")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def report(model: nn.Module) -> Report:
             group = module.__dict__.get("fastpeft_shared")
             partners = group.partners(module) if group is not None and status == "fused" else []
             partners = tuple(paths.get(partner, "a layer elsewhere") for partner in partners)
-            kind = "bottleneck adapters" if isinstance(module, BottleneckAdapter) else "LoRA layers"
+            bottleneck = isinstance(module, BottleneckAdapter) or type(module).__module__ in _ADAPTERHUB
+            kind = "bottleneck adapters" if bottleneck else "LoRA layers"
             kind = getattr(type(module), "fastpeft_kind", kind)
             rows.append(LayerReport(path, status, backend, partners, kind))
     for module in paths:
@@ -93,6 +96,11 @@ def report(model: nn.Module) -> Report:
 def _status(module: nn.Module) -> str | None:
     if hasattr(type(module), "fastpeft_report"):
         return module.fastpeft_report()
+    if type(module).__module__ in _ADAPTERHUB and type(module).__name__ in _ADAPTERHUB_LAYERS:
+        name = type(module).__name__
+        if name.endswith("Adapter"):
+            return f"{name} is the adapters library's own layer; fastpeft.accelerate has not been called on it"
+        return f"{name} has no fused form"
     if "base_layer" not in module._modules or "lora_A" not in module._modules:
         return None
     name = f"{type(module).__module__}.{type(module).__qualname__}"

@@ -1,0 +1,51 @@
+"""Which library's layers a model has, and whose integration serves them: PEFT's, or those of ``adapters``."""
+
+from torch import nn
+
+_ADAPTERHUB = "adapters.methods.modeling"
+
+
+def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True) -> nn.Module:
+    """Serve PEFT's LoRA layers, or the bottleneck adapters of ``adapters``, by fused ops, in place; calling it again
+    does no harm. ``fastpeft.restore(model)`` undoes it, ``fastpeft.report(model)`` says what is fused.
+
+    Args:
+        model: a PeftModel, a model after ``adapters.init``, or any module with such layers inside.
+        strict: raise if any of the layers would keep its library's own forward.
+        share_inputs: let LoRA layers that receive the same tensor (q, k, v; gate, up) read it once; same result.
+
+    Returns:
+        The same model: same parameters, names, state dict, saving.
+
+    Raises:
+        TypeError, ValueError: not a module, no such layer in it, or with ``strict`` the layers not fused and why.
+            Nothing has been changed then.
+    """
+    if _has_adapters(model):
+        from . import adapters
+
+        return adapters.accelerate(model, strict)
+    from . import peft
+
+    return peft.accelerate(model, strict, share_inputs)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``accelerate`` and ``register``: every layer is its library's own again. Returns the same model.
+
+    Raises:
+        ValueError: a layer's class was wrapped after ``accelerate``, as by fully_shard. Nothing has been changed then.
+    """
+    if _has_adapters(model):
+        from . import adapters
+
+        return adapters.restore(model)
+    from . import peft
+
+    return peft.restore(model)
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    """By the names of classes, so that neither library is imported in vain."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(kind.__module__ == _ADAPTERHUB for module in modules for kind in type(module).__mro__)
