@@ -49,6 +49,7 @@ rule link
 STRICT = ["-Xptxas=--warn-on-spills", "-Xptxas=--warning-as-error"]
 # Only libc and its friends at run time: the C++ runtime and cudart inside, and none of their symbols shown to others.
 LINK = ["-lcudart_static", "-ldl", "-lrt", "-lpthread", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+SHOWN = "{ global: PyInit__C; local: *; };\n"
 
 
 class CannotBuild(Exception):
@@ -128,7 +129,8 @@ class BuildCuda(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         lines += [f"build {_ninja_path(target)}: link {' '.join(objects)}"]
-        lines += [f"  flags = -L{quote(str(static))} {' '.join(LINK)}", ""]
+        (work / "shown.map").write_text(SHOWN)
+        lines += [f"  flags = -L{quote(str(static))} {' '.join(LINK)} -Wl,--version-script={work / 'shown.map'}", ""]
         (work / "build.ninja").write_text("\n".join(lines))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         done = subprocess.run([ninja, "-f", work / "build.ninja", "-j", jobs], check=False)

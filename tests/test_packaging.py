@@ -48,9 +48,9 @@ def checkout(tmp_path_factory):
 
 
 def build(hook: str, checkout: Path, out: Path, settings: dict | None = None) -> Path:
-    """What pip calls, without nvcc on the path: CUDA sources take their own time and their own test."""
+    """What pip calls, without the CUDA kernels: they take their own time and their own test (test_cuda_build.py)."""
     code = f"from setuptools import build_meta; print(build_meta.{hook}({str(out)!r}, {settings!r}))"
-    return out / run(code, checkout, PATH="").splitlines()[-1]
+    return out / run(code, checkout, FASTPEFT_NO_CUDA="1").splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
     sources = {str(path.relative_to(checkout)) for path in (checkout / "fastpeft").rglob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == sources | {
         f"fastpeft/kernels/{name}" for name in KERNELS | {"probe.py"}
-    }
+    } | {"fastpeft/without_C.txt"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
