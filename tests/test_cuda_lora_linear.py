@@ -3,8 +3,6 @@
 Integers first: every product and sum is exact, so the results must be equal bit for bit, whatever the tiling.
 """
 
-import subprocess
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,6 +234,5 @@ def test_refuses_unaligned_rows(gpu, monkeypatch, left, right):
 
 def test_races(tmp_path):
     """Every form once under ThreadSanitizer."""
-    program = build.build(build.HERE / "race.cpp", tmp_path / "race", "-g", "-O1", "-fsanitize=thread")
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    done = build.run(build.build(build.HERE / "race.cpp", tmp_path / "race", "-g", "-O1", "-fsanitize=thread"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")

@@ -73,7 +73,7 @@ def load() -> list[Mutant]:
 
 
 def copy_package(copy: Path) -> None:
-    for part in ("fastpeft", "kernels", "tests"):
+    for part in ("fastpeft", "kernels", "csrc", "tests"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", copy)
 
