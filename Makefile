@@ -4,7 +4,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: demo demo-serve test test-oldest mutants peft-suite bench gpu check
+.PHONY: demo demo-serve test test-oldest test-adapters mutants peft-suite bench gpu check
 
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
@@ -12,13 +12,18 @@ demo: .venv/demo
 demo-serve: .venv/demo
 	$(PY) -m fastpeft.cli demo --serve
 
-test: .venv/ready test-oldest
+test: .venv/ready test-oldest test-adapters
 	$(PYTEST)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 # The same tests of what depends on the versions of others, with the oldest Triton, PEFT and transformers in front.
 test-oldest: .venv/oldest
 	PYTHONPATH=$(CURDIR)/.venv/oldest $(PYTEST) -m oldest
+
+# Against AdapterHub's library, which pins an older transformers.
+test-adapters: .venv/adapters
+	PYTHONPATH=$(CURDIR)/.venv/adapters $(PY) -c "import adapters"
+	PYTHONPATH=$(CURDIR)/.venv/adapters $(PYTEST) tests/test_adapters_library.py
 
 # Breaks the package in one place at a time; a test must fail each time. `make test` runs a sample.
 mutants: .venv/ready
@@ -44,6 +49,9 @@ check: .venv/ready
 	$(PY) -m pip install -e .[test] && touch $@
 
 .venv/oldest: constraints-oldest.txt | .venv/ready
+	PIP_CONSTRAINT= $(PY) -m pip install --target $@ --upgrade --no-deps -r $< && touch $@
+
+.venv/adapters: constraints-adapters.txt | .venv/ready
 	PIP_CONSTRAINT= $(PY) -m pip install --target $@ --upgrade --no-deps -r $< && touch $@
 
 .venv/demo: .venv/ready
