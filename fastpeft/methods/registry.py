@@ -3,9 +3,11 @@
 from .bottleneck_method import BottleneckMethod
 from .lora_method import LoraMethod
 from .method import Method
+from .prefix import PrefixMethod
 from .prompt import PromptMethod
+from .selective_method import SelectiveMethod
 
-METHODS: tuple[Method, ...] = (LoraMethod(), BottleneckMethod(), PromptMethod())
+METHODS: tuple[Method, ...] = (LoraMethod(), BottleneckMethod(), PromptMethod(), PrefixMethod(), SelectiveMethod())
 
 
 def method_of(op: str, config: object) -> Method:

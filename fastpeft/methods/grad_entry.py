@@ -1,0 +1,116 @@
+"""Where gradients enter a frozen stack of blocks: at the first block that trains, not at the embedding.
+
+transformers makes the embedding's output require a gradient once gradient checkpointing is on, so that reentrant
+checkpoints of blocks with frozen inputs get theirs. All blocks then compute, and keep, a gradient for an input that
+nobody trains. Here that hook is taken off before each forward, and where a checkpoint is reentrant the input of the
+first block that trains is made to require a gradient instead, which is thrown away.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import stacks
+
+_ASK, _FUNCTION = "enable_input_require_grads", "_gradient_checkpointing_func"
+_HOOK = "make_inputs_require_grad"  # as transformers and PEFT call it
+
+
+class _Enter(torch.autograd.Function):
+    """The same tensor, which requires a gradient; the gradient ends here."""
+
+    @staticmethod
+    def forward(ctx, x, ticket):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return None, None
+
+
+class _Checkpoint:
+    """A model's checkpoint function for blocks that older versions of transformers hand to it as ``block.__call__``."""
+
+    def __init__(self, function, entry: "GradEntry"):
+        self.function, self.entry = function, entry
+
+    def __call__(self, function, *args, **kwargs):
+        block = getattr(function, "__self__", None)
+        if isinstance(block, nn.Module) and block in self.entry.blocks and self.entry.first_of(block) is block:
+            args = self.entry.opened(args)
+        return self.function(function, *args, **kwargs)
+
+
+class GradEntry:
+    """The hooks on one model; ``remove`` leaves it as it was.
+
+    Without reentrant checkpoints nothing has to enter: autograd starts at the first parameter that is trained.
+    """
+
+    def __init__(self, model: nn.Module):
+        modules = dict(model.named_modules())
+        self.stacks = [[modules[path] for path in paths] for paths in stacks(model).values()]
+        self.blocks = {block for blocks in self.stacks for block in blocks}
+        self.owners = [modules[path.rpartition(".")[0]] for path in stacks(model)]
+        self.askers = [module for module in model.modules() if hasattr(module, _ASK)]
+        self.silenced = []
+        self.handles = [m.register_forward_pre_hook(self.before_model) for m in dict.fromkeys([model, *self.askers])]
+        self.handles += [b.register_forward_pre_hook(self.before_block) for b in self.blocks]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for owner in self.owners:
+            if isinstance(owner.__dict__.get(_FUNCTION), _Checkpoint):
+                setattr(owner, _FUNCTION, owner.__dict__[_FUNCTION].function)
+        for module, key, hook in self.silenced:
+            module._forward_hooks[key] = hook
+        self.silenced.clear()
+
+    def before_model(self, module: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for asker in self.askers:
+            self._silence(asker)
+        for owner in self.owners:
+            function = owner.__dict__.get(_FUNCTION)
+            if function is not None and not isinstance(function, _Checkpoint) and _reentrant(function):
+                setattr(owner, _FUNCTION, _Checkpoint(function, self))
+
+    def before_block(self, block: nn.Module, args: tuple):
+        if torch.compiler.is_compiling():
+            return None
+        checkpointed = block.training and getattr(block, "gradient_checkpointing", False)
+        if checkpointed and _reentrant(getattr(block, _FUNCTION, None)) and self.first_of(block) is block:
+            return self.opened(args)
+        return None
+
+    def first_of(self, block: nn.Module) -> nn.Module | None:
+        """The first block that trains, in the stack that has this one."""
+        blocks = next(blocks for blocks in self.stacks if any(other is block for other in blocks))
+        return next((b for b in blocks if any(p.requires_grad for p in b.parameters())), None)
+
+    def opened(self, args: tuple) -> tuple:
+        """The arguments, of which the first tensor of numbers requires a gradient."""
+        for i, x in enumerate(args):
+            if isinstance(x, Tensor) and x.is_floating_point():
+                if x.requires_grad or not torch.is_grad_enabled():
+                    return args
+                ticket = torch.empty(0, device=x.device, requires_grad=True)
+                return (*args[:i], _Enter.apply(x, ticket), *args[i + 1 :])
+        return args
+
+    def _silence(self, asker: nn.Module) -> None:
+        try:
+            table = asker.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return
+        for key, hook in list(getattr(table, "_forward_hooks", {}).items()):
+            if getattr(hook, "__name__", "").startswith(_HOOK):
+                self.silenced.append((table, key, table._forward_hooks.pop(key)))
+
+
+def _reentrant(function) -> bool:
+    """Whether a checkpoint function says ``use_reentrant=True``, or leaves it to PyTorch, where it may be."""
+    if isinstance(function, _Checkpoint):
+        function = function.function
+    return function is not None and getattr(function, "keywords", {}).get("use_reentrant") is not False
