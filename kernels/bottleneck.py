@@ -35,7 +35,7 @@ from .bottleneck_launch import (
 from .bottleneck_tiles import activate, add_bias, dot, finish, project, row_stats, rows_of, slot_of
 from .launch import capability, launch, math, split
 
-FUSED_WIDTH, FUSED_WIDTH_WIDE = 256, 128  # the hidden tile and a weight's tile side by side, without spills
+FUSED_WIDTH, FUSED_WIDTH_WIDE = 256, 64  # the hidden tile and a weight's tile side by side, without spills
 FUSED_BLOCKS = 128  # blocks of rows from which one kernel keeps a GPU busy; below, two of more programs each
 
 
@@ -116,7 +116,7 @@ def _hidden_kernel(
 
 
 @triton.jit
-def _up_kernel(
+def _hidden_up_kernel(
     h_ptr, db_ptr, u_ptr, ub_ptr, scale_ptr, res_ptr, y_ptr, order_ptr, starts_ptr, tiles_ptr, seed_ptr,
     M, N, R, numbers_ptr, stride_tiles, stride_seed,
     stride_h, stride_db, stride_u, stride_ub, stride_scale, stride_res, stride_y,
@@ -235,7 +235,7 @@ def _hidden_and_up(x, weights, residual, settings, seed, routing, y, stats):
     c = config("up", hidden, down.dtype, capability(x), tile)
     blocks, tables, stride_tiles = blocks_of(m, c.block_m, routing)
     launch(
-        _up_kernel, (blocks, triton.cdiv(n, c.block_k)), c, acc,
+        _hidden_up_kernel, (blocks, triton.cdiv(n, c.block_k)), c, acc,
         h, down_bias, up, up_bias, scale, residual, y, *tables, seed,
         m, n, hidden, numbers_of(settings, x, down), stride_tiles, seed_stride(seed),
         h.stride(), stride_db, stride_u, stride_ub, stride_scale, stride_of(residual), y.stride(),

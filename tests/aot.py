@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
+from aot_bottleneck import BOTTLENECK, bottleneck
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
@@ -102,9 +103,10 @@ class _Driver:
 @contextlib.contextmanager
 def compiling(architecture: int, record):
     """Inside, every launch compiles for ``architecture`` instead, and ``record(name, kernel, seconds)`` is called."""
-    from fastpeft.kernels import launch, lora_linear, multi_lora, row_linear
+    from fastpeft.kernels import bottleneck, bottleneck_backward, launch, lora_linear, multi_lora, row_linear
 
-    users = [module for module in (launch, lora_linear, multi_lora, row_linear) if hasattr(module, "capability")]
+    modules = (bottleneck, bottleneck_backward, launch, lora_linear, multi_lora, row_linear)
+    users = [module for module in modules if hasattr(module, "capability")]
     run, capability = JITFunction.run, launch.capability
 
     def compile_only(self, *args, grid, warmup, **kwargs):
@@ -234,6 +236,7 @@ def rows(architecture: int):
 
     cases = [(lora_linear, *case) for case in LORA_LINEAR] + [(multi_lora, *case) for case in MULTI_LORA]
     cases += [(row_linear, *case) for case in ROW_LINEAR] + [(prompt_gather, *case) for case in PROMPT_GATHER]
+    cases += [(bottleneck, *case) for case in BOTTLENECK]
     with compiling(architecture, record):
         for op, x_dtype, dtype, ranks, dropout, *sizes in cases:
             names = [str(d).removeprefix("torch.") for d in (x_dtype, dtype)]

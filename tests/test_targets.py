@@ -20,11 +20,13 @@ KERNELS = {
     *("_down_kernel", "_up_kernel", "_up_backward_kernel", "_outer_kernel"),
     *("_sort_kernel", "_tile_kernel", "_shrink_kernel", "_expand_kernel"),
     "_gathered_outer_kernel",
+    *("_fused_kernel", "_hidden_kernel", "_hidden_up_kernel"),
+    *("_hidden_backward_kernel", "_dx_kernel", "_weight_gradient_kernel"),
     *("_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"),
 }
 SORTING = {"_sort_kernel", "_tile_kernel"}
 COPYING = {"_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"}
-PROJECT = {"_down_kernel", "_shrink_kernel"}
+PROJECT = {"_down_kernel", "_shrink_kernel", "_fused_kernel", "_hidden_kernel", "_hidden_backward_kernel"}
 
 
 @functools.cache

@@ -131,12 +131,17 @@ def _normalise(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
 def forward(
     x: Tensor, weights: Weights, residual: Tensor | None, settings: Settings, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y, and the hidden values ``[M, H]`` from which ``backward`` reads the activation's derivative."""
+    """y, and what ``backward`` reads the activation's derivative from: the hidden values, see ``empty_kept``."""
+    kept = empty_kept(x, weights.down, weights.norm_weight is not None)
+    z, stats = _kept_views(kept, weights.down, len(x))
     a = x.to(weights.down.dtype)
-    if weights.norm_weight is not None:
+    if stats is not None and settings.norm == "layer":
+        a, *found = torch.native_layer_norm(a, a.shape[1:], weights.norm_weight, weights.norm_bias, settings.eps)
+        stats[0], stats[1] = found[0][:, 0], found[1][:, 0]
+    elif weights.norm_weight is not None:
         a = _normalise(a, weights, settings)
-    kept = _linear(a, weights.down, weights.down_bias, 1.0)
-    h = _activate(kept, settings.activation)
+    _linear(a, weights.down, weights.down_bias, 1.0, out=z)
+    h = _activate(z, settings.activation)
     up, up_bias = _scaled(weights)
     residual = x if settings.own else residual
     mask, factor = _mask(h, settings, seed, up.shape[0]), settings.scale * inverse_keep(settings.dropout)
@@ -163,29 +168,53 @@ def backward(
 
     Where ``needs_x`` says so, x serves for its dtype alone.
     """
-    need_x, need_down, need_down_bias, need_up, need_up_bias, need_scale, need_norm, need_norm_bias = needs
+    need_x, need_down, need_down_bias, *_, need_norm, need_norm_bias = needs
     dtype, factor = kept.dtype, settings.scale * inverse_keep(settings.dropout)
+    kept, stats = _kept_views(kept, weights.down, len(dy))
     mask = _mask(kept, settings, seed, weights.up.shape[0])
     g = dy.to(dtype) if mask is None else mask.mul_(dy)
     up, _ = _scaled(weights)
-    h = _hidden(kept, settings.activation) if need_up or need_scale else None
-    dup = _product(g.T, h, factor) if need_up else None
-    dup_bias = g.sum(0).mul_(factor) if need_up_bias else None
-    dscale = _scale_backward(g, h, weights, factor) if need_scale else None
-    if weights.scale is not None:
-        dup = None if dup is None else dup.mul_(weights.scale[:, None])
-        dup_bias = None if dup_bias is None else dup_bias.mul_(weights.scale)
+    dup, dup_bias, dscale = _up_backward(g, kept, weights, settings, factor, needs[3:6])
     dx = ddown = ddown_bias = dnorm = dnorm_bias = None
     if need_x or need_down or need_down_bias or need_norm or need_norm_bias:
         ds = _derivative(_product(g, up, factor), kept, settings.activation)
         ddown_bias = ds.sum(0) if need_down_bias else None
         need_norms = need_x, need_norm, need_norm_bias
-        dx, ddown, dnorm, dnorm_bias = _down_backward(dy, ds, x, weights, settings, need_down, need_norms)
+        dx, ddown, dnorm, dnorm_bias = _down_backward(dy, ds, x, stats, weights, settings, need_down, need_norms)
     found = dx, ddown, ddown_bias, dup, dup_bias, dscale, dnorm, dnorm_bias
     return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
 
-def _down_backward(dy, ds, x, weights, settings, need_down, need_norms):
+def _up_backward(g, kept, weights, settings, factor, needs):
+    """d(up), d(up_bias), d(scale)."""
+    need_up, need_up_bias, need_scale = needs
+    up, up_bias, scale = weights.up, weights.up_bias, weights.scale
+    if scale is None:
+        dup = _product(_hidden(kept, settings.activation).T, g, factor).T.contiguous() if need_up else None
+        return dup, _times(g.sum(0), factor) if need_up_bias else None, None
+    wide = torch.promote_types(g.dtype, torch.float32)
+    dup = dup_bias = dscale = None
+    if need_up or need_scale:  # in float32, for the scale's sake
+        dup = _sum_of_products(g.to(wide), _hidden(kept, settings.activation).to(wide)).mul_(factor)
+    if need_up_bias or (need_scale and up_bias is not None):
+        dup_bias = g.sum(0, dtype=wide).mul_(factor)
+    if need_scale:
+        dscale = (dup * up).sum(1)
+        dscale = dscale if up_bias is None else dscale.add_(dup_bias * up_bias)
+        dscale = (dscale.sum(0, keepdim=True) if len(scale) == 1 else dscale).to(g.dtype)
+    dup = dup.mul_(scale[:, None]).to(g.dtype) if need_up else None
+    return dup, dup_bias.mul_(scale).to(g.dtype) if need_up_bias else None, dscale
+
+
+def _sum_of_products(left: Tensor, right: Tensor, parts: int = 8) -> Tensor:
+    """``leftᵀ right``, the rows in ``parts``: shorter chains of additions err less, which a sum of them all shows."""
+    rows = len(left) // parts * parts
+    blocks = (t[:rows].reshape(parts, rows // parts, t.shape[1]) for t in (left, right))
+    total = torch.bmm(next(blocks).mT, next(blocks)).sum(0)
+    return total if rows == len(left) else total.addmm_(left[rows:].T, right[rows:])
+
+
+def _down_backward(dy, ds, x, stats, weights, settings, need_down, need_norms):
     """dx, d(down), d(norm_weight), d(norm_bias) of the projection to the hidden values and of the norm before it."""
     need_x = need_norms[0]
     if weights.norm_weight is None:
@@ -196,6 +225,11 @@ def _down_backward(dy, ds, x, weights, settings, need_down, need_norms):
             return torch.addmm(dy, ds, weights.down), ddown, None, None
         dx = ds @ weights.down
         return (dx.add_(dy) if settings.own else dx).to(x.dtype), ddown, None, None
+    if stats is not None and settings.norm == "layer":
+        dz, ddown, dnorm, dnorm_bias = _layer_backward(ds, x, stats, weights, need_down, need_norms)
+        if need_x:
+            dz = (dz.add_(dy) if settings.own else dz).to(x.dtype)
+        return dz, ddown, dnorm, dnorm_bias
     z, size = x.to(ds.dtype), x.shape[1:]
     da = ds @ weights.down if any(need_norms) else None
     if settings.norm == "layer":
@@ -212,6 +246,27 @@ def _down_backward(dy, ds, x, weights, settings, need_down, need_norms):
     if need_x:
         dz = (dz.add_(dy) if settings.own else dz).to(x.dtype)
     return dz if need_x else None, ddown, dnorm, dnorm_bias
+
+
+def _layer_backward(ds, x, stats, weights, need_down, need_norms):
+    """With the rows' means and deviations at hand all gradients of weights follow from ``dsᵀ x̂``, and that from x."""
+    need_x, need_norm, need_norm_bias = need_norms
+    z, (mean, rstd), norm_weight = x.to(ds.dtype), stats, weights.norm_weight
+    ddown = dnorm = dnorm_bias = dz = None
+    if need_down or need_norm:
+        scaled = ds * rstd[:, None]
+        outer = (scaled.T @ z).sub_((mean @ scaled)[:, None])
+        dnorm = (outer * weights.down).sum(0) if need_norm else None
+        ddown = outer.mul_(norm_weight) if need_down else None
+        if need_down and weights.norm_bias is not None:
+            ddown.addr_(ds.sum(0), weights.norm_bias)
+    if need_norm_bias:
+        dnorm_bias = ds.sum(0) @ weights.down
+    if need_x:
+        da, stats = ds @ (weights.down * norm_weight), (mean[:, None], rstd[:, None])
+        mask = [True, False, False]
+        dz, _, _ = torch.ops.aten.native_layer_norm_backward(da, z, x.shape[1:], *stats, None, None, mask)
+    return dz, ddown, dnorm, dnorm_bias
 
 
 def _rms_backward(ds, da, z, weights, settings, need_down, need_norms):
@@ -244,14 +299,17 @@ def grouped_forward(
 ) -> tuple[Tensor, Tensor]:
     """``forward`` of each slot's rows; a row without an adapter is its residual, or 0."""
     residual = x if settings.own else residual
-    width, hidden = weights.up.shape[1], weights.up.shape[2]
-    y = x.new_zeros(len(x), width) if residual is None else residual.clone(memory_format=torch.contiguous_format)
-    kept = x.new_zeros(len(x), hidden, dtype=weights.down.dtype)
-    settings = settings._replace(own=False)
-    for slot, rows in _rows(routing):
+    y = (
+        x.new_zeros(len(x), weights.up.shape[1])
+        if residual is None
+        else residual.clone(memory_format=torch.contiguous_format)
+    )
+    kept = empty_kept(x, weights.down, weights.norm_weight is not None)
+    settings, size = settings._replace(own=False), kept.numel() // max(len(x), 1)
+    for slot, rows, place in _rows(routing):
         part = None if residual is None else residual[rows]
-        y_s, kept_s = forward(x[rows], weights.of(slot), part, settings, _seed(seeds, slot))
-        y[rows], kept[rows] = y_s, kept_s
+        y[rows], kept_s = forward(x[rows], weights.of(slot), part, settings, _seed(seeds, slot))
+        kept.view(-1)[place * size : (place + len(rows)) * size] = kept_s.view(-1)
     return y, kept
 
 
@@ -274,9 +332,12 @@ def grouped_backward(
         torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None
         for t, need in zip(weights, needs[1:], strict=True)
     ]
-    for slot, rows in _rows(routing):
+    size = kept.numel() // max(len(dy), 1)
+    for slot, rows, place in _rows(routing):
         of_slot = weights.of(slot), settings, _seed(seeds, slot), needs
-        dx_s, *found = backward(dy[rows], x[rows] if len(x) else x, kept[rows], *of_slot)
+        kept_s = kept.view(-1)[place * size : (place + len(rows)) * size]
+        kept_s = kept_s.view(len(rows), size) if kept.dim() == 2 else kept_s
+        dx_s, *found = backward(dy[rows], x[rows] if len(x) else x, kept_s, *of_slot)
         if dx is not None:
             dx[rows] = dx_s
         for grad, part in zip(grads, found, strict=True):
@@ -286,8 +347,19 @@ def grouped_backward(
 
 
 def empty_kept(x: Tensor, down: Tensor, norm: bool) -> Tensor:
-    """Memory for what ``forward`` keeps for ``backward``."""
-    return x.new_empty(x.shape[0], down.shape[-2], dtype=down.dtype)
+    """Memory for what ``forward`` keeps: the hidden values ``[M, H]``, and for a narrow adapter with a norm two numbers
+    a row behind them, with which ``backward`` need not normalise again."""
+    hidden, k = down.shape[-2:]
+    numbers = 2 if norm and 4 * hidden <= k and down.dtype.itemsize > 2 else 0
+    m = x.shape[0]
+    return x.new_empty(m * (hidden + numbers) if numbers else (m, hidden), dtype=down.dtype)
+
+
+def _kept_views(kept: Tensor, down: Tensor, m: int) -> tuple[Tensor, Tensor | None]:
+    if kept.dim() == 2:
+        return kept, None
+    z, stats = kept.split([m * down.shape[-2], 2 * m])
+    return z.view(m, -1), stats.view(2, m)
 
 
 def needs_x(needs: tuple[bool, ...], norm: bool) -> bool:
@@ -296,12 +368,13 @@ def needs_x(needs: tuple[bool, ...], norm: bool) -> bool:
     return need_down or need_norm or need_norm_bias or (norm and need_x)
 
 
-def _rows(routing: Routing) -> Iterator[tuple[int, Tensor]]:
+def _rows(routing: Routing) -> Iterator[tuple[int, Tensor, int]]:
+    """(slot, its rows, the place of the first in the order) of every slot that has rows."""
     starts = routing.starts.tolist()
     order = routing.order.long()
     for slot in range(routing.slots):
         if starts[slot] < starts[slot + 1]:
-            yield slot, order[starts[slot] : starts[slot + 1]]
+            yield slot, order[starts[slot] : starts[slot + 1]], starts[slot]
 
 
 def _seed(seeds: Tensor | None, slot: int) -> Tensor | None:
@@ -314,12 +387,6 @@ def _scaled(weights: Weights) -> tuple[Tensor, Tensor | None]:
     if scale is None:
         return up, up_bias
     return up * scale[:, None], None if up_bias is None else up_bias * scale
-
-
-def _scale_backward(g: Tensor, h: Tensor, weights: Weights, factor: float) -> Tensor:
-    """u is computed again. ``Σ_h (gᵀ h) ∘ U`` would cost less, but its sums over rows err up to half as much again."""
-    dscale = _linear(h, weights.up, weights.up_bias, factor).mul_(g)
-    return dscale.sum().view(1) if len(weights.scale) == 1 else dscale.sum(0)
 
 
 def _activate(z: Tensor, activation: str) -> Tensor:
@@ -351,15 +418,20 @@ def _derivative(dh: Tensor, kept: Tensor, activation: str) -> Tensor:
     return aten.gelu_backward(dh, kept, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float, out: Tensor | None = None) -> Tensor:
     """``factor · (x Wᵀ + bias)``."""
+    out = x.new_empty(len(x), len(weight)) if out is None else out
     if bias is None:
-        return _product(x, weight.T, factor)
-    return torch.addmm(bias, x, weight.T, beta=factor, alpha=factor)
+        return out.addmm_(x, weight.T, beta=0, alpha=factor)
+    return torch.addmm(bias, x, weight.T, beta=factor, alpha=factor, out=out)
 
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=factor)
+
+
+def _times(value: Tensor, factor: float) -> Tensor:
+    return value if factor == 1.0 else value.mul_(factor)
 
 
 def _mask(like: Tensor, settings: Settings, seed: Tensor | None, columns: int | None = None) -> Tensor | None:
