@@ -92,10 +92,3 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put ``module`` where ``path`` says."""
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def set_attribute(attributes: list, path: str, module: nn.Module, name: str, value: object) -> None:
-    """Set an attribute and note (path, name, what it was) in ``attributes``, if it differs."""
-    if getattr(module, name, value) != value:
-        attributes.append((path, name, getattr(module, name)))
-        setattr(module, name, value)

@@ -82,11 +82,15 @@ class Bottlenecks(nn.Module):
         """Path of the module whose first input is wanted: X where norms come before, h + X where they come after."""
         return self.site.stream if self.kind == "output" else self.site.norm
 
+    def forward(self, x: Tensor) -> Tensor:
+        """What an nn.Sequential that is hooked calls, since its children are its steps: nothing is done here."""
+        return x
+
     def serve(self, module: nn.Module, args: tuple, kwargs: dict, output):
         """What the hooked module returns, after the active adapters."""
-        tapped = None if self.tap is None else self.tap.take()
         if self.disabled or not self.active:
             return output
+        tapped = None if self.tap is None else self.tap.take()
         h = output[0] if isinstance(output, tuple) else output
         if not isinstance(h, Tensor):
             raise TypeError(
@@ -96,7 +100,7 @@ class Bottlenecks(nn.Module):
             adapter, form = self.adapters[name], self.forms[name]
             if self.kind == "norm":
                 x = args[1] if len(args) > 1 else kwargs["input_tensor"]
-                norm = module._modules[self.site.norm.rpartition(".")[2]]
+                norm = getattr(module, self.site.norm.rpartition(".")[2])
                 h, tapped = _around_norm(form, adapter, h, x, tapped, norm)
             else:
                 x = tapped

@@ -1,6 +1,7 @@
 """Bottleneck adapters, as ``attach`` drives them: holders beside the model's modules, called by hooks."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,10 +11,12 @@ from ..nn.base_layer import HALF
 from ..nn.bottleneck import BottleneckAdapter
 from .adapterhub_files import read_hub_tensors, write_hub
 from .adapterhub_format import from_hub, keys_from_hub, keys_to_hub, to_hub, why_not
+from .attachment import attachment_of
 from .bottleneck import Bottleneck
 from .bottleneck_files import PEFT_TYPE, own_config, own_fields
 from .bottleneck_holder import Bottlenecks, form_at
 from .bottleneck_sites import Site, sites
+from .bypasses import restore_bypasses, stop_bypasses
 from .files import read_safetensors, write_json, write_tensors
 from .method import Method
 from .peft_files import CONFIG, WEIGHTS
@@ -21,14 +24,25 @@ from .peft_files import CONFIG, WEIGHTS
 Plan = tuple[Bottleneck, list[Site]]
 
 
-class BottleneckMethod(Method):
-    """The record is the list of holders, in the model's order."""
+@dataclass
+class BottleneckRecord:
+    """What was added to a model.
 
+    Attributes:
+        holders: in the order in which they were made.
+        attributes: (path, attribute, value) that were set to keep PyTorch from computing past the hooks.
+    """
+
+    holders: list[Bottlenecks] = field(default_factory=list)
+    attributes: list[tuple[str, str, object]] = field(default_factory=list)
+
+
+class BottleneckMethod(Method):
     name, config, title = "bottleneck", Bottleneck, "a bottleneck adapter"
     unmergeable = "it is not linear"
 
-    def new_record(self) -> list[Bottlenecks]:
-        return []
+    def new_record(self) -> BottleneckRecord:
+        return BottleneckRecord()
 
     def resolve(self, op: str, model: nn.Module, config: Bottleneck, name: str, strict: bool = True) -> Plan:
         found = sites(op, model, config)
@@ -45,48 +59,51 @@ class BottleneckMethod(Method):
 
     def apply(self, model: nn.Module, plan: Plan, name: str) -> None:
         config, found = plan
-        record = self.record(model)
-        self.lift(model)
+        holders = self.record(model).holders
+        _refuse_copies(model, found)
         built = []
         for site in found:
             kind, form = form_at(site, config)
             built.append((site, kind, form, _build(model, site, config)))
         for site, kind, form, adapter in built:
-            holder = next((h for h in record if h.site.path == site.path and h.kind == kind), None)
+            holder = next((h for h in holders if h.site.path == site.path and h.kind == kind), None)
             if holder is None:
                 holder = Bottlenecks(site, kind).train(adapter.training)
-                record.append(holder)
+                holders.append(holder)
             holder.adapters[name], holder.forms[name] = adapter, form
 
     def lift(self, model: nn.Module) -> None:
-        for holder in self.record(model):
+        record = self.record(model)
+        for holder in record.holders:
             holder.take_down(model)
+        restore_bypasses(model, record.attributes)
 
     def settle(self, model: nn.Module) -> None:
         self.lift(model)
-        for holder in self.record(model):
+        record = self.record(model)
+        for holder in record.holders:
             holder.put_up(model)
+        stop_bypasses(model, record.attributes, lambda module: isinstance(module, Bottlenecks))
 
     def discard(self, model: nn.Module, name: str) -> None:
-        record = self.record(model)
-        self.lift(model)
-        for holder in list(record):
+        holders = self.record(model).holders
+        for holder in list(holders):
             if name in holder.adapters:
                 del holder.adapters[name], holder.forms[name]
             if not len(holder.adapters):
-                record.remove(holder)
+                holders.remove(holder)
 
     def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
-        self.lift(model)
+        """``lift`` has done it."""
 
     def set_active(self, model: nn.Module, names: Sequence[str], trainable: bool = True) -> None:
-        for holder in self.record(model):
+        for holder in self.record(model).holders:
             holder.active = tuple(name for name in names if name in holder.adapters)
             for name, adapter in holder.adapters.items():
                 adapter.requires_grad_(trainable and name in holder.active)
 
     def disable(self, model: nn.Module) -> Callable[[], None]:
-        holders = [holder for holder in self.record(model) if not holder.disabled]
+        holders = [holder for holder in self.record(model).holders if not holder.disabled]
 
         def switch(disabled: bool) -> None:
             for holder in holders:
@@ -98,7 +115,7 @@ class BottleneckMethod(Method):
     def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         return {
             f"{holder.site.path}.{key}": parameter
-            for holder in self.record(model)
+            for holder in self.record(model).holders
             if name in holder.adapters
             for key, parameter in holder.adapters[name].named_parameters()
         }
@@ -124,12 +141,21 @@ class BottleneckMethod(Method):
 
     def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
         config = self.configs(model)[name]
-        found = [holder.site for holder in self.record(model) if name in holder.adapters]
+        found = [holder.site for holder in self.record(model).holders if name in holder.adapters]
         if why_not(config, found) is None:
             write_hub(op, directory, keys_to_hub(tensors, found, name), to_hub(config, found, model, name))
         else:
             write_tensors(op, directory / WEIGHTS, tensors)
             write_json(directory / CONFIG, own_fields(config, [site.path for site in found]))
+
+
+def _refuse_copies(model: nn.Module, found: list[Site]) -> None:
+    state = attachment_of(model)
+    inside = tuple(f"{path}." for path in state.copies)
+    for site in found:
+        for path in (site.path, site.stream, site.norm):
+            if path is not None and path.startswith(inside or ("\0",)):
+                raise ValueError(f"attach: {path} is inside a module of modules_to_save, expected one or the other")
 
 
 def _build(model: nn.Module, site: Site, config: Bottleneck) -> BottleneckAdapter:

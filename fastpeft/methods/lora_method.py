@@ -9,7 +9,8 @@ from ..nn.base_layer import is_conv1d
 from ..nn.lora import LoraLinear
 from ..nn.sharing import share_inputs, unshare_inputs
 from ..nn.trained_copy import TrainedCopy
-from .attachment import attachment_of, original_names, replace_module, set_attribute
+from .attachment import attachment_of, original_names, replace_module
+from .bypasses import restore_bypasses, stop_bypasses
 from .files import write_json, write_tensors
 from .lora import Lora
 from .lora_record import LoraRecord, bias_key, is_bias, note_biases, switch_biases
@@ -39,7 +40,12 @@ class LoraMethod(Method):
                 raise ValueError(
                     f"{op}: adapter {biased[0]!r} trains the model's biases, expected bias='none' with two adapters"
                 )
-        return config, resolve(op, model, config, strict)
+        targets = resolve(op, model, config, strict)
+        for path in targets.copies:
+            for inner, module in model.get_submodule(path).named_modules():
+                if getattr(type(module), "fastpeft_added", False) and not inner.startswith("fastpeft_"):
+                    raise ValueError(f"{op}: modules_to_save names {path}, but an adapter was added to a module inside")
+        return config, targets
 
     def apply(self, model: nn.Module, plan: tuple[Lora, Targets], name: str) -> None:
         (config, targets), record = plan, self.record(model)
@@ -58,7 +64,7 @@ class LoraMethod(Method):
                 if isinstance(module, LoraLinear):
                     module.set_adapter([])
         note_biases(model, record, config)
-        _stop_bypasses(model, record)
+        stop_bypasses(model, record.attributes, lambda module: isinstance(module, LoraLinear))
         _share_inputs(model, self.configs(model))
 
     def discard(self, model: nn.Module, name: str) -> None:
@@ -89,9 +95,7 @@ class LoraMethod(Method):
             module = model.get_submodule(path)
             kept = module.copies[module.active] if keep_merged and module.active else module.original_module
             replace_module(model, path, kept)
-        for path, attribute, value in record.attributes:
-            setattr(model.get_submodule(path), attribute, value)
-        record.attributes.clear()
+        restore_bypasses(model, record.attributes)
         unshare_inputs(model)
 
     def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:
@@ -269,14 +273,3 @@ def _share_inputs(model: nn.Module, configs: Mapping[str, Lora]) -> None:
     unshare_inputs(model)
     if all(config.share_inputs for config in configs.values()):
         share_inputs(model, lambda module: isinstance(module, LoraLinear))
-
-
-def _stop_bypasses(model: nn.Module, record: LoraRecord) -> None:
-    """PyTorch's fused inference of nn.TransformerEncoderLayer reads ``linear1.weight`` without calling the module."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(child, LoraLinear) for child in module.children()
-        ):
-            set_attribute(record.attributes, path, module, "activation_relu_or_gelu", 0)
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, LoraLinear) for m in module.modules()):
-            set_attribute(record.attributes, path, module, "use_nested_tensor", False)

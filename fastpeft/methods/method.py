@@ -68,7 +68,7 @@ class Method:
         raise NotImplementedError
 
     def discard(self, model: nn.Module, name: str) -> None:
-        """Take one adapter off, also half an adapter that ``apply`` left when it raised."""
+        """Take one adapter off after ``lift``, also half an adapter that ``apply`` left when it raised."""
         raise NotImplementedError
 
     def lift(self, model: nn.Module) -> None:
@@ -78,7 +78,8 @@ class Method:
         """Put right what depends on which module now stands at a path (hooks)."""
 
     def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
-        """Take everything off: the modules, values and attributes that were there. requires_grad is not its concern."""
+        """Take everything off after ``lift``: the modules, values and attributes that were there are there again.
+        requires_grad is not its concern."""
         raise NotImplementedError
 
     def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:
