@@ -1,0 +1,171 @@
+"""Attention to a shared prefix, merged by log-sum-exp: against attention to rows that have their prefix in front."""
+
+import pytest
+import torch
+from backends import DEVICE, FP16, FP32, FP64
+
+from fastpeft.nn import prefix_attention as module
+from fastpeft.nn.prefix_attention import prefix_attention
+from fastpeft.testing import assert_no_worse
+
+B, H, T, D = 3, 4, 6, 8
+LENGTHS = (5, 2)
+ALL, SOME, APART = "all rows", "two rows", "a different one each"
+MASKS = ("none", "causal", "bool", "added")
+
+
+@pytest.fixture(params=["flash", "scores"])
+def way(request, monkeypatch):
+    """PyTorch's attention for CPUs, and scores that are computed twice, which is what runs elsewhere."""
+    if request.param == "scores":
+        monkeypatch.setattr(module, "_flash", lambda q, k, v: False)
+    elif DEVICE.type == "cuda":
+        pytest.skip("that attention is a CPU's")
+    return request.param
+
+
+def operands(dtype=FP64, heads=2, keys=7, who=ALL, mask="none", T=T, D=D):
+    generator = torch.Generator().manual_seed(0)
+
+    def new(*size):
+        drawn = torch.randn(size, generator=generator, dtype=FP64)
+        return drawn.to(DEVICE, dtype).requires_grad_()
+
+    rows = {ALL: [None], SOME: [[0, 2]], APART: [[2], [1]]}[who]
+    rows = [None if which is None else torch.tensor(which, device=DEVICE) for which in rows]
+    prefixes = [(new(heads, p, D), new(heads, p, D), which) for p, which in zip(LENGTHS, rows, strict=False)]
+    sees = torch.rand(B, 1, T, keys, generator=generator) > 0.4
+    sees[:, :, :, 0] = True
+    if who == ALL:
+        sees[0, 0, 1] = False  # a query that sees the prefix alone
+    added = torch.randn(B, 1, T, keys, generator=generator, dtype=FP64).to(dtype)
+    mask_ = {"bool": sees.to(DEVICE), "added": added.to(DEVICE)}.get(mask)
+    return new(B, H, T, D), new(B, heads, keys, D), new(B, heads, keys, D), prefixes, mask_, mask == "causal", 0.3
+
+
+def in_front(q, k, v, prefixes, mask, causal, scale, dropout=0.0):
+    """The definition, and what PEFT computes: every row gets a copy of its prefix."""
+    outs = []
+    for b in range(len(q)):
+        keys, values = k[b], v[b]
+        score = torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype, device=q.device)
+        if mask is not None:
+            row = mask[b, 0]
+            score = torch.where(row, 0.0, -torch.inf).to(q.dtype) if row.dtype == torch.bool else score + row
+        if causal:
+            score = score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), -torch.inf)
+        for key, value, rows in prefixes:
+            if rows is None or b in rows.tolist():
+                keys, values = torch.cat([key, keys], 1), torch.cat([value, values], 1)
+                score = torch.cat([score.new_zeros(len(score), key.shape[1]), score], 1)
+        groups = q.shape[1] // k.shape[1]
+        keys, values = keys.repeat_interleave(groups, 0), values.repeat_interleave(groups, 0)
+        outs.append((q[b] @ keys.mT * scale + score).softmax(-1) @ values)
+    return torch.stack(outs)
+
+
+def copied(q, k, v, prefixes, mask, causal, scale):
+    ((key, value, _),) = prefixes
+    groups = q.shape[1] // k.shape[1]
+    k, v = (
+        torch.cat([t[None].expand(len(q), -1, -1, -1), own], 2).repeat_interleave(groups, 1)
+        for t, own in ((key, k), (value, v))
+    )
+    if mask is not None:
+        mask = torch.cat([mask.new_ones(*mask.shape[:3], key.shape[1]), mask], 3)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+def solve(function, args, grad):
+    leaves = [*args[:3], *(t for prefix in args[3] for t in prefix[:2])]
+    out = function(*args)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("who", [ALL, SOME, APART])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_equals_a_prefix_in_front(way, heads, who, mask):
+    args = operands(FP64, heads, T if mask == "causal" else 7, who, mask)
+    grad = torch.randn(B, H, T, D, dtype=FP64, device=DEVICE)
+    for found, wanted in zip(solve(prefix_attention, args, grad), solve(in_front, args, grad), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("who", [ALL, APART])
+def test_dropout_near_0_is_none(who, mask):
+    """Scores are written out for dropout; here so little of it that the difference cannot be seen."""
+    args = operands(FP64, 2, T if mask == "causal" else 7, who, mask)
+    grad = torch.randn(B, H, T, D, dtype=FP64, device=DEVICE)
+    found = solve(lambda *given: prefix_attention(*given, dropout=1e-13), args, grad)
+    for one, wanted in zip(found, solve(in_front, args, grad), strict=True):
+        torch.testing.assert_close(one, wanted)
+
+
+def test_dropout_drops_and_keeps_the_mean():
+    args = operands(FP64)
+    torch.manual_seed(0)
+    drawn = torch.stack([prefix_attention(*args, dropout=0.5).detach() for _ in range(400)])
+    assert not torch.equal(drawn[0], drawn[1])
+    spread = drawn.std(0) / 400**0.5
+    assert ((drawn.mean(0) - prefix_attention(*args)).abs() < 5 * spread).all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+@pytest.mark.parametrize("mask", ["none", "bool"])
+def test_error_against_float64(way, dtype, mask, record_property):
+    """Eager is PyTorch's attention to rows with a copy of the prefix each, as PEFT has them."""
+    args = operands(dtype, mask=mask, keys=48, T=48, D=64)
+    grad = torch.randn_like(args[0])
+    wide = [t.detach().double().requires_grad_() for t in args[:3]]
+    prefixes = [(k.detach().double().requires_grad_(), v.detach().double().requires_grad_(), w) for k, v, w in args[3]]
+    exact = solve(in_front, (*wide, prefixes, *args[4:]), grad.double())
+    eager, found = solve(copied, args, grad), solve(prefix_attention, args, grad)
+    for name, *three in zip(("out", "dq", "dk", "dv", "dprefix k", "dprefix v"), found, eager, exact, strict=True):
+        ratios = assert_no_worse(*three, name)
+        record_property("ratio", f"{ratios.max:5.2f} {ratios.rms:5.2f}  {name}")
+
+
+def test_gradcheck(way):
+    q, k, v, prefixes, mask, causal, scale = operands(FP64, mask="bool")
+    flat = [t for prefix in prefixes for t in prefix[:2]]
+
+    def function(q, k, v, *flat):
+        pairs = [(flat[2 * i], flat[2 * i + 1], which) for i, (*_, which) in enumerate(prefixes)]
+        return prefix_attention(q, k, v, pairs, mask, causal, scale)
+
+    assert torch.autograd.gradcheck(function, (q, k, v, *flat), fast_mode=True)
+
+
+def test_keeps_no_copy_of_the_prefix_and_no_scores(way):
+    """Saved: the inputs, O and L; PEFT's way keeps keys and values with a copy of the prefix for every row."""
+    args, kept = operands(FP32), {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = prefix_attention(*args)
+    inputs = [*args[:3], *args[3][0][:2]]
+    lse = 4 * B * H * T
+    assert sum(kept.values()) == sum(t.untyped_storage().nbytes() for t in [*inputs, out]) + lse
+
+
+def test_fewer_gradients_than_inputs(way):
+    q, k, v, prefixes, *rest = operands(FP32)
+    out = prefix_attention(q.detach(), k.detach(), v.detach(), prefixes, *rest)
+    alone = torch.autograd.grad(out.sum(), prefixes[0][:2])
+    out = prefix_attention(q, k, v, prefixes, *rest)
+    for one, two in zip(alone, torch.autograd.grad(out.sum(), prefixes[0][:2]), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_strides_and_a_gradient_that_is_expanded(way):
+    args = operands(FP64)
+    moved = [t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in args[:3]]
+    grad = torch.ones((), dtype=FP64, device=DEVICE).expand(B, H, T, D)
+    found = solve(prefix_attention, (*moved, *args[3:]), grad)
+    for one, wanted in zip(found, solve(in_front, args, grad.contiguous()), strict=True):
+        torch.testing.assert_close(one, wanted)
