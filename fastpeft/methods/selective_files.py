@@ -48,7 +48,9 @@ def write(op: str, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], 
     write_json(directory / CONFIG, fields)
 
 
-def read(op: str, directory: str | os.PathLike, fields: Mapping | None = None) -> tuple[Selective, dict[str, Tensor]]:
+def read(
+    op: str, model: nn.Module, directory: str | os.PathLike, fields: Mapping | None = None
+) -> tuple[Selective, dict[str, Tensor]]:
     """The explicit config and the tensors of a checkpoint of ours or of PEFT's two.
 
     Raises:
@@ -66,7 +68,7 @@ def read(op: str, directory: str | os.PathLike, fields: Mapping | None = None) -
     try:
         if kind == OWN:
             return Selective(**{name: fields[name] for name in _FIELDS if fields.get(name)}), tensors
-        return _from_tokens(op, fields, tensors) if kind == TOKENS else _from_norms(op, tensors)
+        return _from_tokens(model, fields, tensors) if kind == TOKENS else _from_norms(tensors)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{op}: {directory / CONFIG} is no selection ({error})") from None
 
@@ -81,7 +83,7 @@ def load_selective(model: nn.Module, directory: str | os.PathLike) -> Selection:
         ValueError: a pickled, truncated or foreign file, or one for another model, with the keys and shapes that
             differ; nothing has been changed then. ImportError: safetensors is missing.
     """
-    config, tensors = read("load_selective", directory)
+    config, tensors = read("load_selective", model, directory)
     selection = select(model, **{name: getattr(config, name) for name in _FIELDS})
     try:
         fill("load_selective", directory, dict(selection.named_parameters()), tensors)
@@ -131,10 +133,14 @@ def _as_peft(model: nn.Module, plan: Plan) -> tuple[dict | None, dict[str, str]]
     return {"peft_type": NORMS, "target_modules": paths}, renamed
 
 
-def _from_tokens(op: str, fields: Mapping, tensors: Mapping[str, Tensor]) -> tuple[Selective, dict[str, Tensor]]:
-    ids, found, tables = fields.get("token_indices"), {}, {}
+def _from_tokens(
+    model: nn.Module, fields: Mapping, tensors: Mapping[str, Tensor]
+) -> tuple[Selective, dict[str, Tensor]]:
+    ids, found, tables, modules = fields.get("token_indices"), {}, {}, own_modules(model)
     for key, rows in tensors.items():
         path, _, end = key.rpartition(".")
+        if isinstance(modules.get(path), nn.Linear):
+            continue  # tied to the embedding, whose rows PEFT writes twice
         numbers = ids.get(path.rpartition(".")[2], ids.get(path)) if isinstance(ids, Mapping) else ids
         if end != _DELTA or not isinstance(numbers, list) or len(numbers) != len(rows):
             raise ValueError(f"{key} is no {_DELTA} of the {len(numbers or ())} token_indices")
@@ -143,7 +149,7 @@ def _from_tokens(op: str, fields: Mapping, tensors: Mapping[str, Tensor]) -> tup
     return Selective(tokens=tables), found
 
 
-def _from_norms(op: str, tensors: Mapping[str, Tensor]) -> tuple[Selective, dict[str, Tensor]]:
+def _from_norms(tensors: Mapping[str, Tensor]) -> tuple[Selective, dict[str, Tensor]]:
     found = {}
     for key, tensor in tensors.items():
         parts = key.split(".")

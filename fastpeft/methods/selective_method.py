@@ -97,7 +97,7 @@ class SelectiveMethod(Method):
         return fields.get("peft_type") in (files.OWN, files.TOKENS, files.NORMS)
 
     def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Selective, dict[str, Tensor]]:
-        return files.read(op, directory, fields)
+        return files.read(op, model, directory, fields)
 
     def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
         files.write(op, model, self.record(model).changes[name].plan, tensors, directory)
