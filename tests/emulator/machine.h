@@ -8,6 +8,7 @@
 //   wgmma         through its shared-memory descriptors, both operand orders; done as late as wait_group allows
 //   mma.sync, stmatrix, named barriers, clusters, distributed shared memory, setmaxnreg's register budget
 //   proxy fence   shared memory written by stmatrix and stored by TMA without fence.proxy.async is a fault
+//   griddepcontrol  the kernel ahead is over only when all threads wait for it
 //   residency     run_grid can keep most clusters waiting until the first have left (`resident`)
 //
 // Assumed:
@@ -121,9 +122,11 @@ struct Settings {
   uint64_t seed = 1;           // of the order in which threads and copies run
   size_t resident = SIZE_MAX;  // how many clusters the machine holds at a time
   int clusters = 2;            // how many it says it holds
-  std::function<void()> kernel_ahead;  // runs once, when the first thread waits for the kernels before
+  std::function<void()> kernel_ahead;  // of the next grid; is over only when all threads wait for it
 };
 inline Settings settings;
+inline size_t waiting_for_ahead = 0;
+inline Queue behind;  // who waits for the kernel ahead
 
 inline Thread& self() { return *static_cast<Thread*>(scheduler.current->user); }
 
@@ -267,6 +270,8 @@ template <class Kernel, class... Args>
 void run_grid(Kernel kernel, Index blocks, uint32_t cluster, uint32_t threads, size_t bytes, Args... args) {
   Unseen unseen;
   scheduler = Scheduler{};
+  waiting_for_ahead = 0;
+  behind.clear();
   scheduler.seed = settings.seed * 0x9E3779B97F4A7C15 | 1;
   grid = Grid{blocks, {threads, 1, 1}, {}};
   const uint32_t total = blocks.x * blocks.y * blocks.z;
