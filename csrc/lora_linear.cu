@@ -1,4 +1,6 @@
 // Launchers of lora_linear.cuh: checks, tensor maps, the size of the grid.
+#include <atomic>
+
 #include "common.cuh"
 #include "lora_linear.cuh"
 #include "lora_linear.h"
@@ -52,7 +54,7 @@ int check_sizes(int64_t M, int64_t N, int64_t K, int64_t R, int64_t contraction,
 template <class... Parameters>
 int active_clusters(void (*kernel)(Parameters...), int shared, int* clusters) {
   constexpr int DEVICES = 64;
-  static int known[DEVICES] = {};  // a race would write the same number twice
+  static std::atomic<int> known[DEVICES] = {};
   int device = 0;
   if (int failed = fastpeft::check(cudaGetDevice(&device), "current device")) return failed;
   if (device < DEVICES && known[device]) return *clusters = known[device], OK;

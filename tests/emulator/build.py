@@ -1,8 +1,11 @@
 """Compiles CUDA sources of csrc/ for the emulator: g++ and CUDA's headers, no nvcc and no GPU."""
 
+import atexit
+import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -35,6 +38,14 @@ def build(source: Path, output: Path, *flags: str) -> Path:
     if done.returncode:
         raise RuntimeError(f"g++ {source.name}:\n{done.stderr[:4000]}")
     return output
+
+
+@functools.cache
+def library(name: str) -> Path:
+    """The launchers of ``csrc/<name>.cu`` as a shared library, built once for each process."""
+    folder = tempfile.mkdtemp(prefix="fastpeft-emulated-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return build(CSRC / f"{name}.cu", Path(folder) / f"{name}.so", "-shared", "-fPIC")
 
 
 def run(program: Path, seconds: int = 120) -> subprocess.CompletedProcess:

@@ -100,6 +100,7 @@ using Queue = std::vector<Fiber*>;
 struct Scheduler {
   std::vector<Fiber*> ready;
   std::vector<std::function<void()>> pending;  // asynchronous copies; done in any order, at any time
+  std::vector<std::function<void()>> late;     // those that are done only when nobody can go on without them
   Fiber* current = nullptr;
   size_t alive = 0, idle = 0;
   std::string fault;
@@ -166,6 +167,18 @@ void wait_until(Queue& queue, const char* what, Condition condition) {
   }
 }
 
+/// Work that will be done some time; half of it as late as possible.
+inline void do_later(std::function<void()> work) {
+  (scheduler.draw(2) ? scheduler.pending : scheduler.late).push_back(std::move(work));
+}
+
+inline void do_one(std::vector<std::function<void()>>& works) {
+  std::swap(works[scheduler.draw(works.size())], works.back());
+  auto work = std::move(works.back());
+  works.pop_back();
+  work();
+}
+
 /// For a loop that polls: others run first. Where everybody polls for long, nothing will ever change.
 inline void yield() {
   if (++scheduler.idle > 200000) throw Fault("livelock: every thread polls, and nothing changes");
@@ -173,7 +186,8 @@ inline void yield() {
   suspend();
 }
 
-/// Runs fibers and asynchronous work in random order; `refill` may start more when fewer are alive.
+/// Runs fibers and asynchronous work in random order; `refill` may start more when fewer are alive. Every other time the
+/// fiber that became ready last goes on, so that some get far ahead of the others.
 template <class Refill, class Describe>
 void run_all(Refill refill, Describe describe) {
   auto& s = scheduler;
@@ -181,14 +195,15 @@ void run_all(Refill refill, Describe describe) {
   for (;;) {
     refill();
     if (!s.pending.empty() && (s.ready.empty() || s.draw(8) == 0)) {
-      std::swap(s.pending[s.draw(s.pending.size())], s.pending.back());
-      auto work = std::move(s.pending.back());
-      s.pending.pop_back();
-      work();
+      do_one(s.pending);
       continue;
     }
-    if (s.ready.empty()) break;
-    std::swap(s.ready[s.draw(s.ready.size())], s.ready.back());
+    if (s.ready.empty() && s.late.empty()) break;
+    if (s.ready.empty()) {
+      do_one(s.late);
+      continue;
+    }
+    if (s.draw(2)) std::swap(s.ready[s.draw(s.ready.size())], s.ready.back());
     s.current = s.ready.back();
     s.ready.pop_back();
     tsan_switch(s.current->tsan);

@@ -1,20 +1,24 @@
 """The launchers of csrc/lora_linear.cu, run on the emulated GPU, on CPU tensors that lie between guard bands."""
 
 import ctypes
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from . import build
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 ROWS, LEFT, RIGHT = 3, 8, 8  # the widths of the guard bands
 
 
 class Guarded:
-    """A matrix as TMA wants it, rows at multiples of 16 bytes, with NaN around it."""
+    """A copy as TMA wants it, rows at multiples of 16 bytes, NaN around it. Rows too far apart stay as they are."""
 
     def __init__(self, value: Tensor):
         rows, columns = value.shape
+        if value.stride(0) > 2**30:
+            self.view, self.buffer, self.before = value, value, value.clone()
+            return
         self.buffer = value.new_full((rows + 2 * ROWS, LEFT + -(-columns // 8) * 8 + RIGHT), torch.nan)
         self.view = self.buffer[ROWS : ROWS + rows, LEFT : LEFT + columns]
         self.view.copy_(value)
@@ -34,8 +38,8 @@ class Guarded:
 class Launchers:
     """Each method allocates its outputs, full of NaN, and returns them. A launch that fails raises RuntimeError."""
 
-    def __init__(self, library: Path):
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self):
+        self.library = ctypes.CDLL(str(build.library("lora_linear")))
         self.library.emulator_error_text.restype = ctypes.c_char_p
         self.library.fastpeft_lora_linear_workspace.restype = ctypes.c_int64
         self.set()

@@ -18,7 +18,7 @@ int main(int count, char** arguments) {
   if (!code)
     code = fastpeft_lora_linear_backward(y.data(), N, w.data(), K, s.data(), S, a.data(), K, dx.data(), K, M, N, K, R,
                                          &seed, 6554, 1.f, 0, 1, nullptr);
-  emulator_set(2, 2, 0);
+  emulator_set(2, 1, 0);
   if (!code)
     code = fastpeft_lora_linear_down(x.data(), K, w.data(), K, a.data(), K, b.data(), R, nullptr, s.data(), S, y.data(),
                                      N, M, N, K, R, 1.f, &seed, 6554, 1.f, workspace.data(), 0, nullptr);

@@ -10,36 +10,42 @@ TESTS = (
     "tests/test_cuda_lora_linear.py::test_forward_exact",
     "tests/test_cuda_lora_linear.py::test_backward_exact",
     "tests/test_cuda_lora_linear.py::test_down_exact",
-    "tests/test_cuda_lora_linear.py::test_every_order_and_grid",
-    "tests/test_cuda_lora_linear.py::test_races",
+    "tests/test_cuda_lora_linear_edges.py::test_every_order_and_grid",
+    "tests/test_cuda_lora_linear_edges.py::test_races",
 )
 FORWARD, BACKWARD, DOWN, _, RACES = TESTS
 MASKED = "tests/test_cuda_lora_linear.py::test_backward_dropout_exact"
 MASK = "tests/test_cuda_lora_linear.py::test_backward_mask"
 DOWN_MASK = "tests/test_cuda_lora_linear.py::test_down_mask"
-RESIDENT = "tests/test_cuda_lora_linear.py::test_down_whoever_is_resident"
-REFUSED = "tests/test_cuda_lora_linear.py::test_refusals"
+RESIDENT = "tests/test_cuda_lora_linear_edges.py::test_down_whoever_is_resident"
+REFUSED = "tests/test_cuda_lora_linear_edges.py::test_refusals"
 
 MUTANTS = {
-    "csrc/lora_linear.cuh": {
-        "LBO and SBO swapped": ("(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32", "(stride >> 4) << 16 | static_cast<uint64_t>(leading >> 4) << 32"),
-        "empty counts one block": ("empty[stage], CONSUMERS * CLUSTER)", "empty[stage], CONSUMERS)"),
-        "x advances by half a step": ("x + step * (32 >> 4)", "x + step * (16 >> 4)"),
-        "n-major w advances by half a step": ("(N_MAJOR ? 16 * 128 : 32)", "(N_MAJOR ? 8 * 128 : 32)", BACKWARD),
-        "only the last step accumulates": ("accumulate || step > 0)", "accumulate || step > 1)"),
-        "staging without its swizzle": ("(j * 2 + lane / 16) ^ (row & 7)", "(j * 2 + lane / 16)"),
+    "csrc/lora_linear_tiles.cuh": {
         "too few bytes expected": ("(BLOCK_M + BLOCK_N) * BLOCK_K * 2", "(BLOCK_M + BLOCK_N / 2) * BLOCK_K * 2"),
+        "parity is not turned": ("      parity ^= 1;\n", ""),
+        "raster skips tiles": ("column = rest / height;", "column = rest / GROUP;"),
+        "raster of one height": ("height = min(GROUP, pairs - first);", "height = GROUP;"),
+    },
+    "csrc/lora_linear_produce.cuh": {
         "k not restarted": ("const int k = (i - before) * BLOCK_K;", "const int k = i * BLOCK_K;"),
         "low-rank tiles first in forward too": ("FORM == Form::FORWARD ? i >= tiles.base : i < tiles.low", "i < tiles.low"),
         "w's halves in one place": ("shared.w[ring.stage] + half * BLOCK_K, w", "shared.w[ring.stage], w"),
         "w sent to one block": ("k, n0 + half, 0b11)", "k, n0 + half, 1 << rank)"),
+        "fills a stage before it is empty": ("      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);\n", ""),
+        "S not waited for": ("        if (i == tiles.base) wait_for_down(p, m0);\n", "", DOWN),
+    },
+    "csrc/lora_linear_consume.cuh": {
+        "LBO and SBO swapped": ("(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32", "(stride >> 4) << 16 | static_cast<uint64_t>(leading >> 4) << 32"),
+        "x advances by half a step": ("x + step * (32 >> 4)", "x + step * (16 >> 4)"),
+        "n-major w advances by half a step": ("(N_MAJOR ? 16 * 128 : 32)", "(N_MAJOR ? 8 * 128 : 32)", BACKWARD),
+        "only the last step accumulates": ("accumulate || step > 0)", "accumulate || step > 1)"),
+        "staging without its swizzle": ("(j * 2 + lane / 16) ^ (row & 7)", "(j * 2 + lane / 16)"),
         "the stage before is not released": ("    if (previous >= 0) release(previous);\n", ""),
         "released while it is read": ("if (previous >= 0) release(previous);", "if (previous >= 0) release(ring.stage);", RACES),
         "waits for one product too few": ("    ptx::wgmma_wait<1>();\n", "    ptx::wgmma_wait<2>();\n", RACES),
         "the last stage is not released": ("    release(previous);\n    previous = -1;\n", "    previous = -1;\n"),
-        "fills a stage before it is empty": ("      ptx::mbarrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);\n", ""),
         "multiplies a stage before it is full": ("    ptx::mbarrier_wait(&shared.full[ring.stage], ring.parity);\n", ""),
-        "parity is not turned": ("      parity ^= 1;\n", ""),
         "last wgmma is not waited for": ("    ptx::wgmma_wait<0>();\n", "    ptx::wgmma_wait<1>();\n"),
         "bias in the wrong columns": ("const int c = column + half * 8 + odd;", "const int c = column + half * 4 + odd;"),
         "short tile too short": ("if (columns > 32) {", "if (columns > 33) {"),
@@ -48,9 +54,6 @@ MUTANTS = {
         "stored before all have written": ("      ptx::fence_async_shared();\n      ptx::barrier_sync(1 + index, 128);\n", "      ptx::fence_async_shared();\n"),
         "no proxy fence before the store": ("      ptx::fence_async_shared();\n", ""),
         "leaves with stores unread": ("  if (consumer.thread == 0) ptx::bulk_wait<0>();\n", ""),
-        "leaves before its peer is done": ("  ptx::cluster_sync();  // a block that leaves", "  // a block that leaves", RACES),
-        "raster skips tiles": ("column = rest / height;", "column = rest / GROUP;"),
-        "raster of one height": ("height = min(GROUP, pairs - first);", "height = GROUP;"),
         "second consumer reads the first's rows": ("shared.x[ring.stage] + index * 64 * BLOCK_K", "shared.x[ring.stage]"),
         "base product forgets the low-rank one": ("next_tile<BLOCK_K / 16>(masked_first);", "next_tile<BLOCK_K / 16>(false);", BACKWARD),
         "mask's bits overlap": ("mask.threshold) << (2 * j);", "mask.threshold) << j;", MASKED),
@@ -58,8 +61,9 @@ MUTANTS = {
         "mask of the block's first columns": ("const int pair = i * 16 + j, column = n0 + pair", "const int pair = i * 16 + j, column = pair", MASKED),
         "1 / (1 - p) dropped": ("acc[i] * inverse_keep", "acc[i]", MASKED),
         "a base tile under the mask": ("finish_tiles();\n      apply_mask", "finish_tiles();\n      next_tile<4>();\n      apply_mask", MASKED),
+    },
+    "csrc/lora_linear_down.cuh": {
         "S used one unit early": (".ready(m0 / BLOCK_M)) < units)", ".ready(m0 / BLOCK_M)) + 1 < units)", DOWN),
-        "S not waited for": ("        if (i == tiles.base) wait_for_down(p, m0);\n", "", DOWN),
         "counters left as they are": ("workspace.words[i] = 0;", "workspace.words[i] += 0;", DOWN),
         "counters reset by the first to leave": ("workspace.finished(), 1) + 1 < gridDim.x", "workspace.finished(), 1) > 0", DOWN),
         "rows of S past the end": ("if (row < p.M && r < p.R) rein", "if (r < p.R) rein", DOWN),
@@ -71,6 +75,10 @@ MUTANTS = {
         "x's mask from another column": ("keep_pair(key, k / 2 + i, threshold)", "keep_pair(key, k + i, threshold)", DOWN_MASK),
         "x's mask keeps the pair's other half": ("keep & 1 ? 0x0000ffffu", "keep & 2 ? 0x0000ffffu", DOWN_MASK),
         "a block waits for one that has not begun": ("  for (;;) {\n    uint32_t unit = lane ? 0 : ptx::fetch_add(workspace.next(), 1);\n", "  for (uint32_t unit = blockIdx.x * 3 + threadIdx.x / 32 - 1;; unit += gridDim.x * 3) {\n", RESIDENT),
+    },
+    "csrc/lora_linear.cuh": {
+        "empty counts one block": ("empty[stage], CONSUMERS * CLUSTER)", "empty[stage], CONSUMERS)"),
+        "leaves before its peer is done": ("  ptx::cluster_sync();  // a block that leaves", "  // a block that leaves", RACES),
         "more registers than there are": ("ptx::registers_increase<DOWN_RANKS ? 208 : 232>()", "ptx::registers_increase<DOWN_RANKS ? 224 : 240>()"),
     },
     "csrc/dropout.cuh": {
@@ -85,6 +93,6 @@ MUTANTS = {
         "grid of one block too many clusters": ("(clusters < tiles.count() ? clusters : tiles.count())", "tiles.count() / 2", FORWARD),
         "backward's sum not checked": ("check_sizes(M, N, K, R, N, 256)", "check_sizes(M, N, K, R, K, 256)", REFUSED),
         "rank not checked": ("if (R < 0 || R > max_rank) {", "if (R < 0) {", REFUSED),
-        "rows' stride not checked": ("if (m.stride % 8 || rein", "if (rein", "tests/test_cuda_lora_linear.py::test_refuses_unaligned_rows"),
+        "rows' stride not checked": ("if (m.stride % 8 || rein", "if (rein", "tests/test_cuda_lora_linear_edges.py::test_refuses_unaligned_rows"),
     },
 }

@@ -1,0 +1,176 @@
+// The consumers of lora_linear.cuh: two warpgroups that multiply, mask, add the bias, round and store.
+#pragma once
+#include "lora_linear_tiles.cuh"
+
+namespace lora_linear {
+
+/// wgmma's description of a tile in 128-byte swizzle. `leading`: from one 64-element block to the next along the major
+/// dimension where that is not k (else unused); `stride`: from one group of eight 128-byte lines to the next.
+__device__ __forceinline__ uint64_t descriptor(const void* tile, uint32_t leading, uint32_t stride) {
+  return static_cast<uint64_t>((ptx::shared_address(tile) & 0x3ffff) >> 4) |
+         static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 | 1ull << 62;
+}
+
+/// A consumer warpgroup: its 64 rows, its registers, its place in the ring.
+template <class T, class Config, Form FORM>
+struct Consumer {
+  static constexpr int N = Config::BLOCK_N;
+  Shared<T, Config>& shared;
+  const int index, thread;  // which consumer, which of its threads
+  Ring<Config> ring = {};
+  int previous = -1;  // the stage whose product may still be running
+  int buffer = 0;     // of the two staging buffers, the one to be used next
+  float acc[N / 2];
+
+  __device__ __forceinline__ Consumer(Shared<T, Config>& shared)
+      : shared(shared), index(threadIdx.x / 128 - 1), thread(threadIdx.x % 128) {}
+
+  /// acc (+)= the first 16 STEPS columns of the tiles in this stage.
+  template <int STEPS>
+  __device__ __forceinline__ void multiply(bool accumulate) {
+    constexpr bool N_MAJOR = FORM == Form::BACKWARD;
+    const uint64_t x = descriptor(shared.x[ring.stage] + index * 64 * BLOCK_K, 16, 1024);
+    const uint64_t w = descriptor(shared.w[ring.stage], N_MAJOR ? 64 * BLOCK_K * 2 : 16, 1024);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      ptx::Wgmma<T, N, N_MAJOR>::mma(acc, x + step * (32 >> 4), w + step * ((N_MAJOR ? 16 * 128 : 32) >> 4),
+                                     accumulate || step > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  /// Both blocks may fill the stage again.
+  __device__ __forceinline__ void release(int stage) {
+    if (thread < CLUSTER) ptx::mbarrier_arrive_cluster(&shared.empty[stage], thread);
+  }
+
+  /// The next tile of the ring: multiplies it while the one before may still run, then gives that one back.
+  template <int STEPS>
+  __device__ __forceinline__ void next_tile(bool accumulate = true) {
+    ptx::mbarrier_wait(&shared.full[ring.stage], ring.parity);
+    ptx::pin_registers(acc);
+    multiply<STEPS>(accumulate);
+    ptx::wgmma_wait<1>();
+    ptx::pin_registers(acc);
+    if (previous >= 0) release(previous);
+    previous = ring.stage;
+    ring.advance();
+  }
+
+  __device__ __forceinline__ void finish_tiles() {
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(acc);
+    release(previous);
+    previous = -1;
+  }
+
+  /// The last low-rank tile has 1 to 64 columns. As a template argument, because a loop would serialise wgmma.
+  __device__ __forceinline__ void short_tile(int columns, bool accumulate) {
+    if (columns > 48) {
+      next_tile<4>(accumulate);
+    } else if (columns > 32) {
+      next_tile<3>(accumulate);
+    } else if (columns > 16) {
+      next_tile<2>(accumulate);
+    } else {
+      next_tile<1>(accumulate);
+    }
+  }
+
+  /// Backward: the mask's bits of this thread's elements, two for each pair of columns.
+  __device__ __forceinline__ void draw_mask(uint32_t (&bits)[N / 64], const dropout::Mask& mask, int m0, int n0) {
+    const int row = m0 + thread / 32 * 16 + thread % 32 / 4;
+    const dropout::RowKey keys[2] = {dropout::row_key(*mask.seed, row), dropout::row_key(*mask.seed, row + 8)};
+#pragma unroll
+    for (int i = 0; i < N / 64; ++i) {
+      bits[i] = 0;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        const int pair = i * 16 + j, column = n0 + pair / 2 * 8 + thread % 4 * 2;
+        bits[i] |= dropout::keep_pair(keys[pair % 2], column / 2, mask.threshold) << (2 * j);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void apply_mask(const uint32_t (&bits)[N / 64], float inverse_keep) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) acc[i] = bits[i / 32] >> (i % 32) & 1 ? acc[i] * inverse_keep : 0.f;
+  }
+
+  /// The low-rank product alone, masked.
+  __device__ __forceinline__ void low_rank_backward(const Params<T>& p, int low, int m0, int n0) {
+#pragma unroll 1
+    for (int i = 0; i < low - 1; ++i) next_tile<BLOCK_K / 16>(i > 0);
+    short_tile(p.R - (low - 1) * BLOCK_K, low > 1);
+    if (p.mask.threshold) {
+      uint32_t bits[N / 64];
+      draw_mask(bits, p.mask, m0, n0);
+      finish_tiles();
+      apply_mask(bits, p.inverse_keep);
+    }
+  }
+
+  __device__ __forceinline__ void add_bias(const T* bias, int column, int end, float* a) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // a holds columns c, c + 1 of two rows, then c + 8, c + 9 of the two
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const int c = column + half * 8 + odd;
+        const float value = c < end ? static_cast<float>(bias[c]) : 0.f;
+        a[half * 4 + odd] += value;
+        a[half * 4 + 2 + odd] += value;
+      }
+    }
+  }
+
+  /// Rounds, and stores 64 columns at a time through the staging buffers: one fills while TMA empties the other.
+  __device__ __forceinline__ void store(const Maps& maps, const Params<T>& p, int m0, int n0) {
+    const int lane = thread % 32, row = thread / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int chunk = 0; chunk < N / 64; ++chunk) {
+      T* staging = shared.out[index][buffer];
+      if (thread == 0) ptx::bulk_wait_read<1>();  // the store before the last one, from this buffer, has read it
+      ptx::barrier_sync(1 + index, 128);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float* a = acc + chunk * 32 + j * 8;
+        if (p.bias) add_bias(p.bias, n0 + chunk * 64 + j * 16 + lane % 4 * 2, p.N, a);
+        const int line = (j * 2 + lane / 16) ^ (row & 7);  // the swizzle: 16-byte units of a row, permuted by the row
+        ptx::stmatrix_x4(staging + row * 64 + line * 8, ptx::pack<T>(a[0], a[1]), ptx::pack<T>(a[2], a[3]),
+                         ptx::pack<T>(a[4], a[5]), ptx::pack<T>(a[6], a[7]));
+      }
+      ptx::fence_async_shared();
+      ptx::barrier_sync(1 + index, 128);
+      if (thread == 0) {
+        ptx::tma_store(&maps.out, staging, n0 + chunk * 64, m0);
+        ptx::bulk_commit();
+      }
+      buffer ^= 1;
+    }
+  }
+};
+
+template <class T, class Config, Form FORM>
+__device__ __forceinline__ void consume(Shared<T, Config>& shared, const Maps& maps, const Params<T>& p) {
+  const Tiles tiles = Tiles::of<Config>(p);
+  Consumer<T, Config, FORM> consumer(shared);
+  for (int tile = blockIdx.x / CLUSTER; tile < tiles.count(); tile += gridDim.x / CLUSTER) {
+    int pair, column;
+    tiles.locate(tile, pair, column);
+    const int m0 = (pair * CLUSTER + ptx::cluster_rank()) * BLOCK_M + consumer.index * 64;
+    const int n0 = column * Config::BLOCK_N;
+    const bool masked_first = FORM == Form::BACKWARD && tiles.low;
+    if (masked_first) consumer.low_rank_backward(p, tiles.low, m0, n0);
+    consumer.template next_tile<BLOCK_K / 16>(masked_first);
+    const int full = tiles.base + (FORM == Form::FORWARD && tiles.low ? tiles.low - 1 : 0);
+#pragma unroll 1
+    for (int i = 1; i < full; ++i) consumer.template next_tile<BLOCK_K / 16>();
+    if (FORM == Form::FORWARD && tiles.low) consumer.short_tile(p.R - (tiles.low - 1) * BLOCK_K, true);
+    consumer.finish_tiles();
+    consumer.store(maps, p, m0, n0);
+  }
+  if (consumer.thread == 0) ptx::bulk_wait<0>();
+}
+
+}  // namespace lora_linear
