@@ -1,4 +1,4 @@
-"""fastpeft env | check | serve | demo | bench.
+"""fastpeft env | check | inspect | convert | serve | demo | bench.
 
 Nothing is imported before a command needs it: ``env`` must say what is wrong with an installation, not fall over it.
 """
@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("env", help="versions, devices, backends, variables: paste it into a bug report")
     check = commands.add_parser("check", help="run every op on your device against the reference; exit code 1 on error")
     check.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    _add_checkpoints(commands)
     _add_serve(commands)
     demo = "fine-tune a small encoder with LoRA; --serve: serve several adapters in one batch"
     for name, what in (("demo", demo), ("bench", "time every op beside its peers")):
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if arguments.command == "serve":
         return _serve(arguments)
+    if arguments.command in ("inspect", "convert"):
+        return _inspect(arguments.directory) if arguments.command == "inspect" else _convert(arguments)
     return _env() if arguments.command == "env" else _check(arguments.device)
 
 
@@ -49,6 +52,40 @@ def _from_checkout(part: str, *command: str) -> int:
     return subprocess.call(
         [sys.executable, *(word.format(path=path) if "{path}" in word else word for word in command)]
     )
+
+
+def _add_checkpoints(commands) -> None:
+    what = "what an adapter's checkpoint is, what serves it, what is wrong with it; exit code 1 if something is"
+    inspect = commands.add_parser("inspect", help=what, description=what[0].upper() + what[1:] + ".")
+    inspect.add_argument("directory", metavar="DIR", help="a checkpoint of PEFT, AdapterHub or fastpeft, or several")
+    what = "write an adapter's checkpoint in another library's format; no model is needed"
+    convert = commands.add_parser("convert", help=what, description=what[0].upper() + what[1:] + ".")
+    convert.add_argument("source", metavar="SRC")
+    convert.add_argument("destination", metavar="DST", help="a folder without a checkpoint")
+    convert.add_argument("--to", required=True, choices=("peft", "adapters", "fastpeft"))
+
+
+def _inspect(directory: str) -> int:
+    from .methods.inspection import inspect_checkpoints
+
+    try:
+        found = inspect_checkpoints(directory)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"fastpeft {error}", file=sys.stderr)
+        return 2
+    print("\n\n".join(map(str, found)))
+    return 1 if any(inspection.problems for inspection in found) else 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .methods.conversion import convert
+
+    try:
+        print(convert(options.source, options.destination, options.to))
+    except (OSError, ValueError, ImportError) as error:
+        print(f"fastpeft {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _add_serve(commands) -> None:
