@@ -6,6 +6,7 @@ It pins an old transformers, so these tests have an environment of their own: ma
 import copy
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from adapterhub import FORMS, IMPOSSIBLE, MODELS, PRESETS, adapters, bottleneck,
 from adapters.composition import Average, BatchSplit, Fuse, Parallel, Split, Stack
 
 import fastpeft
+from fastpeft.methods.conversion import convert
 
 CASES = [
     (model, form) for model in MODELS for form in [*PRESETS, *FORMS] if (model, form) not in IMPOSSIBLE
@@ -241,3 +243,56 @@ class TestAccelerate:
         adapters.init(plain)
         with pytest.raises(ValueError, match="no LoRA layer"):
             fastpeft.restore(plain)
+
+
+class TestConvert:
+    """What `fastpeft convert` writes, the other library computes."""
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("name", ["bert", "llama"])
+    def test_lora(self, name, tmp_path):
+        model = build(name)
+        adapters.init(model)
+        model.add_adapter("a", config=adapters.LoRAConfig(r=4, alpha=8, intermediate_lora=True, output_lora=True))
+        model.set_active_adapters("a")
+        for path, parameter in model.named_parameters():
+            if ".loras." in path:
+                parameter.add_(torch.randn(parameter.shape) / 3)
+        expected = logits(model.eval())
+        model.save_adapter(str(tmp_path / "theirs"), "a")
+        convert(tmp_path / "theirs", tmp_path / "peft", "peft")
+        ours = fastpeft.load(build(name), tmp_path / "peft")
+        assert close(logits(ours), expected)
+        fastpeft.save(ours, tmp_path / "ours")
+        convert(tmp_path / "ours", tmp_path / "hub", "adapters")
+        assert close(logits(loaded(name, tmp_path / "hub")), expected)
+
+    @torch.no_grad()
+    def test_prompt(self, tmp_path):
+        model = build("bert")
+        adapters.init(model)
+        model.add_adapter("a", config=adapters.PromptTuningConfig(prompt_length=3))
+        model.set_active_adapters("a")
+        expected = logits(model.eval())
+        model.save_adapter(str(tmp_path / "theirs"), "a")
+        convert(tmp_path / "theirs", tmp_path / "peft", "peft")
+        convert(tmp_path / "peft", tmp_path / "hub", "adapters")
+        assert close(logits(loaded("bert", tmp_path / "hub")), expected)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (adapters.IA3Config(), "PEFT's LoRA has no form for composition_mode='scale'"),
+            (adapters.LoRAConfig(use_gating=True), "no form for use_gating=True"),
+            (adapters.PrefixTuningConfig(flat=True), "PEFT has no form for what AdapterHub calls prefix_tuning"),
+            (adapters.SeqBnConfig(), "PEFT has no form for bottleneck adapters"),
+        ],
+    )
+    def test_what_peft_cannot_say(self, config, message, tmp_path):
+        model = build("bert")
+        adapters.init(model)
+        model.add_adapter("a", config=config)
+        model.save_adapter(str(tmp_path / "a"), "a")
+        with pytest.raises(ValueError, match=re.escape(message)):
+            convert(tmp_path / "a", tmp_path / "b", "peft")
+        assert not (tmp_path / "b").exists()
