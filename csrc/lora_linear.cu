@@ -50,14 +50,15 @@ int check_sizes(int64_t M, int64_t N, int64_t K, int64_t R, int64_t contraction,
   return OK;
 }
 
-/// How many clusters this device holds at a time; asked once for each kernel and device.
+/// How many clusters each device holds at a time; asked once, kept for each kernel.
+using Clusters = std::atomic<int>[64];
+
 template <class... Parameters>
-int active_clusters(void (*kernel)(Parameters...), int shared, int* clusters) {
-  constexpr int DEVICES = 64;
-  static std::atomic<int> known[DEVICES] = {};
+int active_clusters(void (*kernel)(Parameters...), int shared, Clusters& known, int* clusters) {
   int device = 0;
   if (int failed = fastpeft::check(cudaGetDevice(&device), "current device")) return failed;
-  if (device < DEVICES && known[device]) return *clusters = known[device], OK;
+  const bool kept = device < static_cast<int>(sizeof(known) / sizeof(known[0]));
+  if (kept && known[device]) return *clusters = known[device], OK;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {CLUSTER, 1, 1};
@@ -72,7 +73,7 @@ int active_clusters(void (*kernel)(Parameters...), int shared, int* clusters) {
   const auto counted = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
   if (int failed = fastpeft::check(counted, "clusters of lora_linear")) return failed;
   if (*clusters < 1) return fail(fastpeft::NOT_RESIDENT, "lora_linear: the device has no room for a cluster of two blocks");
-  if (device < DEVICES) known[device] = *clusters;
+  if (kept) known[device] = *clusters;
   return OK;
 }
 
@@ -114,8 +115,9 @@ int launch(const Matrix& x, const Matrix& w, const Matrix& s, const Matrix& p, c
     }
   }
   auto* function = kernel<T, Config, FORM, DOWN_RANKS>;
+  static Clusters known;
   int clusters = 0;
-  if (int failed = active_clusters(function, SHARED, &clusters)) return failed;
+  if (int failed = active_clusters(function, SHARED, known, &clusters)) return failed;
   const Tiles tiles = Tiles::of<Config>(params);
   fastpeft::Launch how;
   how.grid = CLUSTER * (clusters < tiles.count() ? clusters : tiles.count());

@@ -13,7 +13,8 @@ inline cudaError_t failed(cudaError_t code, const std::string& why) {
 }
 inline const char* error_string(cudaError_t) { return last_error.c_str(); }
 inline cudaError_t get_last_error() { return cudaSuccess; }
-inline cudaError_t get_device(int* device) { return *device = 0, cudaSuccess; }
+/// Device n is the one that says it holds n clusters: launchers may remember what a device told them.
+inline cudaError_t get_device(int* device) { return *device = settings.clusters, cudaSuccess; }
 
 template <class Kernel>
 cudaError_t set_attribute(Kernel, cudaFuncAttribute attribute, int value) {
