@@ -16,6 +16,11 @@ namespace multi_lora {
 using fastpeft::BAD_ARGUMENT;
 using fastpeft::fail;
 
+// What a block may have: 227 KiB on sm_90 and sm_100, 99 on sm_120, where config() takes clusters up to 192 columns.
+static_assert(shrink_bytes(MAX_COLUMNS, 4) + expand_bytes(MAX_COLUMNS) <= 232448);
+static_assert(shrink_bytes(192, 4) + expand_bytes(192) <= 101376);
+static_assert(shrink_bytes(MAX_COLUMNS, 4) <= 101376 && expand_bytes(MAX_COLUMNS) <= 101376);
+
 template <class T, int RB>
 int launch_ranks(const Params& p, int path, bool early, cudaStream_t stream) {
   const int grid = p.items * BLOCKS, in = shrink_bytes(p.columns, RB), out = expand_bytes(p.columns);

@@ -360,3 +360,10 @@ def test_any_problem(gpu, data):
     mapping = data.draw(st.lists(st.integers(-1, slots - 1), min_size=tokens, max_size=tokens))
     gpu.seed = data.draw(st.integers(1, 99))
     assert_exact(with_slots(p, mapping))
+
+
+def test_races(tmp_path):
+    """Both paths once under ThreadSanitizer."""
+    program = build.build(build.HERE / "race_multi_lora.cpp", tmp_path / "race", "-g", "-O1", "-fsanitize=thread")
+    done = build.run(program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
