@@ -56,8 +56,10 @@ class _PrefixAttention(torch.autograd.Function):
         out, lse = _attend(q, k, v, mask, causal, scale)
         for (key, value), which in zip(_pairs(prefixes), rows, strict=True):
             mine = slice(None) if which is None else which
-            part, part_lse = _attend(_shared(q[mine], key), key[None], value[None], None, False, scale)
-            part, part_lse = _rows(part, q[mine]), _rows(part_lse[..., None], q[mine])[..., 0]
+            own = _flash(q[mine], key[None], value[None])
+            shared = _shared(q[mine], key, own)
+            part, part_lse = _attend(shared, *_seen((key, value), shared), None, False, scale)
+            part, part_lse = _rows(part, q[mine], own), _rows(part_lse[..., None], q[mine], own)[..., 0]
             weight = torch.sigmoid(part_lse - lse[mine])[..., None]
             out[mine] = torch.lerp(out[mine], part, weight)
             lse[mine] = torch.logaddexp(lse[mine], part_lse)
@@ -74,12 +76,13 @@ class _PrefixAttention(torch.autograd.Function):
         grads = []
         for (key, value), which in zip(_pairs(prefixes), rows, strict=True):
             mine = slice(None) if which is None else which
-            dmine, omine, lmine = (_shared(t[mine], key) for t in (dout, out, lse[..., None]))
+            own = _flash(q[mine], key[None], value[None])
+            d, shared, o, lse_ = (_shared(t[mine], key, own) for t in (dout, q, out, lse[..., None]))
             part = _attend_backward(
-                dmine, _shared(q[mine], key), key[None], value[None], None, False, scale, omine, lmine[..., 0]
+                d, shared, *_seen((key, value), shared), None, False, scale, o, lse_[..., 0].contiguous()
             )
-            dq[mine] += _rows(part[0], q[mine])
-            grads += [part[1][0], part[2][0]]
+            dq[mine] += _rows(part[0], q[mine], own)
+            grads += [t.sum(0) for t in part[1:]]
         return dq, dk, dv, None, None, None, None, *grads
 
 
@@ -87,17 +90,27 @@ def _pairs(prefixes: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(prefixes[::2], prefixes[1::2], strict=True))
 
 
-def _shared(x: Tensor, key: Tensor) -> Tensor:
-    """``[B, H, T, D]`` as the queries of one row: ``[1, Hkv, G B T, D]``."""
+def _shared(x: Tensor, key: Tensor, own: bool) -> Tensor:
+    """``[B, H, T, D]`` as queries of the prefix: of all rows at once, ``[1, Hkv, G B T, D]``, so that one product reads
+    it once; or, where every row's program reads it where it lies, of each row, ``[B, Hkv, G T, D]``."""
     b, h, t, d = x.shape
-    return x.view(b, len(key), h // len(key), t, d).permute(1, 2, 0, 3, 4).reshape(1, len(key), -1, d)
+    if own:
+        return x.reshape(b, len(key), -1, d)
+    return x.reshape(b, len(key), h // len(key), t, d).permute(1, 2, 0, 3, 4).reshape(1, len(key), -1, d)
 
 
-def _rows(x: Tensor, like: Tensor) -> Tensor:
-    """The way back: ``[1, Hkv, G B T, D]`` as ``[B, H, T, D]``."""
+def _rows(x: Tensor, like: Tensor, own: bool) -> Tensor:
+    """The way back: ``[B, H, T, D]``."""
     b, h, t, _ = like.shape
     heads, d = x.shape[1], x.shape[3]
+    if own:
+        return x.reshape(b, h, t, d)
     return x.view(heads, h // heads, b, t, d).permute(2, 0, 1, 3, 4).reshape(b, h, t, d)
+
+
+def _seen(prefix: Sequence[Tensor], shared: Tensor) -> list[Tensor]:
+    """Keys and values for as many rows as the queries have, without a copy."""
+    return [t.expand(len(shared), -1, -1, -1) for t in prefix]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -110,7 +123,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention, not rounded to 16 bits, and the log-sum-exp of its scores ``[B, H, T]``, -inf where nothing is seen."""
+    """Attention, not yet rounded to 16 bits, and the log-sum-exp of its scores ``[B, H, T]``, -inf where none is."""
     k, v = _repeated(k, q), _repeated(v, q)
     if _flash(q, k, v):
         added = _added(mask, q)
@@ -172,12 +185,12 @@ def _explicit(q, k, v, prefixes, rows, mask, causal, scale, dropout) -> Tensor:
         mine = torch.arange(len(q), device=q.device) if which is None else which
         parts = [scores[mine]]
         if key is not None:
-            shared = (_shared(q[mine], key) @ key[None].mT).to(scores.dtype) * scale
-            parts.append(_rows(shared, q[mine]))
+            shared = (_shared(q[mine], key, False) @ key[None].mT).to(scores.dtype) * scale
+            parts.append(_rows(shared, q[mine], False))
         weights = torch.dropout(torch.cat(parts, -1).softmax(-1), dropout, True).to(q.dtype)
         found = weights[..., : k.shape[2]] @ values[mine]
         if key is not None:
-            found = found + _rows(_shared(weights[..., k.shape[2] :], key) @ value[None], q[mine])
+            found = found + _rows(_shared(weights[..., k.shape[2] :], key, False) @ value[None], q[mine], False)
         out = out.index_add(0, mine, found)
     return out
 

@@ -95,9 +95,10 @@ def gather(
     token = place - size[:, None]
     inside = (token >= 0) & (token < count[:, None])
     prompted = (place >= 0) & (token < 0)
-    y = source.new_empty(b, width, source.shape[-1])
-    _fill(y, prompts, source, ids, torch.stack([offset, size, start, first, count], 1).tolist())
     at = (token + first[:, None]).clamp(0, max(t - 1, 0))
+    y = _look_up(source, ids, at)
+    y[~(inside | prompted)] = 0
+    _put(y, prompts, torch.stack([offset, size, start], 1).tolist())
     mask = torch.where(prompted | inside, 1, 0)
     if attention_mask is not None:
         read = attention_mask.gather(1, at) if t else mask
@@ -147,14 +148,26 @@ def _spans(mask: Tensor | None, b: int, t: int, device: torch.device) -> tuple[T
     return torch.minimum(first, stop), (stop - first).clamp(min=0)
 
 
-def _fill(y: Tensor, prompts: Tensor, source: Tensor, ids: Tensor | None, spans: list[list[int]]) -> None:
-    """Write every element of y once."""
-    for b, (offset, size, start, first, count) in enumerate(spans):
-        begin = offset + size
-        y[b, :offset] = 0
-        y[b, offset:begin] = prompts[start : start + size]
-        y[b, begin + count :] = 0
-        if ids is None:
-            y[b, begin : begin + count] = source[b, first : first + count]
-        else:
-            torch.index_select(source, 0, ids[b, first : first + count], out=y[b, begin : begin + count])
+def _look_up(source: Tensor, ids: Tensor | None, at: Tensor) -> Tensor:
+    """The tokens' embeddings at ``at [B, W]``, in one call for all rows; what is no token is overwritten later."""
+    (b, width), d = at.shape, source.shape[-1]
+    y = source.new_empty(b, width, d)
+    if 0 in ((source if ids is None else ids).shape[1], y.numel()):
+        return y
+    if ids is None:
+        rows, at = source.reshape(-1, d), at + torch.arange(b, device=at.device)[:, None] * source.shape[1]
+    else:
+        rows, at = source, ids.long().gather(1, at)
+    torch.index_select(rows, 0, at.flatten(), out=y.view(-1, d))
+    return y
+
+
+def _put(y: Tensor, prompts: Tensor, spans: list[list[int]]) -> None:
+    """Write the prompts: rows that have the same one at the same place together."""
+    members: dict[tuple[int, ...], list[int]] = {}
+    for b, span in enumerate(spans):
+        members.setdefault(tuple(span), []).append(b)
+    for (offset, size, start), rows in members.items():
+        if size:
+            which = slice(None) if len(rows) == len(spans) else torch.tensor(rows, device=y.device)
+            y[which, offset : offset + size] = prompts[start : start + size].to(y.dtype)

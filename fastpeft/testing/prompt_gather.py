@@ -62,7 +62,7 @@ class PromptProblem:
         integers: bool = False,
         seed: int = 0,
     ) -> "PromptProblem":
-        """Random operands. With ``padded``, rows in turn have padding left, right, a hole, all of them, and none."""
+        """Random operands. With ``padded``, rows in turn have padding left, right, all over, a hole, and none."""
         generator = torch.Generator().manual_seed(seed)
         rows, vocabulary = len(prompt_ids), 19
 
@@ -73,7 +73,7 @@ class PromptProblem:
 
         mask = torch.ones(rows, tokens, dtype=torch.int64)
         for b in range(rows):
-            mask[b, [slice(0, 2), slice(tokens - 3, tokens), slice(2, 3), slice(0, tokens), slice(0, 0)][b % 5]] = 0
+            mask[b, [slice(0, 2), slice(tokens - 3, tokens), slice(0, tokens), slice(2, 3), slice(0, 0)][b % 5]] = 0
         width = tokens + max((lengths[p] for p in prompt_ids if p >= 0), default=0)
         found = cls(
             prompts=tuple(draw(n, columns, to=prompt_dtype or dtype) for n in lengths),
