@@ -3,9 +3,9 @@
     python bench/bench_prompt.py --device cpu --out rows.jsonl [--quick] [--op prefix_attention] [--gate-only]
 
 prompt_gather: token ids to padded embeddings with each row's prompt in front, mask, positions and labels to match. A
-batch is "one prompt" for all rows, which PEFT can do too, or "tenants": prompts of 8 to 56 tokens, one row in eight with
-none. Frozen is the embedding alone. prefix_attention: of every row to its own keys and to a prefix that all share; frozen
-is attention without one. Backward is to the prompts; to queries, keys, values and the prefix.
+batch is "one prompt" for all rows, which PEFT can do too, or "tenants": prompts of 8 to 56 tokens, and none for one row
+in eight. Frozen is the embedding alone. prefix_attention: of every row to its own keys and to a prefix that all share;
+frozen is attention without one. Backward is to the prompts; to queries, keys, values and the prefix.
 """
 
 import argparse

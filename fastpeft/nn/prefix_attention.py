@@ -61,8 +61,11 @@ class _PrefixAttention(torch.autograd.Function):
             part, part_lse = _attend(shared, *_seen((key, value), shared), None, False, scale)
             part, part_lse = _rows(part, q[mine], own), _rows(part_lse[..., None], q[mine], own)[..., 0]
             weight = torch.sigmoid(part_lse - lse[mine])[..., None]
-            out[mine] = torch.lerp(out[mine], part, weight)
-            lse[mine] = torch.logaddexp(lse[mine], part_lse)
+            merged, total = torch.lerp(out[mine], part, weight), torch.logaddexp(lse[mine], part_lse)
+            if which is None:
+                out, lse = merged, total
+            else:
+                out[which], lse[which] = merged, total
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, *prefixes)
         ctx.mask, ctx.settings = mask, (causal, scale, rows)

@@ -97,7 +97,7 @@ def gather(
     prompted = (place >= 0) & (token < 0)
     at = (token + first[:, None]).clamp(0, max(t - 1, 0))
     y = _look_up(source, ids, at)
-    y[~(inside | prompted)] = 0
+    y[(~(inside | prompted)).nonzero(as_tuple=True)] = 0
     _put(y, prompts, torch.stack([offset, size, start], 1).tolist())
     mask = torch.where(prompted | inside, 1, 0)
     if attention_mask is not None:
@@ -151,15 +151,13 @@ def _spans(mask: Tensor | None, b: int, t: int, device: torch.device) -> tuple[T
 def _look_up(source: Tensor, ids: Tensor | None, at: Tensor) -> Tensor:
     """The tokens' embeddings at ``at [B, W]``, in one call for all rows; what is no token is overwritten later."""
     (b, width), d = at.shape, source.shape[-1]
-    y = source.new_empty(b, width, d)
-    if 0 in ((source if ids is None else ids).shape[1], y.numel()):
-        return y
+    if 0 in (b, width, d, (source if ids is None else ids).shape[1]):
+        return source.new_empty(b, width, d)
     if ids is None:
         rows, at = source.reshape(-1, d), at + torch.arange(b, device=at.device)[:, None] * source.shape[1]
     else:
         rows, at = source, ids.long().gather(1, at)
-    torch.index_select(rows, 0, at.flatten(), out=y.view(-1, d))
-    return y
+    return rows.index_select(0, at.flatten()).view(b, width, d)
 
 
 def _put(y: Tensor, prompts: Tensor, spans: list[list[int]]) -> None:

@@ -83,7 +83,7 @@ MUTANTS = {
         "definition: positions without the prompt": ("position_ids[b, first:stop] + length", "position_ids[b, first:stop]"),
         "steps: a row of padding alone": ("return torch.minimum(first, stop), (stop - first).clamp(min=0)", "return first, stop - first"),
         "steps: prompt of another length": ("size = torch.tensor([*lengths, 0], device=used.device)[used]", "size = torch.tensor([*lengths, 0], device=used.device)[used.clamp(min=0)]"),
-        "steps: padding is not written": ("    y[~(inside | prompted)] = 0\n", "", EXACT),
+        "steps: padding is not written": ("    y[(~(inside | prompted)).nonzero(as_tuple=True)] = 0\n", "", EXACT),
         "steps: prompts over padding in front": ("y[which, offset : offset + size]", "y[which, :size]", EXACT),
         "steps: the first row's tokens": ("at + torch.arange(b, device=at.device)[:, None] * source.shape[1]", "at", EXACT),
         "steps: all rows of a prompt": ("which = slice(None) if len(rows) == len(spans) else torch.tensor(rows, device=y.device)", "which = slice(None)", EXACT),
