@@ -104,7 +104,7 @@ def _dx_kernel(
 
 
 @triton.jit
-def _outer_kernel(
+def _weight_gradient_kernel(
     s_ptr, x_ptr, g_ptr, s_sum_ptr, x_sum_ptr, stats_ptr, order_ptr, starts_ptr, seed_ptr,
     M, K, R, SPAN, numbers_ptr, stride_stats, stride_seed, stride_s, stride_x, stride_g, stride_s_sum, stride_x_sum,
     NORM: tl.constexpr, DROPOUT: tl.constexpr, GROUPED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -141,7 +141,7 @@ def _outer_kernel(
             x = tl.where(keep_tile(seed, threshold, m - start, pid_k * BLOCK_K, BLOCK_K), x, 0.0).to(x.dtype)
         acc = dot(tl.trans(x.to(s.dtype)), s, acc, PRECISION)
         if s_sum_ptr is not None:
-            s_sum += tl.sum(s.to(ACC), 0)
+            s_sum += column_sum(s.to(ACC), BLOCK_M, BLOCK_R)
         if x_sum_ptr is not None:
             x_sum += column_sum(x.to(ACC), BLOCK_M, BLOCK_K)
     g_tile = g_ptr + pid_p * stride_g[0] + k[:, None] * stride_g[1] + r[None, :] * stride_g[2]
@@ -235,7 +235,7 @@ def _outer(s, x, weights, settings, seed, stats, routing):
     g = x.new_empty((parts, hidden, k) if of_x else (parts, k, hidden), dtype=acc.torch)
     sums = x.new_empty(parts, hidden if of_x else k, dtype=acc.torch)
     launch(
-        _outer_kernel, (*grid, parts), c, acc,
+        _weight_gradient_kernel, (*grid, parts), c, acc,
         s, x, g, sums if of_x else None, None if of_x else sums, stats, *tables_of(routing)[:2], seed,
         m, k, hidden, span, numbers_of(settings, x, s), stats.stride(0) if of_x else 0, seed_stride(seed),
         s.stride(), x.stride(), (g.mT if of_x else g).stride(), sums.stride(0), sums.stride(0),

@@ -25,7 +25,7 @@ def config(step: str, hidden: int, dtype: torch.dtype, capability: int, tile: in
     if step in ("up", "dx"):
         return Config(tile, 64, min(block_r, 32), warps, 2)
     if step == "outer":
-        return Config(32, 64, block_r, 8 if block_r > 32 else 4, 2)
+        return Config(32, 64, max(32, block_r), 8, 2)
     raise ValueError(f"config: step is {step!r}, expected one of {', '.join(STEPS)}")
 
 

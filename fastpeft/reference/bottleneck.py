@@ -145,13 +145,10 @@ def forward(
     up, up_bias = _scaled(weights)
     residual = x if settings.own else residual
     mask, factor = _mask(h, settings, seed, up.shape[0]), settings.scale * inverse_keep(settings.dropout)
-    if residual is None or mask is not None or residual.dtype.itemsize > h.dtype.itemsize:
-        u = _linear(h, up, up_bias, factor)
-        u = u if mask is None else u.mul_(mask)
-        y = u if residual is None else u.add_(residual) if u.dtype == residual.dtype else residual + u
-    else:  # one pass for both sums, then the product on top: rounded at the magnitude of y only once more
-        y = residual.to(h.dtype, copy=True) if up_bias is None else torch.add(residual, up_bias, alpha=factor)
-        y = y.addmm_(h, up.T, alpha=factor)
+    u = _linear(h, up, up_bias, factor)
+    u = u if mask is None else u.mul_(mask)
+    # Not the product on top of the residual: one pass less, but rounded twice at the residual's magnitude.
+    y = u if residual is None else u.add_(residual) if u.dtype == residual.dtype else residual + u
     return y.to(x.dtype if residual is None else residual.dtype), kept
 
 
@@ -254,8 +251,7 @@ def _layer_backward(ds, x, stats, weights, need_down, need_norms):
     z, (mean, rstd), norm_weight = x.to(ds.dtype), stats, weights.norm_weight
     ddown = dnorm = dnorm_bias = dz = None
     if need_down or need_norm:
-        scaled = ds * rstd[:, None]
-        outer = (scaled.T @ z).sub_((mean @ scaled)[:, None])
+        outer = (ds * rstd[:, None]).T @ (z - mean[:, None])
         dnorm = (outer * weights.down).sum(0) if need_norm else None
         ddown = outer.mul_(norm_weight) if need_down else None
         if need_down and weights.norm_bias is not None:
@@ -263,9 +259,8 @@ def _layer_backward(ds, x, stats, weights, need_down, need_norms):
     if need_norm_bias:
         dnorm_bias = ds.sum(0) @ weights.down
     if need_x:
-        da, stats = ds @ (weights.down * norm_weight), (mean[:, None], rstd[:, None])
-        mask = [True, False, False]
-        dz, _, _ = torch.ops.aten.native_layer_norm_backward(da, z, x.shape[1:], *stats, None, None, mask)
+        operands = mean[:, None], rstd[:, None], norm_weight, weights.norm_bias, [True, False, False]
+        dz, _, _ = torch.ops.aten.native_layer_norm_backward(ds @ weights.down, z, x.shape[1:], *operands)
     return dz, ddown, dnorm, dnorm_bias
 
 
