@@ -106,3 +106,25 @@ def test_biases_are_those_of_the_active_adapter():
     fastpeft.set_adapter(model, "default")
     assert torch.equal(logits(model), moved)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "others"),
+    [
+        (Lora(r=2, bias="all"), [Bottleneck(), BITFIT]),
+        (Lora(r=2, targets=["q_proj"], modules_to_save=["mlp", "lm_head"]), [Bottleneck(), Selective(params="norm")]),
+    ],
+)
+def test_lora_is_loaded_beside_others(config, others, tmp_path):
+    """What others added to the model is none of LoRA's biases and copies."""
+    alone = move(fastpeft.attach(build("llama"), config))
+    fastpeft.save(alone, tmp_path)
+    model = fastpeft.attach(build("llama"), others)
+    fastpeft.load(model, tmp_path, "b")
+    fastpeft.set_adapter(model, "b")
+    assert torch.equal(logits(model), logits(alone))
+    fastpeft.save(model, tmp_path / "again", "b")
+    assert torch.equal(logits(fastpeft.load(build("llama"), tmp_path / "again")), logits(alone))
+    fastpeft.detach(model)
+    assert torch.equal(logits(model), logits(build("llama")))

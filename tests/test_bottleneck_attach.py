@@ -57,6 +57,7 @@ def holders(model):
 
 @pytest.mark.parametrize("name", MODELS)
 class TestFamilies:
+    @pytest.mark.oldest
     @pytest.mark.parametrize("preset", PRESETS)
     def test_forward_backward_and_back_again(self, name, preset):
         model = build(name)
@@ -485,12 +486,24 @@ class TestOtherSettings:
         trained = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("weight")]
         assert set(trained) <= set(decayed)
 
-    def test_compiled(self):
-        model = move(attached("bert", Bottleneck("seq_bn", reduction_factor=4)))
-        with torch.no_grad():
-            expected = logits(model)
-            compiled = torch.compile(model, backend="eager")
-            assert close(compiled(input_ids=torch.arange(10).view(2, 5)).logits, expected)
+    @pytest.mark.parametrize("name", ["bert", "llama"])
+    def test_compiled(self, name):
+        """One graph, hooks and taps inside."""
+        model = move(attached(name, Bottleneck("seq_bn", reduction_factor=4)))
+        expected = logits(model)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        actual = compiled(input_ids=torch.arange(10).view(2, 5)).logits
+        assert close(actual, expected)
+        actual.sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+    def test_generation_with_a_cache(self):
+        model = move(attached("llama", Bottleneck("double_seq_bn", reduction_factor=4, original_norm_before=True)))
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        ids = torch.arange(10).view(2, 5)
+        assert torch.equal(
+            model.generate(ids, use_cache=True, **settings), model.generate(ids, use_cache=False, **settings)
+        )
 
     def test_in_a_data_parallel_wrapper(self):
         model = attached("bert")

@@ -9,11 +9,12 @@ from ..nn.base_layer import is_conv1d
 from ..nn.lora import LoraLinear
 from ..nn.sharing import share_inputs, unshare_inputs
 from ..nn.trained_copy import TrainedCopy
+from . import lora_keys
 from .attachment import attachment_of, original_names, replace_module
 from .bypasses import restore_bypasses, stop_bypasses
 from .files import write_json, write_tensors
 from .lora import Lora
-from .lora_record import LoraRecord, bias_key, is_bias, note_biases, switch_biases
+from .lora_record import LoraRecord, note_biases, switch_biases
 from .method import Method
 from .peft_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from .peft_format import from_peft, to_peft
@@ -169,46 +170,10 @@ class LoraMethod(Method):
                 layer.unmerge()
 
     def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        tensors, record = {}, self.record(model)
-        for path in record.linears:
-            layer = model.get_submodule(path)
-            if name in layer.adapters:
-                adapter = layer.adapters[name]
-                tensors[f"{path}.lora_A.weight"] = adapter.lora_A
-                tensors[f"{path}.lora_B.weight"] = adapter.lora_B
-                if adapter.lora_bias is not None:
-                    tensors[f"{path}.lora_B.bias"] = adapter.lora_bias
-        for path in record.copies:
-            copies = model.get_submodule(path).copies
-            if name in copies:
-                state = copies[name].state_dict(keep_vars=True)
-                tensors.update((f"{path}.{key}", value) for key, value in state.items())
-        if self.configs(model)[name].bias != "none":
-            names = original_names(model, attachment_of(model))
-            tensors.update((bias_key(original, record.linears), names[original]) for original in record.biases)
-        return tensors
+        return lora_keys.parameters(model, self.record(model), self.configs(model)[name], name)
 
     def expected(self, model: nn.Module, config: Lora, plan: tuple[Lora, Targets]) -> dict[str, tuple[int, ...]]:
-        shapes, targets = {}, plan[1]
-        for path in targets.linears:
-            module = model.get_submodule(path)
-            base = module.base_layer if isinstance(module, LoraLinear) else module
-            n, k = base.weight.T.shape if is_conv1d(base) else base.weight.shape
-            r = config.rank_of(path)
-            shapes[f"{path}.lora_A.weight"], shapes[f"{path}.lora_B.weight"] = (r, k), (n, r)
-            if config.lora_bias:
-                shapes[f"{path}.lora_B.bias"] = (n,)
-            if config.bias == "lora_only" and base.bias is not None:
-                shapes[f"{path}.base_layer.bias"] = (n,)
-        for path in targets.copies:
-            module = model.get_submodule(path)
-            module = module.original_module if isinstance(module, TrainedCopy) else module
-            shapes.update((f"{path}.{key}", tuple(value.shape)) for key, value in module.state_dict().items())
-        if config.bias == "all":
-            for original, parameter in model.named_parameters():
-                if is_bias(original) and not original.startswith(tuple(f"{path}." for path in targets.copies)):
-                    shapes[bias_key(original, targets.linears)] = tuple(parameter.shape)
-        return shapes
+        return lora_keys.expected(model, config, plan[1])
 
     def recognises(self, fields: Mapping) -> bool:
         return fields.get("peft_type") == "LORA"
