@@ -4,10 +4,14 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: demo demo-serve test test-oldest test-adapters mutants peft-suite bench gpu check
+.PHONY: demo demo-methods demo-serve test test-oldest test-adapters mutants peft-suite bench gpu check
 
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
+
+# Every method on the demo's task, beside PEFT's: one table, one plot.
+demo-methods: .venv/demo
+	$(PY) -m fastpeft.cli demo --methods
 
 demo-serve: .venv/demo
 	$(PY) -m fastpeft.cli demo --serve

@@ -72,6 +72,7 @@ class Classifier(nn.Module):
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
         hidden = self.encoder(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1)
+        hidden = hidden[:, -mask.shape[1] :]  # without those of a prompt in front
         return (hidden * mask).sum(1) / mask.sum(1)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -115,9 +115,16 @@ def with_lora(base: Classifier, options: argparse.Namespace, dropout: float) -> 
     return {OURS: ours, THEIRS: theirs}
 
 
-def train(models: dict[str, nn.Module], batches: Sequence[Batch], options: argparse.Namespace, title: str) -> Run:
-    """One step of each model on a batch, in turns."""
-    optimizers = {name: frozen_head.adamw(groups(model, options), len(batches)) for name, model in models.items()}
+def train(
+    models: dict[str, nn.Module],
+    batches: Sequence[Batch],
+    options: argparse.Namespace,
+    title: str,
+    grouped: Callable | None = None,
+) -> Run:
+    """One step of each model on a batch, in turns; ``grouped`` gives an optimizer's groups (default: ``groups``)."""
+    grouped = grouped or groups
+    optimizers = {name: frozen_head.adamw(grouped(model, options), len(batches)) for name, model in models.items()}
     run = Run({name: [] for name in models}, {name: [] for name in models})
     progress = tqdm(batches, title)
     for step, batch in enumerate(progress):

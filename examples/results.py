@@ -30,10 +30,10 @@ COLUMNS = {
 }
 
 
-def table(rows: dict[str, Row]) -> str:
+def table(rows: dict[str, Row], titles: Sequence[str] = tuple(COLUMNS)) -> str:
     """In Markdown, the columns lined up."""
-    lines = [["", *COLUMNS], ["-"] + ["-:"] * len(COLUMNS)]
-    lines += [[name, *(shown(row, title) for title in COLUMNS)] for name, row in rows.items()]
+    lines = [["", *titles], ["-"] + ["-:"] * len(titles)]
+    lines += [[name, *(shown(row, title) for title in titles)] for name, row in rows.items()]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines[1] = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(

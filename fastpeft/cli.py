@@ -14,6 +14,8 @@ from pathlib import Path
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
+_DEMOS = {"--serve": "serve", "--methods": "methods"}
+
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
@@ -24,13 +26,14 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     _add_checkpoints(commands)
     _add_serve(commands)
-    demo = "fine-tune a small encoder with LoRA; --serve: serve several adapters in one batch"
+    demo = "fine-tune a small encoder with LoRA; --methods: with every method; --serve: serve several adapters"
     for name, what in (("demo", demo), ("bench", "time every op beside its peers")):
         commands.add_parser(name, add_help=False, help=f"{what} (from a source checkout; takes its own options)")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "demo":
-        example = "serve" if "--serve" in rest else "finetune"
-        return _from_checkout(f"examples/{example}.py", "{path}", *(word for word in rest if word != "--serve"))
+        chosen = [word for word in rest if word in _DEMOS]
+        example = _DEMOS[chosen[0]] if chosen else "finetune"
+        return _from_checkout(f"examples/{example}.py", "{path}", *(word for word in rest if word not in _DEMOS))
     if arguments.command == "bench":
         return _from_checkout("bench", "-m", "pytest", "{path}", *rest)
     if rest:
