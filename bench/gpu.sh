@@ -67,6 +67,7 @@ if [[ $dry ]]; then
     tests=(tests/test_layout.py -k law)
     bench=(--device cpu --quick --shape 128x96 --rows 64 --threads 1)
     serving=(--device cpu --quick --shape 128x96 --tokens 16)
+    prompts=(--device cpu --quick --gate-only --no-compile)
     figure=()
 else
     check=(--device cuda)
@@ -75,6 +76,7 @@ else
     for name in layout packaging targets cli demo bench; do tests+=(--ignore "tests/test_$name.py"); done
     bench=(--device cuda --total 150)
     serving=(--device cuda --total 80)
+    prompts=(--device cuda --total 40)
     figure=(--rows 8192)
     "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8 --dist loadgroup)
 fi
@@ -107,6 +109,7 @@ fi
 
 step bench 200 bench.log "$python" bench/bench_lora_linear.py --out "$out/rows.jsonl" "${bench[@]}" "${more[@]}"
 step serving 110 bench.log "$python" bench/bench_multi_lora.py --out "$out/rows.jsonl" "${serving[@]}"
+step prompts 70 bench.log "$python" bench/bench_prompt.py --out "$out/rows.jsonl" "${prompts[@]}"
 step plot 30 bench.log "$python" bench/plot.py "$out/rows.jsonl" "$out/overhead.png" "${figure[@]}"
 
 sed -n '/^Time over/,/^---/p' "$out/bench.log" | sed '/^---/d'
