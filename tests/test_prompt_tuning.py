@@ -335,6 +335,18 @@ def test_beside_lora():
         fastpeft.per_row(model, ["both"]).__enter__()
 
 
+def test_a_trained_embedding_and_one_with_hooks():
+    """Read directly only where reading is all that it does."""
+    model, ids = with_prompts(llama(), a=3), prompts(2)
+    embedding, wanted = model.get_input_embeddings(), model(ids).logits
+    doubled = embedding.register_forward_hook(lambda module, args, out: 2 * out)
+    assert not torch.allclose(model(ids).logits, wanted)
+    doubled.remove()
+    embedding.weight.requires_grad_()
+    model(ids).logits.sum().backward()
+    assert embedding.weight.grad[ids.unique()].abs().sum() > 0
+
+
 def test_initial_values():
     model = llama()
     table = model.get_input_embeddings().weight

@@ -1,0 +1,80 @@
+# ruff: noqa: E501
+"""Mutants of prefix attention and of the hooks that give rows their prompts and prefixes, as run.py says."""
+
+EQUAL = "tests/test_prefix_attention.py::test_equals_a_prefix_in_front"
+DROPOUT = "tests/test_prefix_attention.py::test_dropout_near_0_is_none"
+KEEPS = "tests/test_prefix_attention.py::test_keeps_no_copy_of_the_prefix_and_no_scores"
+PEFT = "tests/test_prefix_tuning.py::test_equals_peft"
+ROWS = "tests/test_prefix_tuning.py::test_rows_equal_separate_runs"
+GENERATE = "tests/test_prefix_tuning.py::test_generate[{}-llama]"
+CHECKPOINTED = "tests/test_prefix_tuning.py::test_gradient_checkpointing_where_peft_raises[llama-projection]"
+P_ROWS = "tests/test_prompt_tuning.py::test_rows_equal_separate_runs"
+P_GENERATE = "tests/test_prompt_tuning.py::test_generate_by_row[{}-llama]"
+P_CACHE = "tests/test_prompt_tuning.py::test_a_cache_that_goes_on"
+P_HEADS = "tests/test_prompt_tuning.py::test_other_heads_by_row"
+P_BAD = "tests/test_prompt_tuning.py::test_bad_calls_change_nothing"
+
+TESTS = (EQUAL, DROPOUT, PEFT, ROWS, P_ROWS)
+
+MUTANTS = {
+    "fastpeft/nn/prefix_attention.py": {
+        "prefix weighed the other way": ("torch.sigmoid(part_lse - lse[mine])", "torch.sigmoid(lse[mine] - part_lse)", EQUAL),
+        "L of the own keys alone": ("torch.logaddexp(lse[mine], part_lse)", "lse[mine]", EQUAL),
+        "O of the own keys in backward": ("        out = out.to(q.dtype)\n        ctx.save", "        out = out.to(q.dtype).clone()\n        ctx.save", KEEPS),
+        "dq without the prefix": ("            dq[mine] += _rows(part[0], q[mine], own)\n", "", EQUAL),
+        "one prefix for all rows": ("                out[which], lse[which] = merged, total\n", "                out, lse = torch.cat([merged, out])[: len(out)], lse\n", EQUAL),
+        "groups of heads mixed up": ("permute(1, 2, 0, 3, 4).reshape(1, len(key), -1, d)", "permute(1, 0, 2, 3, 4).reshape(1, len(key), -1, d)", EQUAL),
+        "blind queries see something": ("lse = lse.masked_fill(blind.expand_as(lse), -torch.inf)", "lse = lse.clone()", EQUAL),
+        "mask the other way": ("masked_fill_(~mask, -torch.inf)", "masked_fill_(mask, -torch.inf)", EQUAL),
+        "scores: causal ignored": (".triu(1), -torch.inf)", ".triu(99), -torch.inf)", EQUAL),
+        "scores: delta dropped": ("ds = weights * (wide @ wide_v.to(acc).mT - delta) * scale", "ds = weights * (wide @ wide_v.to(acc).mT) * scale", EQUAL),
+        "gradients of one head of a group": ("t.unflatten(1, (-1, groups)).sum(2) for t in (dk, dv)", "t.unflatten(1, (-1, groups))[:, :, 0] for t in (dk, dv)", EQUAL),
+        "prefix's gradient of the first row": ("grads += [t.sum(0) for t in part[1:]]", "grads += [t[0] for t in part[1:]]", EQUAL),
+        "dropout: rows without a prefix lost": ("rest[which] = False", "rest[:] = False", DROPOUT),
+        "dropout: scores of the prefix not scaled": ("@ key[None].mT).to(scores.dtype) * scale", "@ key[None].mT).to(scores.dtype)", DROPOUT),
+        "dropout: values of the prefix": ("weights[..., k.shape[2] :], key, False) @ value[None]", "weights[..., k.shape[2] :], key, False) @ key[None]", DROPOUT),
+        "dropout: none": ("torch.dropout(torch.cat(parts, -1).softmax(-1), dropout, True)", "torch.dropout(torch.cat(parts, -1).softmax(-1), dropout, False)", "tests/test_prefix_attention.py::test_dropout_drops_and_keeps_the_mean"),
+    },
+    "fastpeft/nn/prefix.py": {
+        "positions without the prefix": ("torch.arange(past, past + tokens.shape[1], device=tokens.device)[None] + shift", "torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]", PEFT),
+        "given positions without the prefix": ("return given[\"position_ids\"] + shift", "return given[\"position_ids\"]", GENERATE),
+        "RoBERTa's positions": ("return on * (on.cumsum(1) + past + shift) + self.padding", "return on * (on.cumsum(1) + past) + self.padding", ROWS),
+        "keys and values swapped": ("(values[layer, 0], values[layer, 1], rows)", "(values[layer, 1], values[layer, 0], rows)", PEFT),
+        "first layer's prefix for all": ("call.of(module.layer_idx)", "call.of(0)", PEFT),
+        "all rows have the first prefix": ("rows = None if len(which) == len(members)", "rows = None if len(which) >= 1", ROWS),
+        "own scale ignored": ("query.shape[-1] ** -0.5 if scale is None else scale,", "query.shape[-1] ** -0.5 * 1.01,", PEFT),
+        "dropout ignored": ("options.get(\"dropout\") or 0.0,", "0.0,", "tests/test_prefix_tuning.py::test_16_bit_model_and_dropout"),
+        "encoders are causal": ("getattr(module, \"is_causal\", True) if causal is None else causal", "True", "tests/test_prefix_tuning.py::test_equals_peft[sdpa-bert-plain]"),
+        "nobody looks whether layers attended": ("if call is not None and call.seen !=", "if call is None and call.seen !=", "tests/test_prefix_tuning.py::test_a_model_that_does_not_hand_its_arguments_on"),
+        "reentrant checkpointing": ("if on and getattr(function, \"keywords\", {}).get(\"use_reentrant\", False):", "if False:", CHECKPOINTED),
+        "the projection for every row": ("return self.embedding if self.transform is None else self.transform(self.embedding)", "return self.embedding if self.transform is None else self.transform(self.embedding.repeat(2, 1))[: self.length]", "tests/test_prefix_tuning.py::test_the_projection_is_evaluated_once_a_forward"),
+    },
+    "fastpeft/methods/prefix.py": {
+        "another prefix in the text's": ("enable = disable(others) if others is not None else lambda: None", "enable = lambda: None", "tests/test_prefix_tuning.py::test_starts_as_a_text_in_front"),
+        "attention stays": ("model.config._attn_implementation = record.pop(\"attention\")", "record.pop(\"attention\")", "tests/test_prefix_tuning.py::test_detach_leaves_the_model_as_it_was"),
+        "projection not kept": ("            write_tensors(op, directory / RAW, tensors)\n", "", "tests/test_prefix_tuning.py::test_training_goes_on_where_it_stopped"),
+        "an old projection comes back": ("(directory / RAW).unlink(missing_ok=True)", "(directory / RAW).exists()", "tests/test_prefix_tuning.py::test_training_goes_on_where_it_stopped"),
+    },
+    "fastpeft/nn/prompt.py": {
+        "prompts in every step": ("if not self.encodes and hasattr(cache, \"get_seq_length\") and cache.get_seq_length() > 0:", "if False:", P_CACHE),
+        "mask as the caller sees it": ("found = {**given, \"attention_mask\": torch.cat([before, generated.to(before.dtype)], 1)}", "found = {**given}", P_CACHE),
+        "positions as the caller sees them": ("found[\"position_ids\"] = start + torch.arange(new, device=start.device)", "pass", P_GENERATE),
+        "next position of the longest row": ("last = batch.position_ids.amax(1, keepdim=True) + 1", "last = batch.position_ids.amax() + 1 + 0 * batch.position_ids.amax(1, keepdim=True)", P_CACHE),
+        "beams unknown": ("rows.repeat_interleave(batch // len(rows), 0)", "rows.repeat(batch // len(rows), 1)", "tests/test_prompt_tuning.py::test_generate_by_row[{'num_beams': 3}-llama]"),
+        "labels as they were": ("            found[\"labels\"] = batch.labels\n", "            pass\n", P_ROWS),
+        "padding predicts the first token": ("batch.labels.scatter(1, batch.attention_mask.argmax(1, keepdim=True), -100)", "batch.labels", P_ROWS),
+        "padding side of the model": ("        if self.padding_side is not None:\n            return self.padding_side\n", "", P_ROWS),
+        "classifiers read padding": ("        if self.reads_last:\n            return \"left\"\n", "", P_HEADS),
+        "token types as they were": ("                found[name] = padded.labels\n", "                pass\n", P_HEADS),
+        "a trained embedding is read as frozen": ("and not embedding.weight.requires_grad:", "and True:", "tests/test_prompt_tuning.py::test_a_trained_embedding_and_one_with_hooks"),
+        "hooks of the embedding skipped": ("if plain and not hooks and", "if plain and", "tests/test_prompt_tuning.py::test_a_trained_embedding_and_one_with_hooks"),
+        "an encoder's output knows nothing": ("{**given, \"attention_mask\": _repeat(done.mask, given)}", "given", "tests/test_prompt_tuning.py::test_encoder_decoder_by_row"),
+    },
+    "fastpeft/nn/rows.py": {
+        "unknown names pass": ("if name is not None and name != BASE and name not in known:", "if False:", P_BAD),
+        "too few names": ("if not rows or batch % len(rows):", "if not rows:", P_BAD),
+        "beams in another order": ("for name in rows for _ in range(batch // len(rows))]", "for _ in range(batch // len(rows)) for name in rows]", "tests/test_prompt_tuning.py::test_generate_by_row[{'num_beams': 3}-llama]"),
+        "disabled, yet there": ("if self.disabled:", "if False:", "tests/test_prompt_tuning.py::test_disabled_and_copied"),
+        "the first to ask takes the names": ("if parts[-1] is self else", "if True else", "tests/test_prefix_tuning.py::test_beside_prompts_by_row"),
+    },
+}  # fmt: skip
