@@ -24,6 +24,7 @@ from harness import FROZEN, PEER
 from lora import SCALE, Arguments, Problem, Provider
 
 from fastpeft import _backend
+from fastpeft.cuda import lora_linear as cuda
 from fastpeft.ops import lora_linear, lora_linear_shared
 from fastpeft.ops.lora_linear import REASONS
 from fastpeft.reference import inverse_keep
@@ -56,6 +57,50 @@ def _shared(problem, weights, lora_as, lora_bs, backend=None):
     return lambda x: list(lora_linear_shared(x, weights, lora_as, lora_bs, *settings))
 
 
+class _FrozenByUs(torch.autograd.Function):
+    """The GEMM of csrc/ without a low-rank term: whether it keeps up with cuBLAS is the first thing it has to show."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        none = x.new_empty(0)
+        return cuda.linear(x, weight, x.new_empty(x.shape[0], 0), x.new_empty(weight.shape[0], 0), none)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (weight,) = ctx.saved_tensors
+        ds, a = dy.new_empty(dy.shape[0], 0), dy.new_empty(0, weight.shape[1])
+        return cuda.input_gradient(dy, weight, ds, a, 0.0, None), None
+
+
+def _frozen_by_us(problem, weights):
+    return lambda x: [_FrozenByUs.apply(x, weight) for weight in weights]
+
+
+def _s_inside(problem, *operands):
+    call = _separate(problem, *operands, backend="cuda")
+
+    def forward(x):
+        with cuda.computing_s_inside():
+            return call(x)
+
+    return forward
+
+
+def cuda_providers(problem: Problem, form, ours) -> list[Provider]:
+    """csrc/: its GEMM alone, with the low-rank term, and with S inside. None where it cannot serve the problem."""
+    k, outs = problem.sizes
+    shapes = (problem.rows, k), (problem.rank, k), *((n, size) for n in outs for size in (k, problem.rank))
+    x, a, *rest = (torch.empty(shape, dtype=problem.dtype, device=problem.device) for shape in shapes)
+    if REASONS["cuda"](x, [a] * len(outs), rest[::2], rest[1::2]) is not None:
+        return []
+    listed = [Provider("frozen, csrc", _frozen_by_us, None, own=True)]
+    listed.append(ours("ours, cuda", partial(form, backend="cuda"), problem.dtype))
+    if len(outs) == 1 and problem.rank <= cuda.INSIDE_RANK:
+        listed.append(ours("ours, cuda, S inside", _s_inside, problem.dtype))
+    return listed
+
+
 def providers(problem: Problem, compile_peft: bool) -> list[Provider]:
     """Everybody who can run here, with PEFT's default adapters (float32), and in the base's dtype if it differs."""
     base, wide = problem.dtype, torch.promote_types(problem.dtype, torch.float32)
@@ -75,6 +120,7 @@ def providers(problem: Problem, compile_peft: bool) -> list[Provider]:
         x, a = (torch.empty(1, 1, dtype=dtype, device=problem.device) for dtype in (base, wide))
         others = [name for name in _backend.ORDER if REASONS[name](x, [a]) is None][1:]
         listed += [ours(f"ours, {name}", partial(form, backend=name), wide) for name in others]
+        listed += cuda_providers(problem, form, ours)
     return listed
 
 

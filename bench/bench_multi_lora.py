@@ -4,13 +4,15 @@
     pytest bench --benchmark-autosave --benchmark-compare      # one pytest-benchmark case for each provider
 
 What is timed is a linear layer with its adapters: the base GEMM, then the low-rank terms. On a GPU that is done at 32
-sites with weights of their own, cold, inside one CUDA graph where the provider can be captured, as in a decoding step.
+sites (--sites 128: a model of 32 layers) with weights of their own, cold, inside one CUDA graph where the provider can
+be captured, as in a decoding step.
 Popularity of the adapters as Punica has it (identical, distinct, uniform, zipf), and base-only, half base and skewed.
 """
 
 import argparse
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import cycle
@@ -24,7 +26,9 @@ from harness import FORWARD, FROZEN, PEER, Call, Variant
 from torch import Tensor
 
 from fastpeft import reference
+from fastpeft.cuda import multi_lora as cuda
 from fastpeft.ops import multi_lora_, route
+from fastpeft.ops.multi_lora import REASONS
 
 SITES = 32  # on a GPU: layers in one graph
 POPULARITIES = ("uniform", "distinct", "identical", "zipf", "skewed", "half base", "base only")
@@ -139,6 +143,20 @@ def _ours(mix, site):
     return lambda y, x: multi_lora_(y, x, site.lora_a, site.lora_b, routing, mix.scales, mix.ranks)
 
 
+def _cuda(mix, site, ahead=False):
+    """csrc/ in one launch. ``ahead``: begun during the base GEMM, an ordinary launch; all else is written by then."""
+    x = site.weight.new_empty(len(mix.token_slots), site.weight.shape[1])
+    if reason := REASONS["cuda"](x, [site.lora_a], [site.lora_b]):
+        raise ValueError(reason)
+    routing = route(mix.token_slots, len(mix.scales))
+
+    def run(y, x):
+        with cuda.reading_ahead() if ahead else nullcontext():
+            return multi_lora_(y, x, site.lora_a, site.lora_b, routing, mix.scales, mix.ranks, "cuda")
+
+    return run
+
+
 def _added(engine):
     """An engine that adds to y, after the base GEMM."""
 
@@ -153,6 +171,8 @@ PROVIDERS = {
     FROZEN: lambda mix, site: partial(F.linear, weight=site.weight),
     PEER: engines.peft_layer,
     "ours": _added(_ours),
+    "ours, cuda": _added(_cuda),
+    "ours, cuda, reading ahead": _added(partial(_cuda, ahead=True)),
     "gather + bmm": _added(engines.gather_bmm),
     "grouped_mm": _added(engines.grouped_mm),
     "vLLM's kernels": _added(engines.vllm),
@@ -184,7 +204,7 @@ def _variant(problem: Problem, name: str, draw) -> Variant:
             for site in sites
         ]
 
-    own = name == "ours"
+    own = name.startswith("ours")
     traffic = partial(problem.traffic, adapters=name != FROZEN)
     return Variant(name, bind, plain, traffic, {"graph": problem.device.type == "cuda" and name not in HOST_BOUND}, own)
 
@@ -217,10 +237,10 @@ def _available(name: str, problem: Problem, draw) -> bool:
     return True
 
 
-def case(problem: Problem, names: list[str] | None = None) -> harness.Case:
+def case(problem: Problem, names: list[str] | None = None, sites: int | None = None) -> harness.Case:
     """The problem as the harness takes it."""
     on_gpu = problem.device.type == "cuda"
-    sites = SITES if on_gpu else 1
+    sites = sites or (SITES if on_gpu else 1)
 
     @cache
     def draw(i: int):
@@ -259,7 +279,10 @@ def main(argv: list[str] | None = None) -> int:
             for shape in arguments.shape or [listed[0].shape]
             for popularity in arguments.adapters or ["uniform"]
         ]
-    cases = [partial(case, problem, arguments.variant) for problem in listed[: 2 if arguments.quick else None]]
+    cases = [
+        partial(case, problem, arguments.variant, arguments.sites)
+        for problem in listed[: 2 if arguments.quick else None]
+    ]
     rounds, limit_s = (5, 5.0) if arguments.quick else (arguments.rounds, arguments.seconds)
     rows = harness.run(cases, arguments.out, rounds, limit_s, arguments.gate_only, arguments.total)
     print(harness.table(rows), harness.summary(rows), sep="\n\n")
@@ -279,6 +302,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", default="16", help='a number, or "mixed"')
     parser.add_argument("--adapters", action="append", choices=POPULARITIES, help="popularity; may be repeated")
     parser.add_argument("--variant", action="append", choices=list(PROVIDERS), help="may be repeated")
+    parser.add_argument(
+        "--sites", type=int, help="layers in a row, on a GPU in one CUDA graph (default: 32, on a CPU 1)"
+    )
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--seconds", type=float, default=20.0, help="limit of one case's timing")
     parser.add_argument("--total", type=float, default=float("inf"), help="no case is begun after so many seconds")

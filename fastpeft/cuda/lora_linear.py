@@ -72,13 +72,18 @@ def forward(
         if not weight.numel():
             ys.append(lora_linear.up(s_p, b, bias if bias.numel() else None, x.dtype))
             continue
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        _extension().lora_linear(
-            *_rows(x, weight, s_p, b), _bias(bias), *_rows(y), *y.shape, x.shape[1], b.shape[1],
-            DTYPES.index(x.dtype), TILES.index(config(*y.shape).tile), *_place(x),
-        )  # fmt: skip
-        ys.append(y)
+        ys.append(linear(x, weight, s_p, b, bias))
     return ys, s
+
+
+def linear(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """``x Wᵀ + bias + S Bᵀ``; S and B may have no columns, bias no elements."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _extension().lora_linear(
+        *_rows(x, weight, s, b), _bias(bias), *_rows(y), *y.shape, x.shape[1], b.shape[1],
+        DTYPES.index(x.dtype), TILES.index(config(*y.shape).tile), *_place(x),
+    )  # fmt: skip
+    return y
 
 
 def _with_s_inside(x, weight, a, b, bias, scale, dropout, seeds):
@@ -119,14 +124,15 @@ def down_backward(
     dx, das = lora_linear.down_backward(ds, x, lora_as, dropouts, seeds, need_dx and fused is None, need_da)
     if fused is not None:
         a = lora_as[0] if len(lora_as) == 1 else torch.cat(list(lora_as))
-        dx = _input_gradient(*fused, ds, a if _fits(a) else a.contiguous(), dropouts[0], seeds)
+        dx = input_gradient(*fused, ds, a if _fits(a) else a.contiguous(), dropouts[0], seeds)
     for pair in base if need_dx else ():
         if pair is not fused:
             dx.addmm_(*pair)
     return dx, das
 
 
-def _input_gradient(dy, weight, ds, a, dropout, seeds):
+def input_gradient(dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, dropout: float, seeds: Tensor | None) -> Tensor:
+    """``mask ∘ (dS A) / (1 - p) + dY W``; dS and A may have no columns and rows."""
     dx = dy.new_empty(dy.shape[0], weight.shape[1])
     _extension().lora_linear_backward(
         *_rows(dy, weight, ds, a, dx), dy.shape[0], *weight.shape, a.shape[0], *_mask(dropout, seeds),
