@@ -562,6 +562,16 @@ def test_bad_config(settings, message):
         Bottleneck(**settings)
 
 
+def test_widths():
+    """adapters' rule: rounded down, at least 1."""
+    factors = {16: [1, 1, 3], 32: [1, 1, 1], 3: [5, 1, 17], 0.5: [32, 6, 104]}
+    for factor, widths in factors.items():
+        assert [Bottleneck(reduction_factor=factor).size_of(k, 0) for k in (16, 3, 52)] == widths
+    assert Bottleneck(size=7).size_of(16, 0) == 7
+    with pytest.raises(ValueError, match="reduction_factor has no entry for layer 3, expected one or 'default'"):
+        Bottleneck(reduction_factor={"1": 2}).size_of(16, 3)
+
+
 def test_post_add_needs_a_norm_after():
     config = Bottleneck(residual_before_norm="post_add")
     attached("bert", config)

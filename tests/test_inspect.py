@@ -157,6 +157,27 @@ class TestInspect:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        ({"phm_layer": True}, "phm_layer=True: Compacter is not served by attach"),
+        ({"inv_adapter": "nice"}, "inv_adapter='nice': an invertible adapter is not served"),
+        ({"non_linearity": "mish"}, "non_linearity='mish', expected one of relu"),
+        ({"sideways": 1}, "sideways=1, which is not served"),
+        ({"architecture": "lora"}, "AdapterHub's of a lora adapter, expected a bottleneck adapter"),
+    ],
+)
+def test_adapterhub_configs_that_are_not_served(inner, message, tmp_path):
+    saved(tmp_path, Bottleneck())
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    edit(tmp_path, config={**fields["config"], **inner})
+    model = build("llama")
+    with pytest.raises(ValueError, match=message):
+        fastpeft.load(model, tmp_path)
+    assert not hasattr(model, "fastpeft_attachment")
+    assert any(message in problem for problem in one(tmp_path).problems)
+
+
 class TestConvert:
     def test_a_pickled_peft_checkpoint(self, tmp_path):
         peft = pytest.importorskip("peft", reason="PEFT is not installed")
