@@ -72,7 +72,7 @@ int active_clusters(void (*kernel)(Parameters...), int shared, Clusters& known, 
   if (int failed = fastpeft::check(allowed, "shared memory of lora_linear")) return failed;
   const auto counted = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
   if (int failed = fastpeft::check(counted, "clusters of lora_linear")) return failed;
-  if (*clusters < 1) return fail(fastpeft::NOT_RESIDENT, "lora_linear: the device has no room for a cluster of two blocks");
+  if (*clusters < 1) return fail(fastpeft::NOT_RESIDENT, "lora_linear: no room on the device for two blocks at a time");
   if (kept) known[device] = *clusters;
   return OK;
 }

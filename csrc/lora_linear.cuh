@@ -4,9 +4,9 @@
 //     forward + down   the same, and S = scale · drop(X) Aᵀ         computed inside by warps that would be idle
 //     backward         dX = mask ∘ (dS A) / (1 - p) + dY W          the mask is drawn again, nothing was stored
 //
-// All are  out [M, N] = x [M, K] w + s [M, R] p  in one chain of float accumulators: the low-rank product is one to four
-// more tiles of the loop over K, read through tensor maps of their own. w and p are [N, K] and [N, R] in the forward
-// forms, [K, N] and [R, N] in backward.
+// All are  out [M, N] = x [M, K] w + s [M, R] p  in one chain of float accumulators: the low-rank product is one to
+// four more tiles of the loop over K, read through tensor maps of their own. w and p are [N, K] and [N, R] in the
+// forward forms, [K, N] and [R, N] in backward.
 //
 // A cluster is two blocks, one above the other in M; each fetches half of their common tile of w and sends it to both.
 // A block is three warpgroups: one brings tiles by TMA into a ring of stages, two multiply (64 rows each) by wgmma. The
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     ptx::registers_increase<DOWN_RANKS ? 208 : 232>();
     consume<T, Config, FORM>(shared, maps, p);
   }
-  __syncwarp();  // the producer's warp comes together again: the barrier below is for whole warps
+  // The producer's warp comes together again: the barrier below is for whole warps.
+  __syncwarp();
   ptx::cluster_sync();  // a block that leaves takes its shared memory along, and its peer may still signal there
   if (DOWN_RANKS && threadIdx.x == 0) reset_workspace(p);
 }

@@ -7,8 +7,8 @@ namespace lora_linear {
 /// wgmma's description of a tile in 128-byte swizzle. `leading`: from one 64-element block to the next along the major
 /// dimension where that is not k (else unused); `stride`: from one group of eight 128-byte lines to the next.
 __device__ __forceinline__ uint64_t descriptor(const void* tile, uint32_t leading, uint32_t stride) {
-  return static_cast<uint64_t>((ptx::shared_address(tile) & 0x3ffff) >> 4) |
-         static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 | 1ull << 62;
+  return static_cast<uint64_t>((ptx::shared_address(tile) & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
+         static_cast<uint64_t>(stride >> 4) << 32 | 1ull << 62;
 }
 
 /// A consumer warpgroup: its 64 rows, its registers, its place in the ring.

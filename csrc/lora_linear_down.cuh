@@ -13,9 +13,7 @@ struct Workspace {
   __device__ __forceinline__ uint32_t* finished() const { return words + 1; }  // blocks that are done
   __device__ __forceinline__ uint32_t* ready(int tile) const { return words + 2 + tile; }  // units done of an M tile
 };
-__host__ __device__ constexpr int64_t workspace_words(int64_t M) {
-  return 2 + (M + BLOCK_M - 1) / BLOCK_M;
-}
+__host__ __device__ constexpr int64_t workspace_words(int64_t M) { return 2 + (M + BLOCK_M - 1) / BLOCK_M; }
 
 /// Zeros where the mask drops: four words of two adjacent columns each, from column k on.
 __device__ __forceinline__ void drop(uint32_t (&x)[4], dropout::RowKey key, uint32_t k, uint32_t threshold) {

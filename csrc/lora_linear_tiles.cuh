@@ -11,12 +11,12 @@ constexpr int GROUP = 4;  // pairs of M tiles that are walked N first: their x a
 
 /// Tile sizes; what a multiprocessor's 227 KB hold decides the number of stages.
 template <int BLOCK_N_, int STAGES_>
-struct Config {
+struct TileSizes {
   static constexpr int BLOCK_N = BLOCK_N_, STAGES = STAGES_;
   static constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * BLOCK_K * 2;
 };
-using Wide = Config<256, 4>;    // most products per byte of shared memory: where there are tiles for every block
-using Narrow = Config<128, 6>;  // twice the tiles: where Wide would leave blocks idle
+using Wide = TileSizes<256, 4>;    // most products per byte of shared memory: where there are tiles for every block
+using Narrow = TileSizes<128, 6>;  // twice the tiles: where Wide would leave blocks idle
 
 enum class Form { FORWARD, BACKWARD };
 
@@ -66,8 +66,8 @@ struct Ring {
 struct Tiles {
   int pairs, columns, base, low;  // pairs of M tiles, N tiles, K tiles of the base and of the low-rank product
 
-  template <class Config, class Params>
-  __host__ __device__ __forceinline__ static Tiles of(const Params& p) {
+  template <class Config, class T>
+  __host__ __device__ __forceinline__ static Tiles of(const Params<T>& p) {
     return {(p.M + CLUSTER * BLOCK_M - 1) / (CLUSTER * BLOCK_M), (p.N + Config::BLOCK_N - 1) / Config::BLOCK_N,
             (p.K + BLOCK_K - 1) / BLOCK_K, (p.R + BLOCK_K - 1) / BLOCK_K};
   }

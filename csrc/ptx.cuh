@@ -257,8 +257,8 @@ PTX void mma_m16n8k16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint
 /// Rounds towards zero to what tensor cores keep of a float in TF32: 10 bits after the point.
 PTX float tf32(float value) { return __uint_as_float(__float_as_uint(value) & 0xffffe000u); }
 
-/// c [16, 8] += a [16, 8] b [8, 8] for a warp in TF32: the lowest 13 bits of a and b are not looked at. a0, a1 hold rows
-/// g and g + 8 at column t, a2, a3 at column t + 4; b0, b1 hold column g at rows t and t + 4; c as above.
+/// c [16, 8] += a [16, 8] b [8, 8] for a warp in TF32: the lowest 13 bits of a and b are not looked at. a0, a1 hold
+/// rows g and g + 8 at column t, a2, a3 at column t + 4; b0, b1 hold column g at rows t and t + 4; c as above.
 PTX void mma_m16n8k8_tf32(float (&c)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

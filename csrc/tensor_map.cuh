@@ -17,7 +17,8 @@ inline EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
-    const auto error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    const auto error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
     if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) {
       cudaGetLastError();
       return EncodeTiled(nullptr);
@@ -27,8 +28,8 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-/// A matrix [rows, columns] of 16-bit T whose rows begin `stride` elements apart, taken in boxes [box_rows, box_columns]
-/// that lie in shared memory swizzled by 128 bytes. Outside of the matrix, loads give zeros and stores do nothing.
+/// A matrix [rows, columns] of 16-bit T whose rows begin `stride` elements apart, moved in boxes of [box_rows,
+/// box_columns] that are swizzled by 128 bytes in shared memory. Loads of what lies outside give zeros.
 template <class T>
 int tensor_map(CUtensorMap* map, const char* name, const void* data, int64_t rows, int64_t columns, int64_t stride,
                int box_rows, int box_columns) {
@@ -39,9 +40,9 @@ int tensor_map(CUtensorMap* map, const char* name, const void* data, int64_t row
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * sizeof(T)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult result = encode(map, TYPE, 2, const_cast<void*>(data), sizes, strides, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, TYPE, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return OK;
   return fail(CUDA_ERROR, "the driver refuses a tensor map for %s (code %d)", name, static_cast<int>(result));
 }

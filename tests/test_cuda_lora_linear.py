@@ -103,6 +103,18 @@ def test_backward_mask(gpu, seed, dropout):
     assert torch.equal(dx, keep_mask(seed, dropout, M, K, BF16))
 
 
+@pytest.mark.parametrize("column", [4, 5])
+def test_an_element_at_the_threshold_is_kept(gpu, column):
+    """Drop as much as leaves one element just kept; one more of the 65,536 values, and it is dropped."""
+    seed = torch.tensor([5], dtype=torch.int64)
+    kept = [t for t in range(0, 65536, 16) if keep_mask(seed, t / 65536, 4, 8)[3, column]]
+    most = max(t for t in range(kept[-1], kept[-1] + 16) if keep_mask(seed, t / 65536, 4, 8)[3, column])
+    ones, noughts = torch.ones(8, 8, dtype=BF16), torch.zeros(8, 8, dtype=BF16)
+    for drop, expected in ((most, 1), (most + 1, 0)):
+        dx = gpu.backward(noughts[:4], noughts, ones[:4, :1], ones[:1], seed, drop)
+        assert dx[3, column] == expected
+
+
 @pytest.mark.parametrize(("dtype", "dropout"), [(BF16, 0.0), (FP16, 0.5)])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if 0 < s[3] <= 64], ids=str)
 def test_down_exact(gpu, shape, dtype, dropout):

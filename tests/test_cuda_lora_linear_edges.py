@@ -107,9 +107,10 @@ def test_refusals(gpu, says, call):
         call(gpu)
 
 
-@pytest.mark.parametrize(("left", "right"), [(4, 4), (8, 4)], ids=["start", "stride"])
-def test_refuses_unaligned_rows(gpu, monkeypatch, left, right):
+@pytest.mark.parametrize(("rows", "left", "right"), [(3, 4, 4), (4, 8, 4)], ids=["start", "stride"])
+def test_refuses_unaligned_rows(gpu, monkeypatch, rows, left, right):
     """Matrices that begin, or whose rows begin, at an odd multiple of 8 bytes."""
+    monkeypatch.setattr("emulator.lora_linear.ROWS", rows)
     monkeypatch.setattr("emulator.lora_linear.LEFT", left)
     monkeypatch.setattr("emulator.lora_linear.RIGHT", right)
     with pytest.raises(RuntimeError, match="lora_linear: x has rows that begin between multiples of 16 bytes"):

@@ -54,7 +54,7 @@ def compiled(tmp_path_factory):
 
 
 def template_arguments(name: str):
-    found = re.match(r".*kernelI(6__half|13__nv_bfloat16).*ConfigILi(\d+)ELi\d+EE.*FormE(\d)ELi(\d+)E", name)
+    found = re.match(r".*kernelI(6__half|13__nv_bfloat16).*TileSizesILi(\d+)ELi\d+EE.*FormE(\d)ELi(\d+)E", name)
     dtype, columns, form, ranks = found.groups()
     return {"6__half": "fp16", "13__nv_bfloat16": "bf16"}[dtype], int(columns), int(form), int(ranks)
 

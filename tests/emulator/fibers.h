@@ -85,7 +85,7 @@ struct Fiber {
   }
 
   std::function<void()> body;
-  void* user = nullptr;             // what runs here
+  void* user = nullptr;  // what runs here
   bool finished = false;
   const char* waits_for = nullptr;  // while it is in a queue
   void* stack = nullptr;
@@ -186,8 +186,8 @@ inline void yield() {
   suspend();
 }
 
-/// Runs fibers and asynchronous work in random order; `refill` may start more when fewer are alive. Every other time the
-/// fiber that became ready last goes on, so that some get far ahead of the others.
+/// Runs fibers and asynchronous work in random order; `refill` may start more when fewer are alive. Every other time
+/// the fiber that became ready last goes on, so that some get far ahead of the others.
 template <class Refill, class Describe>
 void run_all(Refill refill, Describe describe) {
   auto& s = scheduler;

@@ -1,6 +1,7 @@
 """The launchers of csrc/lora_linear.cu, run on the emulated GPU, on CPU tensors that lie between guard bands."""
 
 import ctypes
+import mmap
 
 import torch
 from torch import Tensor
@@ -11,6 +12,18 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 ROWS, LEFT, RIGHT = 3, 8, 8  # the widths of the guard bands
 
 
+def before_a_fence(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix of NaN at the end of its memory: who reads or writes past it dies."""
+    size = rows * columns * dtype.itemsize
+    end = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, end + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + end), ctypes.c_size_t(mmap.PAGESIZE), 0):  # PROT_NONE
+        raise OSError("mprotect failed")
+    matrix = torch.frombuffer(memory, dtype=dtype, count=rows * columns, offset=end - size).view(rows, columns)
+    return matrix.fill_(torch.nan)
+
+
 class Guarded:
     """A copy as TMA wants it, rows at multiples of 16 bytes, NaN around it. Rows too far apart stay as they are."""
 
@@ -19,7 +32,7 @@ class Guarded:
         if value.stride(0) > 2**30:
             self.view, self.buffer, self.before = value, value, value.clone()
             return
-        self.buffer = value.new_full((rows + 2 * ROWS, LEFT + -(-columns // 8) * 8 + RIGHT), torch.nan)
+        self.buffer = before_a_fence(rows + 2 * ROWS, LEFT + -(-columns // 8) * 8 + RIGHT, value.dtype)
         self.view = self.buffer[ROWS : ROWS + rows, LEFT : LEFT + columns]
         self.view.copy_(value)
         self.before = self.buffer.clone()
@@ -50,7 +63,7 @@ class Launchers:
 
     def forward(self, x, w, s, b, bias=None, config=0) -> Tensor:
         y = x.new_full((x.shape[0], w.shape[0]), torch.nan)
-        bias = _between_nans(bias)
+        bias = _vector(bias)
         rest = [_pointer(bias), y, *y.shape, x.shape[1], s.shape[1], _dtype(x), ctypes.c_int(config), None]
         return self._call("", [x, w, s, b], rest)[0]
 
@@ -63,7 +76,7 @@ class Launchers:
     def down(self, x, w, a, b, workspace, bias=None, scale=1.0, seed=None, threshold=0, inverse_keep=1.0):
         """y and s."""
         y, s = (x.new_full((x.shape[0], n), torch.nan) for n in (w.shape[0], a.shape[0]))
-        bias = _between_nans(bias)
+        bias = _vector(bias)
         sizes = [*y.shape, x.shape[1], a.shape[0], ctypes.c_float(scale)]
         mask = _mask(seed, threshold, inverse_keep)
         rest = [_pointer(bias), s, y, *sizes, *mask, _pointer(workspace), _dtype(x), None]
@@ -92,12 +105,11 @@ class Launchers:
         return [t.view.clone() for t in outputs]
 
 
-def _between_nans(vector: Tensor | None) -> Tensor | None:
-    """A copy at no particular alignment, with NaN before and after it."""
-    if vector is None:
+def _vector(values: Tensor | None) -> Tensor | None:
+    """A copy at no particular alignment, before a fence."""
+    if values is None:
         return None
-    nans = vector.new_full((9,), torch.nan)
-    return torch.cat([nans, vector, nans])[9 : 9 + vector.numel()]
+    return before_a_fence(1, values.numel(), values.dtype)[0].copy_(values)
 
 
 def _mask(seed: Tensor | None, threshold: int, inverse_keep: float) -> list:

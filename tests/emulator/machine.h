@@ -2,8 +2,9 @@
 //
 // Modelled, each as unkindly as the programming model allows:
 //   threads       scheduled in random order, seeded; a hang is a fault that names who waits for what
-//   TMA           boxes, 128-byte swizzle, zero fill outside, multicast, byte counts; loads land in any order, at any
-//                 time, and a store reads its source as late as its thread allows (wait_group, or the kernel's end)
+//   TMA           boxes, 128-byte swizzle, zero fill outside, multicast, byte counts; loads land in any order, half of
+//                 them only when nobody can go on without; and a store reads its source as late as its thread allows
+//                 (wait_group, or the kernel's end)
 //   mbarrier      phases, arrivals, byte counts; arriving too often, or in an unknown or finished place, is a fault
 //   wgmma         through its shared-memory descriptors, both operand orders; done as late as wait_group allows
 //   mma.sync, stmatrix, named barriers, clusters, distributed shared memory, setmaxnreg's register budget
@@ -61,13 +62,13 @@ struct Block {
   uint32_t index, rank, threads_alive;
   size_t bytes;
   std::unique_ptr<uint8_t[]> storage;
-  uint8_t* base;                             // address 0 of shared memory, 1024-byte aligned; the kernel's begins at 16
-  std::map<uint32_t, Mbarrier> mbarriers;    // by address
-  std::map<int, Barrier> barriers;           // named
-  std::vector<uint32_t> unfenced;            // for every 16 bytes, who wrote them without a proxy fence since (+ 1)
+  uint8_t* base;                           // address 0 of shared memory, 1024-byte aligned; the kernel's begins at 16
+  std::map<uint32_t, Mbarrier> mbarriers;  // by address
+  std::map<int, Barrier> barriers;         // named
+  std::vector<uint32_t> unfenced;          // for every 16 bytes, who wrote them without a proxy fence since (+ 1)
   std::vector<Thread*> threads;
-  std::vector<int> registers;                // by warpgroup, after setmaxnreg
-  void* copies = nullptr;                    // ThreadSanitizer's name for this block's asynchronous copies
+  std::vector<int> registers;  // by warpgroup, after setmaxnreg
+  void* copies = nullptr;      // ThreadSanitizer's name for this block's asynchronous copies
 
   /// The shared-memory address of `size` bytes at `pointer`.
   uint32_t address(const void* pointer, size_t size, const char* what) const {
@@ -119,9 +120,9 @@ struct Grid {
 inline Grid grid;
 
 struct Settings {
-  uint64_t seed = 1;           // of the order in which threads and copies run
-  size_t resident = SIZE_MAX;  // how many clusters the machine holds at a time
-  int clusters = 2;            // how many it says it holds
+  uint64_t seed = 1;                   // of the order in which threads and copies run
+  size_t resident = SIZE_MAX;          // how many clusters the machine holds at a time
+  int clusters = 2;                    // how many it says it holds
   std::function<void()> kernel_ahead;  // of the next grid; is over only when all threads wait for it
 };
 inline Settings settings;
@@ -131,7 +132,8 @@ inline Queue behind;  // who waits for the kernel ahead
 inline Thread& self() { return *static_cast<Thread*>(scheduler.current->user); }
 
 /// The kernel's own barrier for `count` threads, or a warp's or a warpgroup's.
-inline void arrive_and_wait(Barrier& barrier, uint32_t count, const char* what, const std::function<void()>& last = {}) {
+inline void arrive_and_wait(Barrier& barrier, uint32_t count, const char* what,
+                            const std::function<void()>& last = {}) {
   const uint32_t generation = barrier.generation;
   happens_before(&barrier);
   if (++barrier.arrived == count) {
@@ -149,9 +151,7 @@ inline void arrive_and_wait(Barrier& barrier, uint32_t count, const char* what, 
 
 enum : int { WARPS = 1000, WARPGROUPS = 2000 };  // the names of barriers that PTX does not name
 
-inline void warp_sync(const char* what) {
-  arrive_and_wait(self().block->barriers[WARPS + self().warp()], 32, what);
-}
+inline void warp_sync(const char* what) { arrive_and_wait(self().block->barriers[WARPS + self().warp()], 32, what); }
 
 /// The lanes of this thread's warp, after all of them have shown `values`.
 inline Thread* const* exchange(std::initializer_list<uint32_t> values, const char* what) {

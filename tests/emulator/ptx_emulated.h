@@ -14,7 +14,7 @@
 #include "machine.h"
 
 #define threadIdx (emulator::self().index)
-#define blockIdx (emulator::block_index())
+#define blockIdx  (emulator::block_index())
 inline emulator::Index& gridDim = emulator::grid.grid;
 inline emulator::Index& blockDim = emulator::grid.block;
 #undef __launch_bounds__
@@ -35,8 +35,10 @@ inline uint32_t swizzle_128(uint32_t address) { return address ^ ((address >> 7 
 
 template <class T>
 float to_float(uint16_t bits) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return std::bit_cast<float>(uint32_t(bits) << 16);
-  else return __half2float(__half_raw{bits});
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return std::bit_cast<float>(uint32_t(bits) << 16);
+  else
+    return __half2float(__half_raw{bits});
 }
 
 /// What a CUtensorMap says here; it lies in the first bytes of the real, opaque type.
@@ -68,7 +70,8 @@ void for_box(const TensorMap& m, uint8_t* shared, uint32_t address, int x, int y
 
 inline void check_no_mbarrier(Block& block, uint32_t address, size_t bytes) {
   auto first = block.mbarriers.lower_bound(address);
-  if (first != block.mbarriers.end() && first->first < address + bytes) throw Fault("TMA: the load overwrites a mbarrier");
+  if (first != block.mbarriers.end() && first->first < address + bytes)
+    throw Fault("TMA: the load overwrites a mbarrier");
 }
 
 }  // namespace emulator
@@ -222,7 +225,8 @@ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barr
   Unseen unseen;
   Block* block = self().block;
   const uint32_t address = block->address(to, bytes, "bulk_load"), flag = block->address(barrier, 8, "mbarrier");
-  if (address % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) throw Fault("bulk_load: not 16-byte aligned");
+  if (address % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    throw Fault("bulk_load: not 16-byte aligned");
   emulator::do_later(emulator::asynchronous(block, nullptr, [=] {
     emulator::check_no_mbarrier(*block, address, bytes);
     {

@@ -41,7 +41,8 @@ struct Wgmma {
   static void run(const std::vector<emulator::WgmmaCall*>& threads) {
     const uint64_t a = threads[0]->a, b = threads[0]->b;
     for (auto* t : threads)
-      if (t->a != a || t->b != b || t->accumulate != threads[0]->accumulate) throw Fault("wgmma: the warpgroup has diverged");
+      if (t->a != a || t->b != b || t->accumulate != threads[0]->accumulate)
+        throw Fault("wgmma: the warpgroup has diverged");
     static float rows[64][16], columns[16][N];
     read<false>(a, 64, [&](int m, int k) -> float& { return rows[m][k]; });
     read<B_IS_N_MAJOR>(b, N, [&](int n, int k) -> float& { return columns[k][n]; });
