@@ -128,3 +128,19 @@ def test_lora_is_loaded_beside_others(config, others, tmp_path):
     assert torch.equal(logits(fastpeft.load(build("llama"), tmp_path / "again")), logits(alone))
     fastpeft.detach(model)
     assert torch.equal(logits(model), logits(build("llama")))
+
+
+@torch.no_grad()
+def test_a_second_adapter_leaves_what_the_first_trains():
+    """LoRA freezes the layers that it wraps, here those whose biases and weights another adapter trains."""
+    model = move(fastpeft.attach(build("bert"), Selective(params="bias")))
+    moved, trained = logits(model), {id(p) for p in model.parameters() if p.requires_grad}
+    fastpeft.attach(model, Lora(r=2), "b")
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+    assert torch.equal(logits(model), moved)
+    fastpeft.set_adapter(model, "b")
+    assert not {id(p) for p in model.parameters() if p.requires_grad} & trained
+    assert torch.equal(logits(model), logits(build("bert")))
+    fastpeft.set_adapter(model, "default")
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+    assert torch.equal(logits(model), moved)
