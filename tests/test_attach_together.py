@@ -144,3 +144,16 @@ def test_a_second_adapter_leaves_what_the_first_trains():
     fastpeft.set_adapter(model, "default")
     assert {id(p) for p in model.parameters() if p.requires_grad} == trained
     assert torch.equal(logits(model), moved)
+
+
+@torch.no_grad()
+def test_what_one_adds_is_none_of_another_s_targets():
+    model = fastpeft.attach(build("llama"), PrefixTuning(length=2, projection=8))
+    attached = fastpeft.attach(build("llama"), Lora(r=2)).fastpeft_attachment.linears
+    fastpeft.attach(model, Lora(r=2), "b")
+    assert model.fastpeft_attachment.linears == attached
+    seen = []
+    fastpeft.attach(
+        model, Bottleneck(targets=lambda path, module: seen.append(path) or path == "model.layers.0.mlp"), "c"
+    )
+    assert not any("fastpeft_" in path or "base_layer" in path for path in seen)

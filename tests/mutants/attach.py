@@ -16,21 +16,21 @@ MUTANTS = {
     "fastpeft/methods/attach.py": {
         "a failure leaves what was applied": ("        take_back(model, name, flags)\n        raise\n", "        raise\n", FAILURE),
         "flags stay frozen after a failure": ("            method.settle(model)\n    _set_flags(flags)\n", "            method.settle(model)\n", FAILURE),
-        "a second adapter keeps what attaching left": ("        else:\n            _set_flags(flags)\n", "        else:\n            pass\n", "tests/test_attach.py::TestSeveralAdapters"),
+        "a second adapter keeps what attaching left": ("        else:\n            _set_flags(flags)\n", "        else:\n            pass\n", "tests/test_attach_together.py::test_a_second_adapter_leaves_what_the_first_trains"),
         "hooks stay while modules are replaced": ("        for method in methods_of(state):\n            method.lift(model)\n        for", "        for", f"{FILE}::TestOtherSettings::test_a_norm_that_is_copied_for_training"),
         "the same method twice": ("methods.count(method) > 1", "methods.count(method) > 2", f"{FILE}::TestTogether::test_bad_lists"),
         "flags of the original lost": ("state.flags.get(name, parameter.requires_grad)", "parameter.requires_grad", f"{FORWARD}[seq_bn-bert]"),
     },
     "fastpeft/methods/switch.py": {
         "merge forgets what cannot be merged": ("method.unmergeable is not None", "False", f"{FILE}::TestTogether::test_merging_names_what_cannot_be"),
-        "disabled for good": ("stack.callback(method.disable(holder))", "method.disable(holder)", f"{FORWARD}[seq_bn-bert]", ),
+        "disabled for good": ("stack.callback(method.disable(holder))", "method.disable(holder)", TOGETHER),
         "merged adapters are switched": ('    refuse_merged("set_adapter", holder, state)\n', "", "tests/test_attach.py::TestDisableAndMerge"),
     },
     "fastpeft/methods/attachment.py": {
         "a wrapper's own parts taken for the original's": ("wrappers.get(path) != part", "True", "tests/test_attach.py::TestAttachAndDetach"),
     },
     "fastpeft/methods/targets.py": {
-        "what was added is adapted": ('getattr(type(module), "fastpeft_added", False)', "False", f"{FILE}::TestOtherSettings::test_a_norm_that_is_copied_for_training"),
+        "what was added is adapted": ('getattr(type(module), "fastpeft_added", False)', "False", "tests/test_attach_together.py::test_what_one_adds_is_none_of_another_s_targets"),
     },
     "fastpeft/methods/lora_record.py": {
         "biases of an inactive adapter act": ("trained == (record.trained is None)", "True", "tests/test_attach_together.py::test_biases_are_those_of_the_active_adapter"),
