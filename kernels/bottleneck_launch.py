@@ -19,13 +19,13 @@ def config(step: str, hidden: int, dtype: torch.dtype, capability: int, tile: in
     block_r = max(16, triton.next_power_of_2(hidden))
     if step == "fused":
         return Config(tile, 32 if wide or block_r > 64 else 64, block_r, 8, 2 if wide else 3)
-    block_r, warps = min(block_r, 32 if wide else 64), 8 if tile > DECODE else 4
+    block_r, warps = min(block_r, 16 if wide else 64), 8 if tile > DECODE else 4
     if step in ("hidden", "hidden_backward"):
         return Config(tile, 32 if wide else 64, block_r, warps, 2 if wide else 3)
     if step in ("up", "dx"):
         return Config(tile, 64, min(block_r, 32), warps, 2)
     if step == "outer":
-        return Config(32, 64, max(32, block_r), 8, 2)
+        return Config(32, 32 if wide else 64, max(16 if wide else 32, block_r), 4 if wide else 8, 2)
     raise ValueError(f"config: step is {step!r}, expected one of {', '.join(STEPS)}")
 
 

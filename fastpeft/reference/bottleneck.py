@@ -100,13 +100,13 @@ def bottleneck(
     settings = Settings(activation, 1.0 if tensor is not None else scale, norm, eps, dropout, False)
     if slots is None:
         out = (y + _branch(z, weights, settings, seed)).to(y.dtype)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[1])
     for slot in range(down_weight.shape[0]):
         rows = (slots.reshape(-1) == slot).nonzero()[:, 0]
         own_seed = seed if seed is None or seed.numel() == 1 else seed[slot]
         branch = _branch(z[rows], weights.of(slot), settings, own_seed)
         y = y.index_copy(0, rows, (y[rows] + branch).to(y.dtype))
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _branch(x: Tensor, weights: Weights, settings: Settings, seed: Tensor | None) -> Tensor:
