@@ -254,6 +254,25 @@ def test_beside_prompts_by_row():
         model(ids, adapter_names=["prompt", "lora", None])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", [fastpeft.PromptTuning(length=3), PrefixTuning(length=3)], ids=lambda c: type(c).__name__
+)
+def test_torch_compile(config):
+    """The hooks are part of the graph."""
+    model, (ids, mask) = attach(llama(), config), padded()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    grads = []
+    for step in (model, compiled):
+        loss = step(ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        grads += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+        model.zero_grad()
+    for one, two in zip(grads[: len(grads) // 2], grads[len(grads) // 2 :], strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_16_bit_model_and_dropout():
     model, (ids, mask) = with_prefixes(llama().bfloat16(), a=3), padded()
     adapter = model.fastpeft_prefix.adapters["a"]

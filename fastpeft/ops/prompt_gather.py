@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding as look_up
 
-from .. import _backend, _check
+from .. import _backend
 from .._library import register_op
+from . import prompt_gather_arguments as arguments
+from .prompt_gather_arguments import INTEGERS
 
 SIDES = ("right", "left")
-INTEGERS = (torch.int32, torch.int64)
 
 
 class PromptBatch(NamedTuple):
@@ -161,15 +162,15 @@ def prompt_gather(
     Raises:
         TypeError, ValueError: naming the argument, what it is and what was expected.
     """
-    source = _source(input_ids, embedding, inputs_embeds)
+    source = arguments.source(input_ids, embedding, inputs_embeds)
     ids = _absent(source) if inputs_embeds is not None else input_ids
     b, t = source.shape[:2] if inputs_embeds is not None else input_ids.shape
-    table, lengths = _table(prompts, lengths, source)
-    prompt_ids, longest = _rows(prompt_ids, b, lengths, source)
+    table, lengths = arguments.table(prompts, lengths, source)
+    prompt_ids, longest = arguments.rows(prompt_ids, b, lengths, source)
     optional = {"attention_mask": attention_mask, "labels": labels, "position_ids": position_ids}
     for name, value in optional.items():
         allowed = (*INTEGERS, torch.bool) if name == "attention_mask" else INTEGERS
-        optional[name] = _absent(source) if value is None else _integers(name, value, (b, t), source, allowed)
+        optional[name] = _absent(source) if value is None else arguments.integers(name, value, (b, t), source, allowed)
     if padding_side not in SIDES:
         raise ValueError(f"prompt_gather: padding_side is {padding_side!r}, expected 'right' or 'left'")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
@@ -191,76 +192,6 @@ def explain(
     table = prompts if isinstance(prompts, Tensor) else prompts[0]
     facts = embedding if inputs_embeds is None else inputs_embeds, table
     return _backend.explain("prompt_gather", options.get("backend"), REASONS, *facts)
-
-
-def _source(input_ids, embedding, inputs_embeds) -> Tensor:
-    """Where the tokens' embeddings come from."""
-    if inputs_embeds is not None:
-        if input_ids is not None or embedding is not None:
-            raise ValueError("prompt_gather: inputs_embeds is given beside input_ids or embedding, expected either")
-        like = inputs_embeds if isinstance(inputs_embeds, Tensor) else torch.empty(0)
-        return _check.tensor("prompt_gather", "inputs_embeds", inputs_embeds, ("B", "T", "D"), {}, like)
-    if input_ids is None or embedding is None:
-        raise ValueError("prompt_gather: expected input_ids and embedding, or inputs_embeds")
-    like = embedding if isinstance(embedding, Tensor) else torch.empty(0)
-    _check.tensor("prompt_gather", "embedding", embedding, ("V", "D"), {}, like)
-    _integers("input_ids", input_ids, None, embedding)
-    return embedding
-
-
-def _table(prompts, lengths, source: Tensor) -> tuple[Tensor, list[int]]:
-    """All prompts in one tensor, and the length of each."""
-    d = source.shape[-1]
-    if isinstance(prompts, Tensor):
-        if lengths is None:
-            raise ValueError("prompt_gather: prompts is one tensor without lengths, expected the length of each prompt")
-        _check.tensor("prompt_gather", "prompts", prompts, ("S", "D"), {"D": d}, source)
-        lengths = list(lengths)
-        if any(length < 0 for length in lengths) or sum(lengths) != prompts.shape[0]:
-            raise ValueError(
-                f"prompt_gather: lengths is {lengths}, expected numbers of at least 0 that add up to {prompts.shape[0]}"
-            )
-        return prompts, lengths
-    if lengths is not None:
-        raise ValueError("prompt_gather: lengths is given beside one tensor for each prompt, expected None")
-    for i, prompt in enumerate(prompts):
-        _check.tensor("prompt_gather", f"prompts[{i}]", prompt, ("P", "D"), {"D": d}, source)
-        _check.dtype("prompt_gather", f"prompts[{i}]", prompt, prompts[0].dtype)
-    if not prompts:
-        return source.new_empty(0, d), []
-    return prompts[0] if len(prompts) == 1 else torch.cat(list(prompts)), [p.shape[0] for p in prompts]
-
-
-def _rows(prompt_ids, b: int, lengths: list[int], source: Tensor) -> tuple[Tensor, int]:
-    """Each row's prompt on the device, and the longest of them."""
-    if isinstance(prompt_ids, Tensor):
-        found = _integers("prompt_ids", prompt_ids, (b,), source)
-        return found, max([0, *lengths])
-    found = [-1 if p is None else p for p in prompt_ids]
-    if len(found) != b:
-        raise ValueError(f"prompt_gather: prompt_ids has {len(found)} items, expected one for each of {b} rows")
-    for p in found:
-        if isinstance(p, bool) or not isinstance(p, int) or not -1 <= p < len(lengths):
-            raise ValueError(f"prompt_gather: prompt_ids holds prompt {p!r}, expected -1 ... {len(lengths) - 1}")
-    longest = max([0, *(lengths[p] for p in found if p >= 0)])
-    return torch.tensor(found, dtype=torch.int64, device=source.device), longest
-
-
-def _integers(name: str, value, shape: tuple[int, ...] | None, like: Tensor, allowed=INTEGERS) -> Tensor:
-    """Check an integer argument; position_ids of one row serve every row."""
-    wanted = "[B, T]" if shape is None else list(shape)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"prompt_gather: {name} is {type(value).__name__}, expected a tensor {wanted}")
-    if value.dtype not in allowed:
-        names = " or ".join(map(str, allowed))
-        raise TypeError(f"prompt_gather: {name} has dtype {value.dtype}, expected {names}")
-    if value.device != like.device:
-        raise ValueError(f"prompt_gather: {name} is on {value.device}, expected {like.device}")
-    if name == "position_ids" and value.dim() == 2 and value.shape[0] == 1:
-        value = value.expand(shape[0], -1)
-    if value.dim() != 2 if shape is None else tuple(value.shape) != shape:
-        raise ValueError(f"prompt_gather: {name} has shape {list(value.shape)}, expected {wanted}")
-    return value
 
 
 def _triton_reason(source: Tensor, prompts: Tensor) -> str | None:

@@ -20,7 +20,7 @@ MUTANTS = {
     "fastpeft/nn/prefix_attention.py": {
         "prefix weighed the other way": ("torch.sigmoid(part_lse - lse[mine])", "torch.sigmoid(lse[mine] - part_lse)", EQUAL),
         "L of the own keys alone": ("torch.logaddexp(lse[mine], part_lse)", "lse[mine]", EQUAL),
-        "O of the own keys in backward": ("        out = out.to(q.dtype)\n        ctx.save", "        out = out.to(q.dtype).clone()\n        ctx.save", KEEPS),
+        "O of the own keys in backward": ("ctx.save_for_backward(q, k, v, out, lse, *prefixes)", "ctx.save_for_backward(q, k, v, _attend(q, k, v, mask, causal, scale)[0].to(q.dtype), lse, *prefixes)", EQUAL),
         "dq without the prefix": ("            dq[mine] += _rows(part[0], q[mine], own)\n", "", EQUAL),
         "one prefix for all rows": ("                out[which], lse[which] = merged, total\n", "                out, lse = torch.cat([merged, out])[: len(out)], lse\n", EQUAL),
         "groups of heads mixed up": ("permute(1, 2, 0, 3, 4).reshape(1, len(key), -1, d)", "permute(1, 0, 2, 3, 4).reshape(1, len(key), -1, d)", EQUAL),

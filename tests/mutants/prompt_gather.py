@@ -94,10 +94,12 @@ MUTANTS = {
     "fastpeft/ops/prompt_gather.py": {
         "no look at the prompts' numbers": ("_within(\"prompt_ids\", \"prompt\", prompt_ids, -1, len(lengths) - 1)", "_within(\"prompt_ids\", \"prompt\", prompt_ids, -9, len(lengths) - 1)", "tests/test_prompt_gather_torch.py::test_what_does_not_exist"),
         "no look at the tokens": ("if ids.dim() == 2:\n            _within", "if ids.dim() == 3:\n            _within", "tests/test_prompt_gather_torch.py::test_what_does_not_exist"),
-        "width of the longest prompt of all": ("longest = max([0, *(lengths[p] for p in found if p >= 0)])", "longest = max([0, *lengths])", "tests/test_prompt_gather.py::test_a_row_gets_what_it_gets_alone"),
         "a trained embedding is frozen": ("if inputs_embeds is None and source.requires_grad and torch.is_grad_enabled():", "if False:", "tests/test_prompt_gather.py::test_a_trained_embedding_gets_the_gradient_of_torch"),
+        "dx always": ("ctx.needs = [prompts.requires_grad, source.requires_grad]", "ctx.needs = [prompts.requires_grad, False]"),
+    },
+    "fastpeft/ops/prompt_gather_arguments.py": {
+        "width of the longest prompt of all": ("longest = max([0, *(lengths[p] for p in found if p >= 0)])", "longest = max([0, *lengths])", "tests/test_prompt_gather.py::test_a_row_gets_what_it_gets_alone"),
         "lengths do not add up": ("or sum(lengths) != prompts.shape[0]:", "or False:", BAD),
         "prompts of mixed dtypes": ("_check.dtype(\"prompt_gather\", f\"prompts[{i}]\", prompt, prompts[0].dtype)", "pass", BAD),
-        "dx always": ("ctx.needs = [prompts.requires_grad, source.requires_grad]", "ctx.needs = [prompts.requires_grad, False]"),
     },
 }  # fmt: skip
