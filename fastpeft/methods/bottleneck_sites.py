@@ -60,7 +60,6 @@ _PRE_NORM = {
 _POST_NORM = ("attention", "intermediate", "output")
 _POST_NORM_PARTS = (("attention", "attention.output"), ("cross", "crossattention.output"), ("mlp", "output"))
 _T5_PARTS = {"SelfAttention": "attention", "EncDecAttention": "cross", "DenseReluDense": "mlp"}
-_NOT_CALLED = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 _NUMBER = re.compile(r"(.*?\.)?(layers|layer|block|h|blocks)\.\d+")
 
 
@@ -159,7 +158,7 @@ def _by_rule(op: str, modules: dict[str, nn.Module], config: Bottleneck) -> Iter
         near = ", ".join(list(dict.fromkeys(name for name in names if not name.isdecimal()))[:12])
         raise ValueError(f"{op}: targets={shown} matches no module, expected some of {near}")
     for path in meant:
-        if type(modules[path]).forward is nn.Module.forward or isinstance(modules[path], _NOT_CALLED):
+        if type(modules[path]).forward is nn.Module.forward:
             raise ValueError(f"{op}: targets names {path}, a {type(modules[path]).__name__}, which is never called")
         features = config.features or _width(modules[path])
         if features is None:
