@@ -71,7 +71,7 @@ METHODS = {
         lambda texts: Selective(params="norm"), 1e-2, lambda: peft.LNTuningConfig(target_modules=["LayerNorm"], **TASK)
     ),
     "last 2 blocks": Method(lambda texts: Selective(layers="last:2"), 3e-4),
-    "5 % of rows": Method(lambda texts: Selective(rows=dict.fromkeys(LINEARS, 0.05)), 1e-3),
+    "5 % of rows": Method(lambda texts: Selective(rows=dict.fromkeys(LINEARS, 0.05)), 3e-3),
     "200 token rows": Method(lambda texts: Selective(tokens=commonest(texts)), 1e-2),
 }
 

@@ -1,6 +1,7 @@
 """Selections on disk: only what was trained; PEFT's own files for token rows and norms, both ways; bad files."""
 
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -194,3 +195,24 @@ def test_two_named_selections():
     assert torch.equal(logits(model), found["two"])
     fastpeft.detach(model)
     assert torch.equal(logits(model), outputs)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_token_rows_inside_pefts_lora_checkpoints(tied, tmp_path):
+    """Both ways: PEFT's trainable_token_indices."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, trainable_token_indices=[7, 3])
+    theirs = peft.get_peft_model(llama(tied=tied), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(torch.arange(2.0)[:, None] + 1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = llama(tied=tied)
+    fastpeft.load(ours, tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    train(ours, SimpleNamespace(param_groups=lambda lr: [p for p in ours.parameters() if p.requires_grad]))
+    fastpeft.save(ours, tmp_path / "ours")
+    assert not any(path.is_dir() for path in (tmp_path / "ours").iterdir())
+    again = peft.PeftModel.from_pretrained(llama(tied=tied), tmp_path / "ours")
+    torch.testing.assert_close(logits(again), logits(ours))
+    assert not torch.allclose(logits(ours), logits(theirs))

@@ -17,7 +17,8 @@ from .attachment import Attachment, attachment_of, holder_of
 from .files import safetensors
 from .method import Method
 from .peft_files import CONFIG, read_config
-from .registry import METHODS, method_of
+from .registry import METHODS, method_named, method_of
+from .selective_files import add_to_lora, is_input_tokens, tokens_beside_lora
 from .switch import refuse_merged
 
 
@@ -55,6 +56,11 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str = "default") 
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
+    if {method.name for method, _ in parts} == {"lora", "selective"}:
+        (lora, tensors), (selective, rows) = sorted(parts, key=lambda part: part[0].name)
+        if is_input_tokens(holder, selective.plan(holder, name)):  # PEFT keeps these two in one checkpoint
+            lora.write("save", holder, name, tensors, directory)
+            return add_to_lora("save", holder, selective.plan(holder, name), rows, directory)
     for method, tensors in parts:
         method.write("save", holder, name, tensors, directory / method.name if len(parts) > 1 else directory)
 
@@ -120,7 +126,10 @@ def _parts(directory: str | os.PathLike) -> list[tuple[Path, Method, Mapping[str
     for folder in folders:
         fields = read_config("load", folder)
         method = next((m for m in METHODS if isinstance(fields, dict) and m.recognises(fields)), METHODS[0])
-        found.append((folder, method, fields))
+        tokens = tokens_beside_lora(fields)
+        found.append((folder, method, fields if tokens is None else {**fields, "trainable_token_indices": None}))
+        if tokens is not None:
+            found.append((folder, method_named("selective"), tokens))
     return found
 
 

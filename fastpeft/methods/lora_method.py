@@ -195,7 +195,8 @@ class LoraMethod(Method):
 
     def ignores(self, key: str) -> bool:
         # PEFT saves biases of a copied module three times when it trains all; the copy's own are the ones it reads.
-        return bool({"original_module", "modules_to_save"} & {*key.split(".")})
+        # Token rows beside LoRA are read by the method that trains them.
+        return bool({"original_module", "modules_to_save", "token_adapter"} & {*key.split(".")})
 
     def must_be_float(self, key: str) -> bool:
         return ".lora_" in key

@@ -23,6 +23,11 @@ def method_of(op: str, config: object) -> Method:
     raise TypeError(f"{op}: config is {type(config).__name__}, expected {known}, or a list of them")
 
 
+def method_named(name: str) -> Method:
+    """The method of this name."""
+    return next(method for method in METHODS if method.name == name)
+
+
 def methods_of(state) -> list[Method]:
     """The methods in use on a model, in their order."""
     return [method for method in METHODS if method.name in state.records]

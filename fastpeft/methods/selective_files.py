@@ -15,10 +15,11 @@ from .files import write_json, write_tensors
 from .peft_files import CONFIG, PREFIX, WEIGHTS, read_config, read_tensors
 from .selection import Selection, select
 from .selective import Selective
-from .selective_plan import Plan, is_norm, own_modules
+from .selective_plan import Plan, is_norm, original_at, own_modules
 
 OWN, TOKENS, NORMS = "FASTPEFT_SELECTIVE", "TRAINABLE_TOKENS", "LN_TUNING"
 _DELTA, _NORM = "trainable_tokens_delta", "ln_tuning_layers"
+_ADAPTER, _BESIDE = "token_adapter", "trainable_token_indices"  # beside LoRA
 _FIELDS = ("params", "tokens", "rows", "columns", "add_missing_bias")
 # Fields of PEFT's that do not change what was trained.
 _WITHOUT_EFFECT = {
@@ -68,9 +69,38 @@ def read(
     try:
         if kind == OWN:
             return Selective(**{name: fields[name] for name in _FIELDS if fields.get(name)}), tensors
+        if kind == TOKENS and any(f".{_ADAPTER}." in key for key in tensors):
+            tensors = {key: tensor for key, tensor in tensors.items() if f".{_ADAPTER}." in key}
         return _from_tokens(model, fields, tensors) if kind == TOKENS else _from_norms(tensors)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{op}: {directory / CONFIG} is no selection ({error})") from None
+
+
+def tokens_beside_lora(fields: Mapping) -> dict | None:
+    """The fields of the token rows in a LoRA config of PEFT's (``trainable_token_indices``), or None."""
+    ids = fields.get(_BESIDE) if isinstance(fields, Mapping) and fields.get("peft_type") == "LORA" else None
+    return {"peft_type": TOKENS, "token_indices": ids, "base_model_name_or_path": None} if ids else None
+
+
+def is_input_tokens(model: nn.Module, plan: Plan) -> bool:
+    """Whether the plan is rows of the model's input embedding and nothing else, as PEFT has them beside LoRA."""
+    if plan.whole or plan.biases or [part.kind for part in plan.slices] != ["tokens"]:
+        return False
+    return original_at(model, plan.slices[0].path) is _input_table(model)
+
+
+def add_to_lora(op: str, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Put token rows (``is_input_tokens``) into the LoRA checkpoint in ``directory``."""
+    (part,) = plan.slices
+    kept = {PREFIX + key: tensor for key, tensor in read_tensors(op, directory).items()}
+    kept[f"{PREFIX}{part.path}.{_ADAPTER}.{_DELTA}"] = tensors[part.key]
+    write_tensors(op, directory / WEIGHTS, kept)
+    write_json(directory / CONFIG, {**read_config(op, directory), _BESIDE: part.index.tolist()})
+
+
+def _input_table(model: nn.Module) -> nn.Module | None:
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return getattr(table, "base_layer", table)
 
 
 def load_selective(model: nn.Module, directory: str | os.PathLike) -> Selection:
@@ -139,6 +169,7 @@ def _from_tokens(
     ids, found, tables, modules = fields.get("token_indices"), {}, {}, own_modules(model)
     for key, rows in tensors.items():
         path, _, end = key.rpartition(".")
+        path = path.removesuffix(f".{_ADAPTER}")
         if isinstance(modules.get(path), nn.Linear):
             continue  # tied to the embedding, whose rows PEFT writes twice
         numbers = ids.get(path.rpartition(".")[2], ids.get(path)) if isinstance(ids, Mapping) else ids

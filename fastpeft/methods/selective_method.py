@@ -93,6 +93,10 @@ class SelectiveMethod(Method):
         change = self.record(model).changes.get(name)
         return {} if change is None else change.parameters(model)
 
+    def plan(self, model: nn.Module, name: str) -> Plan:
+        """What the adapter trains."""
+        return self.record(model).changes[name].plan
+
     def recognises(self, fields: Mapping) -> bool:
         return fields.get("peft_type") in (files.OWN, files.TOKENS, files.NORMS)
 
@@ -100,4 +104,4 @@ class SelectiveMethod(Method):
         return files.read(op, model, directory, fields)
 
     def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
-        files.write(op, model, self.record(model).changes[name].plan, tensors, directory)
+        files.write(op, model, self.plan(model, name), tensors, directory)
