@@ -36,12 +36,13 @@ MAY_IMPORT = {
 OTHERS = {
     "kernels": {"triton"},
     "_backend": {"triton"},
-    "methods": {"safetensors"},
+    "methods": {"safetensors", "transformers"},  # the latter to register the attention function of prefix tuning
     "serving": {"fastapi", "prometheus_client", "pydantic", "starlette", "transformers", "uvicorn"},
     "integrations": {"transformers"},
 }
 # Imported on first use only, inside a function, except where the layer is made of it.
 ON_FIRST_USE = {"triton", "kernels", "_C", "safetensors"}
+ALSO_ON_FIRST_USE = {"methods": {"transformers"}}
 
 
 def module_name(path: Path) -> str:
@@ -88,7 +89,7 @@ def broken_imports(path: Path, source: str) -> list[str]:
             package = top
         if not allowed:
             found.append(f"{path}:{line}: {own or 'fastpeft'} may not import {module}")
-        elif package in ON_FIRST_USE and own != "kernels" and not inside:
+        elif package in ON_FIRST_USE | ALSO_ON_FIRST_USE.get(own, set()) and own != "kernels" and not inside:
             found.append(f"{path}:{line}: {module} is imported on first use, inside a function")
     return found
 
@@ -142,6 +143,7 @@ def test_law(rule):
         (broken_imports, "fastpeft/nn/a.py", "from fastpeft.methods.lora import Lora"),
         (broken_imports, "fastpeft/methods/a.py", "def f():\n    import peft"),
         (broken_imports, "fastpeft/methods/a.py", "from safetensors.torch import save_file"),
+        (broken_imports, "fastpeft/methods/a.py", "from transformers import AttentionInterface"),
         (broken_imports, "fastpeft/methods/a.py", "from ..integrations import peft"),
         (broken_imports, "fastpeft/methods/a.py", "from ..serving import AdapterBank"),
         (broken_imports, "fastpeft/integrations/peft.py", "import vllm"),

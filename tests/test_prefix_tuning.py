@@ -20,7 +20,11 @@ def bert_encoder():
     return bert().bert
 
 
-FAMILIES = {"llama": llama, "gpt2": gpt2, "bert": bert_encoder}
+def roberta_encoder():
+    return roberta().roberta
+
+
+FAMILIES = {"llama": llama, "gpt2": gpt2, "bert": bert_encoder, "roberta": roberta_encoder}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_causal = pytest.mark.parametrize("family", ["llama", "gpt2"])
 each_kind = pytest.mark.parametrize("projection", [None, 6], ids=["plain", "projection"])
@@ -37,7 +41,7 @@ def with_prefixes(model, projection=None, **lengths):
 
 def in_peft(model, family, **settings):
     torch.manual_seed(2)
-    task = "FEATURE_EXTRACTION" if family == "bert" else "CAUSAL_LM"
+    task = "FEATURE_EXTRACTION" if "bert" in family else "CAUSAL_LM"
     config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -38,7 +38,7 @@ MUTANTS = {
     "fastpeft/nn/prefix.py": {
         "positions without the prefix": ("torch.arange(past, past + tokens.shape[1], device=tokens.device)[None] + shift", "torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]", PEFT),
         "given positions without the prefix": ("return given[\"position_ids\"] + shift", "return given[\"position_ids\"]", GENERATE),
-        "RoBERTa's positions": ("return on * (on.cumsum(1) + past + shift) + self.padding", "return on * (on.cumsum(1) + past) + self.padding", ROWS),
+        "RoBERTa's positions": ("return on * (on.cumsum(1) + past + shift) + self.padding", "return on * (on.cumsum(1) + past) + self.padding", "tests/test_prefix_tuning.py::test_equals_peft[sdpa-roberta-plain]"),
         "keys and values swapped": ("(values[layer, 0], values[layer, 1], rows)", "(values[layer, 1], values[layer, 0], rows)", PEFT),
         "first layer's prefix for all": ("call.of(module.layer_idx)", "call.of(0)", PEFT),
         "all rows have the first prefix": ("rows = None if len(which) == len(members)", "rows = None if len(which) >= 1", ROWS),
