@@ -157,6 +157,29 @@ class TestInspect:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_adapterhub_s_keys(norm, tmp_path):
+    """The projection is adapter_down.0, or .1 behind a norm that is there twice; found in any order of the file."""
+    model = saved(tmp_path, Bottleneck(size=3, norm=norm, scale="channel", gating=True, norm_after=True))
+    path = tmp_path / "adapter.safetensors"
+    tensors = safetensors.load_file(path)
+    holder = "model.layers.1.output_adapters.adapters.default."
+    shapes = {key.removeprefix(holder): list(t.shape) for key, t in tensors.items() if key.startswith(holder)}
+    common = {
+        "adapter_up.weight": [16, 3], "adapter_up.bias": [16], "scaling": [16], "gate.weight": [1, 16],
+        "gate.bias": [1], "adapter_norm_after.weight": [16], "adapter_norm_after.bias": [16],
+    }  # fmt: skip
+    plain = {"adapter_down.0.weight": [3, 16], "adapter_down.0.bias": [3]}
+    behind = {"adapter_down.1.weight": [3, 16], "adapter_down.1.bias": [3]}
+    for name in ("adapter_down.0", "adapter_norm_before"):
+        behind |= {f"{name}.weight": [16], f"{name}.bias": [16]}
+    assert shapes == common | (behind if norm else plain)
+    path.unlink()
+    for order in (sorted(tensors), sorted(tensors, reverse=True)):
+        torch.save({key: tensors[key] for key in order}, tmp_path / "pytorch_adapter.bin")
+        assert torch.equal(logits(fastpeft.load(build("llama"), tmp_path)), logits(model))
+
+
 @pytest.mark.parametrize(
     ("inner", "message"),
     [

@@ -70,8 +70,8 @@ MUTANTS = {
         "no width below 1": ("max(1, int(features // factor))", "int(features // factor)", f"{FILE}::test_widths"),
     },
     "fastpeft/methods/adapterhub_format.py": {
-        "the projection stays at 0": ("down = 1 if", "down = 0 if", f"{SAVED}[double_seq_bn-llama]"),
-        "the norm taken for the projection": ("weight.dim() != 2", "False", f"{SAVED}[double_seq_bn-llama]"),
+        "the projection stays at 0": ("down = 1 if", "down = 0 if", "tests/test_inspect.py::test_adapterhub_s_keys"),
+        "the norm taken for the projection": ("weight.dim() != 2", "False", "tests/test_inspect.py::test_adapterhub_s_keys"),
         "the size's factor is inexact": ("factor = features / (size + 0.5)", "factor = features / size + 1", f"{FILE}::TestFamilies::test_save_and_load"),
         "Compacter taken for a bottleneck": ('("phm_layer", "Compacter"), ', "", "tests/test_inspect.py::test_adapterhub_configs_that_are_not_served"),
     },
