@@ -24,29 +24,42 @@ __device__ __forceinline__ void drop(uint32_t (&x)[4], dropout::RowKey key, uint
   }
 }
 
+/// Columns k ... k + 8 of a row, zeros past K. Without a branch: a load behind one would wait for those before it.
+template <class T>
+__device__ __forceinline__ uint4 load8(const T* row, int k, int K) {
+  const uint4 loaded = __ldg(reinterpret_cast<const uint4*>(row + (k < K ? k : 0)));
+  return k < K ? loaded : make_uint4(0, 0, 0, 0);
+}
+
 /// sᵀ [RANKS, 8] of rows m0 ... m0 + 8. A lane takes eight adjacent columns of a step of 32, in both operands: the sum
-/// over k has no order of its own.
+/// over k has no order of its own. Rows past M and ranks past R repeat the last one; nobody stores them.
 template <int RANKS, class T>
 __device__ __forceinline__ void down_rows(float (&sum)[RANKS / 16][4], const Params<T>& p, int m0) {
+  constexpr int STEPS = RANKS > 16 ? 1 : 4;  // whose loads are in flight together: what 96 registers hold
   const int lane = threadIdx.x % 32, q = lane / 4, t = lane % 4;
   const int row = min(m0 + q, p.M - 1);
   const bool masked = p.mask.threshold != 0;
   const dropout::RowKey key = masked ? dropout::row_key(*p.mask.seed, row) : dropout::RowKey{0, 0};
-  const uint4 zero = make_uint4(0, 0, 0, 0);
-#pragma unroll(RANKS >= 64 ? 1 : 4)  // loads in flight, as far as the registers go
-  for (int k = t * 8; k - t * 8 < p.K; k += 32) {
-    const bool inside = k < p.K;
-    const uint4 x = inside ? __ldg(reinterpret_cast<const uint4*>(p.x + row * p.stride_x + k)) : zero;
-    uint32_t word[4] = {x.x, x.y, x.z, x.w};
-    if (masked) drop(word, key, k, p.mask.threshold);
+#pragma unroll 1
+  for (int first = t * 8; first - t * 8 < p.K; first += 32 * STEPS) {
+    uint4 x[STEPS], a[STEPS][RANKS / 8];
 #pragma unroll
-    for (int i = 0; i < RANKS / 16; ++i) {
-      const int r = i * 16 + q;
-      const T* a = p.a + r * p.stride_a + k;
-      const uint4 low = inside && r < p.R ? __ldg(reinterpret_cast<const uint4*>(a)) : zero;
-      const uint4 high = inside && r + 8 < p.R ? __ldg(reinterpret_cast<const uint4*>(a + 8 * p.stride_a)) : zero;
-      ptx::mma_m16n8k16<T>(sum[i], low.x, high.x, low.y, high.y, word[0], word[1]);
-      ptx::mma_m16n8k16<T>(sum[i], low.z, high.z, low.w, high.w, word[2], word[3]);
+    for (int step = 0; step < STEPS; ++step) {
+      const int k = first + 32 * step;
+      x[step] = load8(p.x + row * p.stride_x, k, p.K);
+#pragma unroll
+      for (int i = 0; i < RANKS / 8; ++i) a[step][i] = load8(p.a + min(i * 8 + q, p.R - 1) * p.stride_a, k, p.K);
+    }
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      uint32_t word[4] = {x[step].x, x[step].y, x[step].z, x[step].w};
+      if (masked) drop(word, key, first + 32 * step, p.mask.threshold);
+#pragma unroll
+      for (int i = 0; i < RANKS / 16; ++i) {
+        const uint4 low = a[step][2 * i], high = a[step][2 * i + 1];
+        ptx::mma_m16n8k16<T>(sum[i], low.x, high.x, low.y, high.y, word[0], word[1]);
+        ptx::mma_m16n8k16<T>(sum[i], low.z, high.z, low.w, high.w, word[2], word[3]);
+      }
     }
   }
 }
