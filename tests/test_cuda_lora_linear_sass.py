@@ -103,3 +103,12 @@ def test_main_loop(compiled, name):
         assert len(body) <= LOOP
         assert count(body, "BAR.SYNC") == 0
         assert [text for _, text in body if "WARPGROUP.DEPBAR" in text] == ["WARPGROUP.DEPBAR.LE gsb0, 0x1"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("ranks", "loads"), [(16, 12), (64, 9)])
+def test_loads_for_s_are_in_flight_together(compiled, dtype, ranks, loads):
+    """Four steps of x and two rows of A each, or one step with eight rows: none of them waits behind a branch."""
+    events = [re.search("LDG.E.128|BRA|HMMA", text) for _, text in compiled[1][dtype, 256, 0, ranks]]
+    bursts = re.findall("L+", "".join(event[0][0] for event in events if event))
+    assert max(map(len, bursts)) >= loads
