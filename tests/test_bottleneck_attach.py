@@ -572,6 +572,15 @@ def test_widths():
         Bottleneck(reduction_factor={"1": 2}).size_of(16, 3)
 
 
+def test_every_width_has_a_reduction_factor():
+    """AdapterHub has no widths, only factors, and divides by them in floating point."""
+    from fastpeft.methods.adapterhub_format import _factor
+
+    for features in (16, 768, 1000):
+        for size in range(1, features + 1):
+            assert Bottleneck(reduction_factor=_factor(features, size)).size_of(features, 0) == size
+
+
 def test_post_add_needs_a_norm_after():
     config = Bottleneck(residual_before_norm="post_add")
     attached("bert", config)
