@@ -80,12 +80,15 @@ class TestInspect:
         for kind, config, served in (
             ("IA3", peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "nothing here; PEFT itself"),
             ("PROMPT_TUNING", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "fastpeft.load"),
+            ("TOKENS", peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "fastpeft.load"),
             ("LORA", peft.LoraConfig(use_dora=True, target_modules=["q_proj"]), "nothing here"),
         ):
             peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / kind)
             found = one(tmp_path / kind)
             assert found.served.startswith(served)
+            zero = ["every lora_B is zero: it has not been trained and does nothing"]
             assert bool(found.problems) == (kind != "PROMPT_TUNING")
+            assert kind != "TOKENS" or (found.problems == zero and found.method.endswith("and token rows"))
         assert "4 virtual tokens" in one(tmp_path / "PROMPT_TUNING").method
         assert one(tmp_path / "IA3").problems == ["peft_type='IA3' is not served"]
         assert any("use_dora=True, which is not served" in problem for problem in one(tmp_path / "LORA").problems)

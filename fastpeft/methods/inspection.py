@@ -17,6 +17,7 @@ from .files import read_safetensors
 from .peft_files import CONFIG, PREFIX, WEIGHTS, read_config
 from .peft_format import from_peft
 from .registry import METHODS
+from .selective_files import tokens_beside_lora
 
 
 @dataclass
@@ -134,7 +135,10 @@ def _lora(found: Inspection, fields: Mapping, tensors: Mapping[str, Tensor]) -> 
             found.problems.append(f"{key} has {down.shape[0]} rows, its lora_B {up.shape[-1]} columns")
     foreign = [key for key in tensors if not key.startswith(PREFIX)]
     found.problems += [f"{key} does not start with {PREFIX}" for key in foreign[:8]]
-    config = from_peft("inspect", fields)
+    tokens = tokens_beside_lora(fields)
+    if tokens is not None:
+        found.method += " and token rows"
+    config = from_peft("inspect", fields if tokens is None else {**fields, "trainable_token_indices": None})
     for key, down in downs.items():
         path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         if down.shape[0] != config.rank_of(path):
