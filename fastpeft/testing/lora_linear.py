@@ -139,7 +139,7 @@ def check(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, Ratios
         for dtype, adapter in dtypes:
             problem = LoraProblem.make((4, 67, 448), outs, ranks, dtype, adapter, device, dropout=0.1)
             for backend in _backend.ORDER:
-                if REASONS[backend](problem.x, problem.lora_as) is None:
+                if REASONS[backend](problem.x, problem.lora_as, problem.weights, problem.lora_bs) is None:
                     found = ratios(problem, backend).values()
                     worst = Ratios(max(r.max for r in found), max(r.rms for r in found))
                     note = "" if dtype == adapter else ", fp32 adapters"
