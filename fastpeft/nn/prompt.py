@@ -168,7 +168,7 @@ class Prompts(RowAdapters):
         ids, embedding = given["input_ids"], model.get_input_embeddings()
         plain = type(embedding) is nn.Embedding and type(embedding.weight) is nn.Parameter
         hooks = embedding._forward_hooks or embedding._forward_pre_hooks
-        if plain and not hooks and embedding.max_norm is None and not embedding.weight.requires_grad:
+        if plain and not hooks and embedding.max_norm is None:
             return {"input_ids": ids, "embedding": embedding.weight}
         return {"inputs_embeds": embedding(ids)}
 
