@@ -68,6 +68,7 @@ if [[ $dry ]]; then
     tests=(tests/test_layout.py -k law)
     bench=(--device cpu --quick --shape 128x96 --rows 64 --threads 1)
     serving=(--device cpu --quick --shape 128x96 --tokens 16)
+    selective=(--device cpu --quick --case rows --shape 128x96 --rows 64)
     prompts=(--device cpu --quick --gate-only --no-compile)
     figure=()
 else
@@ -77,6 +78,7 @@ else
     for name in layout packaging targets cli demo bench; do tests+=(--ignore "tests/test_$name.py"); done
     bench=(--device cuda --total 150)
     serving=(--device cuda --total 80)
+    selective=(--device cuda --total 40 --seconds 8)
     prompts=(--device cuda --total 40)
     figure=(--rows 8192)
     "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8 --dist loadgroup)
@@ -147,6 +149,7 @@ if [[ $csrc ]]; then
     step decode 60 bench.log "$python" bench/bench_multi_lora.py --out "$out/rows.jsonl" --device cuda --sites 128 \
         --shape 4096x4096 --tokens 16 --adapters identical --adapters uniform --adapters distinct --total 50
 fi
+step selective 70 bench.log "$python" bench/bench_selective.py --out "$out/rows.jsonl" "${selective[@]}"
 step plot 30 bench.log "$python" bench/plot.py "$out/rows.jsonl" "$out/overhead.png" "${figure[@]}"
 
 sed -n '/^Time over/,/^---/p' "$out/bench.log" | sed '/^---/d'

@@ -14,6 +14,8 @@ DEFINITION = "tests/test_row_linear.py::test_the_definition_is_the_formula"
 
 NO_ROW = "tests/test_row_linear.py::test_an_index_that_does_not_exist_reads_nothing"
 
+MODULE = "tests/test_row_modules.py::"
+
 TESTS = (
     GUARDS,
     TRAINED,
@@ -100,5 +102,69 @@ MUTANTS = {
         "no gradient of the bias": ("dy.sum(0) if need_db else None", "torch.zeros_like(dy[0]) if need_db else None"),
         "dX of the transposed weight": ("dy @ weight if need_dx", "dy @ weight * 2 if need_dx"),
         "a weight that trains is let through": ("if weight.requires_grad:", "if False:", BAD),
+    },
+    "fastpeft/nn/live_slice.py": {
+        "what optimizers write through .data is not seen": (
+            "            self._stale = True\n",
+            "            pass\n",
+            MODULE + "test_everybody_sees_the_trained_weight",
+        ),
+        "the counter is not looked at": (
+            "moved = version is None or version != self._version",
+            "moved = False",
+            MODULE + "test_nothing_is_forgotten_between_evaluations",
+        ),
+        "always written": (
+            "if weight.is_meta or not (moved or self._stale):",
+            "if weight.is_meta:",
+            MODULE + "test_nothing_is_written_where_nothing_changed",
+        ),
+        "every write is counted": (
+            "self._matrix(weight if moved else weight.data)",
+            "self._matrix(weight)",
+            MODULE + "test_micro_batches_may_interleave",
+        ),
+        "the state dict may be old": (
+            "        self.write()\n        super()._save",
+            "        super()._save",
+            MODULE + "test_everybody_sees_the_trained_weight",
+        ),
+        "a loaded weight keeps the old slice": (
+            "                self.trained.copy_(",
+            "                (",
+            MODULE + "test_the_state_dict_is_the_base_layers",
+        ),
+        "columns written as rows": (
+            "target.index_copy_(int(self.columns),",
+            "target.index_copy_(0,",
+            MODULE + "test_trains_as_the_whole_weight_would",
+        ),
+        "masters are dropped": (
+            'if self.trained.dtype == self._parameters["weight"].dtype:',
+            "if True:",
+            MODULE + "test_the_state_dict_is_the_base_layers",
+        ),
+    },
+    "fastpeft/nn/token_rows.py": {
+        "tokens that are not trained count too": (
+            "torch.where(index[slots] == ids, slots, len(index))",
+            "slots",
+            MODULE + "test_token_rows_get_the_gradient_of_the_whole_table",
+        ),
+        "past the last token": (
+            ".clamp_(max=len(index) - 1)",
+            "",
+            MODULE + "test_token_rows_get_the_gradient_of_the_whole_table",
+        ),
+        "gradient in the table's dtype": (
+            "dy.to(trained.dtype), slots",
+            "dy, slots",
+            MODULE + "test_token_rows_of_a_16_bit_table_have_float32_masters",
+        ),
+        "the padding is trained": (
+            "if base_layer.padding_idx in index.tolist():",
+            "if False:",
+            MODULE + "test_bad_calls",
+        ),
     },
 }
