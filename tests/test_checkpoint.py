@@ -388,7 +388,7 @@ class TestReading:
         ("fields", "message"),
         [
             ({"use_dora": True}, "has use_dora=True, which is not served"),
-            ({"trainable_token_indices": [1]}, "has trainable_token_indices"),
+            ({"trainable_token_indices": [1]}, "is no trainable_tokens_delta of the 1 token_indices"),
             ({"layer_replication": [[0, 1]]}, "has layer_replication"),
             ({"target_parameters": ["x"]}, "has target_parameters"),
             ({"alora_invocation_tokens": [1]}, "has alora_invocation_tokens"),
