@@ -35,13 +35,13 @@ class Step(Call):
     optimizer: torch.optim.Optimizer | None = None
 
     def both(self):
-        grads = torch.autograd.grad(self.forward(), self.wrt, self.grads)
+        for tensor in self.wrt:
+            tensor.grad = None
+        # Not autograd.grad, which would leave out what leads to no asked tensor, and training does not.
+        torch.autograd.backward(self.forward(), self.grads)
         if self.optimizer is not None:
-            trained = self.optimizer.param_groups[0]["params"]
-            for parameter, grad in zip(trained, grads[-len(trained) :], strict=True):
-                parameter.grad = grad
             self.optimizer.step()
-        return grads
+        return [tensor.grad for tensor in self.wrt]
 
 
 def _adamw(parameters) -> torch.optim.Optimizer:

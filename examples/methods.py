@@ -2,7 +2,7 @@
 
 The task and the encoder are those of the first demo (finetune.py). Each method starts from the same weights and learns
 from the same batches; where PEFT has the method too, PEFT's takes its steps in turn with ours. A method is one line of
-METHODS. Its learning rate is the best of RATES on a held-out fifth of the training texts, as ``--tune`` finds it.
+METHODS. ``--tune`` judges learning rates on a fifth of the training texts that it holds out; no test text is seen.
 """
 
 import argparse
