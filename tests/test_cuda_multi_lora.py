@@ -3,6 +3,9 @@
 Integers first: every product and sum is exact, so the results must be equal bit for bit, whatever the order.
 """
 
+import ctypes
+import mmap
+import os
 from dataclasses import replace
 
 import hypothesis
@@ -74,10 +77,11 @@ def with_slots(p, token_slots):
     return replace(p, token_slots=torch.tensor(token_slots, dtype=torch.int32))
 
 
-# (tokens, K, N of each slice, R of each slice): one token; ragged everywhere; 1, 2 and 4 blocks of columns at a time;
-# more of B than two stages hold; more columns than shrink takes at a time; slices of different ranks.
+# (tokens, K, N of each slice, R of each slice): one token with an adapter and one without, all of K in whole steps;
+# ragged everywhere; 1, 2 and 4 blocks of columns at a time; more of B than two stages hold; more columns than shrink
+# takes at a time; slices of different ranks.
 SHAPES = [
-    (1, 256, (128,), (8,)),
+    (2, 256, (128,), (8,)),
     (64, 72, (40,), (16,)),
     (41, 38, (45,), (12,)),
     (7, 1, (1,), (1,)),
@@ -202,6 +206,34 @@ def test_nothing_is_read_or_written_outside(gpu, k):
         check()
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, (x, *weights), strict=True))
     assert all(torch.equal(y, exact.to(BF16)) for y, exact in zip(ys, wanted, strict=True))
+
+
+def before_a_wall(t):
+    """A copy whose last element is the last of its page; the next page cannot be read."""
+    page, size = mmap.PAGESIZE, t.numel() * t.element_size()
+    room = -(-size // page) * page
+    memory = mmap.mmap(-1, room + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), ctypes.c_size_t(page), 0) == 0
+    return torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=room - size).view(t.shape).copy_(t)
+
+
+@each_path
+@pytest.mark.parametrize(("k", "rank"), [(64, 8), (64, 12), (61, 12)])
+def test_nothing_is_read_past_the_last_row_and_rank(gpu, k, rank):
+    """In a child process: a read past the end of x, A or B would end it."""
+    p = integers(5, k, (40,), (rank,), slots=1)
+    full = {name: (before_a_wall(getattr(p, name)[0].nan_to_num()),) for name in ("lora_as", "lora_bs")}
+    p = replace(with_slots(p, [0, 0, -1, 0, 0]), x=before_a_wall(p.x), ranks=None, **full)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            assert_exact(p)
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @each_path

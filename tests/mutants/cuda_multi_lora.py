@@ -11,6 +11,7 @@ EXACT = "tests/test_cuda_multi_lora.py::test_integers_are_exact"
 RANKS = "tests/test_cuda_multi_lora.py::test_true_ranks_from_0_to_all"
 BATCH = "tests/test_cuda_multi_lora.py::test_who_is_in_the_batch"
 GUARDS = "tests/test_cuda_multi_lora.py::test_nothing_is_read_or_written_outside"
+WALL = "tests/test_cuda_multi_lora.py::test_nothing_is_read_past_the_last_row_and_rank"
 INFINITE = "tests/test_cuda_multi_lora.py::test_an_infinite_s_is_no_nan"
 SCALE = "tests/test_cuda_multi_lora.py::test_an_infinite_scale_stays_with_its_slot"
 TILES = "tests/test_cuda_multi_lora.py::test_tiles_of_any_size"
@@ -22,7 +23,7 @@ FLOAT = "tests/test_cuda_multi_lora.py::test_s_keeps_float"
 ORDERS = "tests/test_cuda_multi_lora.py::test_both_paths_and_every_order_of_events_give_the_same_bits"
 RACES = "tests/test_cuda_multi_lora.py::test_races"
 
-TESTS = (EXACT, RANKS, FULL, GUARDS, BATCH, ORDERS)
+TESTS = (EXACT, RANKS, FULL, GUARDS, WALL, BATCH, ORDERS)
 
 MUTANTS = {
     "csrc/multi_lora_item.cuh": {
@@ -30,11 +31,11 @@ MUTANTS = {
         "tokens of the next slot": ("p.starts[slot + 1] - first", "p.starts[slot + 1]"),
         "tiles of one item only": ("+ index % (p.tile / TOKENS) * TOKENS", "", TILES),
         "x past K": ("if (i < left) word", "if (i < 8) word", GUARDS),
-        "parts of K overlap": ("part * ((p.k + 32 * BLOCKS - 1) / (32 * BLOCKS) * 32)", "part * ((p.k + 32 * BLOCKS - 1) / (32 * BLOCKS) * 24)"),
+        "columns of x left out": ("part * ((p.k + 32 * BLOCKS - 1) / (32 * BLOCKS) * 32)", "part * ((p.k + 32 * BLOCKS - 1) / (32 * BLOCKS) * 24)"),
         "last columns of y nobody's": ("part * ((slice.width + 16 * BLOCKS - 1) / (16 * BLOCKS) * 16)", "part * (slice.width / (16 * BLOCKS) * 16)"),
     },
     "csrc/multi_lora_shrink.cuh": {
-        "true rank ignored": ("c.rank >= 0 && c.rank < c.of ? row", "c.rank >= 0 ? row"),
+        "true rank ignored": ("c.rank >= 0 && c.rank < c.of ? row", "c.rank >= 0 ? row", WALL),
         "slot 0 for all": ("static_cast<const T*>(slice.a) + item.slot * slice.stride_as + c.rank * slice.stride_ar", "static_cast<const T*>(slice.a) + c.rank * slice.stride_ar"),
         "rows taken as sorted": ("q < item.count ? x + p.order[item.first + q] * p.stride_xm", "q < item.count ? x + int64_t(item.first + q) * p.stride_xm"),
         "only eight tokens": ("const bool two = item.count > 8;", "const bool two = item.count > 16;"),
