@@ -147,8 +147,8 @@ def test_true_ranks_from_0_to_all(gpu):
 @each_path
 def test_a_bank_full_to_its_ranks(gpu):
     """All true ranks are R: B comes in one piece, or row by row where R is no multiple of 16."""
-    for rank in (16, 64, 24):
-        p = integers(9, 64, (200,), (rank,), slots=2)
+    for rank, n in ((16, 200), (24, 200), (128, 1100)):  # the last: three pieces through two stages
+        p = integers(9, 64, (n,), (rank,), slots=2)
         full = {name: (getattr(p, name)[0].nan_to_num(),) for name in ("lora_as", "lora_bs")}
         assert_exact(replace(p, ranks=None, **full))
 
