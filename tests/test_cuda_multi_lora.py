@@ -77,11 +77,11 @@ def with_slots(p, token_slots):
     return replace(p, token_slots=torch.tensor(token_slots, dtype=torch.int32))
 
 
-# (tokens, K, N of each slice, R of each slice): one token with an adapter and one without, all of K in whole steps;
+# (tokens, K, N of each slice, R of each slice): one token with an adapter and one without, every warp of every block;
 # ragged everywhere; 1, 2 and 4 blocks of columns at a time; more of B than two stages hold; more columns than shrink
 # takes at a time; slices of different ranks.
 SHAPES = [
-    (2, 256, (128,), (8,)),
+    (2, 2048, (128,), (8,)),
     (64, 72, (40,), (16,)),
     (41, 38, (45,), (12,)),
     (7, 1, (1,), (1,)),
