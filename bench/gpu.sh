@@ -70,6 +70,7 @@ if [[ $dry ]]; then
     serving=(--device cpu --quick --shape 128x96 --tokens 16)
     selective=(--device cpu --quick --case rows --shape 128x96 --rows 64)
     prompts=(--device cpu --quick --gate-only --no-compile)
+    bottleneck=(--device cpu --quick --gate-only --no-compile)
     figure=()
 else
     check=(--device cuda)
@@ -80,6 +81,7 @@ else
     serving=(--device cuda --total 80)
     selective=(--device cuda --total 40 --seconds 8)
     prompts=(--device cuda --total 40)
+    bottleneck=(--device cuda --total 50 --seconds 8)
     figure=(--rows 8192)
     "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8 --dist loadgroup)
 fi
@@ -137,6 +139,7 @@ fi
 
 step bench 200 bench.log "$python" bench/bench_lora_linear.py --out "$out/rows.jsonl" "${bench[@]}" "${more[@]}"
 step serving 110 bench.log "$python" bench/bench_multi_lora.py --out "$out/rows.jsonl" "${serving[@]}"
+step bottleneck 80 bench.log "$python" bench/bench_bottleneck.py --out "$out/rows.jsonl" "${bottleneck[@]}"
 step prompts 70 bench.log "$python" bench/bench_prompt.py --out "$out/rows.jsonl" "${prompts[@]}"
 if [[ $csrc ]]; then
     # What the kernels of csrc/ have to beat, at the sizes their estimates are for; decoding in a graph of a whole model.

@@ -11,19 +11,23 @@ from .launch import Config, math
 
 STEPS = ("fused", "hidden", "up", "hidden_backward", "dx", "outer")
 DECODE = 16  # rows a tile where weights, not rows, are what there is to read
+SMALL = (89, 120)  # where one ptxas or another spills a few registers at the tiles that fit elsewhere
 
 
 def config(step: str, hidden: int, dtype: torch.dtype, capability: int, tile: int = 64) -> Config:
     """The tile sizes of ``step`` for weights of ``dtype``, the largest without spills."""
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
-    block_r = max(16, triton.next_power_of_2(hidden))
+    block_r, small = max(16, triton.next_power_of_2(hidden)), capability in SMALL
     if step == "fused":
-        return Config(tile, 32 if wide or block_r > 64 else 64, block_r, 8, 2 if wide else 3)
+        block_k = (16 if small else 32) if wide else 32 if block_r > 64 else 64
+        return Config(tile, block_k, block_r, 8, 2 if wide else 3)
     block_r, warps = min(block_r, 16 if wide else 64), 8 if tile > DECODE else 4
+    if step == "hidden_backward" and small:
+        return Config(tile, 16, block_r, warps, 3)
     if step in ("hidden", "hidden_backward"):
         return Config(tile, 32 if wide else 64, block_r, warps, 2 if wide else 3)
     if step in ("up", "dx"):
-        return Config(tile, 64, min(block_r, 32), warps, 2)
+        return Config(tile, 16 if small and step == "up" else 64, min(block_r, 32), warps, 2)
     if step == "outer":
         return Config(32, 32 if wide else 64, max(16 if wide else 32, block_r), 4 if wide else 8, 2)
     raise ValueError(f"config: step is {step!r}, expected one of {', '.join(STEPS)}")

@@ -55,16 +55,21 @@ def test_tuning_sees_no_test_text_and_judges_what_was_not_learnt(tiny_bert, monk
         seen.append({tuple(ids) for ids in texts.ids})
         return torch.zeros(len(texts), 4)
 
+    def started(base, texts, seed):
+        seen.append({tuple(ids) for ids in texts.ids})
+
     monkeypatch.setattr(methods, "train", watched)
     monkeypatch.setattr(methods, "predict", judged)
+    monkeypatch.setattr(methods, "start_from_head", started)
     options = ["--tune", "--quick", "--method", "norms", "--rate", "0.1", "--model", str(tiny_bert)]
     assert methods.main([*options, "--steps", "20"]) == 0
     options = methods.parse(options)
     _, train_set, test_set = methods.task(options)
-    learnt, held_out = seen
+    for_the_head, held_out, learnt, held_out_again = seen
     tests = {tuple(ids) for ids in test_set.ids}
     assert len(held_out) <= len(train_set) // 5
     assert not held_out & tests
+    assert held_out == held_out_again and not held_out & for_the_head
     assert not {tuple(t for t in ids if t) for ids in learnt} & {tuple(t for t in ids if t) for ids in held_out}
     assert "best 0.1" in capsys.readouterr().out
 

@@ -245,7 +245,7 @@ def test_register_refuses():
     ],
 )
 def test_missing_or_old_peft_is_said(setup, message):
-    code = f"import sys, fastpeft\n{setup}\nfastpeft.accelerate"
+    code = f"import sys, fastpeft, torch\n{setup}\nfastpeft.accelerate(torch.nn.Linear(1, 1))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Mutants of csrc/lora_linear, as run.py says. The emulator builds each one anew.
 
 What no test here can see, and what would: an edit of the PTX in csrc/ptx.cuh or csrc/wgmma.cuh, beyond what
