@@ -293,7 +293,7 @@ def _outer(s, x, ranks, dropouts, seeds):
     return reduce_partials(g, s.dtype)
 
 
-def describe(x: Tensor, lora_as: Sequence[Tensor]) -> list[str]:
+def describe(x: Tensor, lora_as: Sequence[Tensor], *_) -> list[str]:
     """The kernel configurations of a call, for ``fastpeft.explain``."""
     rank, dtype = sum(_ranks(lora_as)), lora_as[0].dtype
     return [f"{step}: {config(step, rank, dtype, capability(x))}" for step in STEPS]

@@ -324,7 +324,7 @@ def _outer(s, x, routing, slots, dtype):
     return g
 
 
-def describe(x: Tensor, lora_as: Sequence[Tensor]) -> list[str]:
+def describe(x: Tensor, lora_as: Sequence[Tensor], *_) -> list[str]:
     """The kernel configurations of a call, for ``fastpeft.explain``: few tokens a tile, and many."""
     columns, dtype, lines = sum(_ranks(lora_as)), lora_as[0].dtype, []
     for tile in (DECODE, 4 * DECODE):

@@ -54,7 +54,8 @@ def test_env_tells_an_extension_that_does_not_load(capsys, monkeypatch, tmp_path
 
     monkeypatch.setattr(_backend, "_import_error", _backend._import_error.__wrapped__)  # not what it found before
     (tmp_path / "_C.py").write_text("raise ImportError('wrong libc')")
-    monkeypatch.setattr(fastpeft, "__path__", [*fastpeft.__path__, str(tmp_path)])
+    monkeypatch.setattr(fastpeft, "__path__", [str(tmp_path), *fastpeft.__path__])  # in front of one that is built here
+    monkeypatch.delitem(sys.modules, "fastpeft._C", raising=False)
     assert "built, but does not load: wrong libc" in str(env(capsys))
 
 

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import cuda_extension
@@ -96,9 +97,10 @@ def test_env_tells_of_it(built):
 
 
 def env_of(site: Path) -> dict[str, str]:
-    """``fastpeft env`` of an unpacked wheel."""
-    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
-    command = [sys.executable, "-m", "fastpeft.cli", "env"]
+    """``fastpeft env`` of an unpacked wheel. Without site, whose .pth files would add an editable install's modules."""
+    path = os.pathsep.join([str(site), sysconfig.get_path("purelib")])
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": path}
+    command = [sys.executable, "-S", "-m", "fastpeft.cli", "env"]
     done = subprocess.run(command, cwd="/", env=variables, capture_output=True, text=True, check=True)
     return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in done.stdout.splitlines())
 

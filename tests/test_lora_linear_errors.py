@@ -166,5 +166,5 @@ def test_the_reason_is_the_sum_of_ranks_that_share_x():
 
 
 def test_explain_knows_its_ops():
-    with pytest.raises(ValueError, match=r"^explain: op is 'lora', expected one of lora_linear"):
+    with pytest.raises(ValueError, match=r"^explain: op is 'lora', expected one of bottleneck, lora_linear"):
         fastpeft.explain("lora")

@@ -179,7 +179,7 @@ def test_what_triton_cannot_serve():
     wide = {"lora_a": t(3, MAX_RANK + 1, 8), "lora_b": t(3, 5, MAX_RANK + 1)}
     with pytest.raises(ValueError, match=f"backend='triton' cannot serve this call: rank {MAX_RANK + 1} > {MAX_RANK}"):
         multi_lora(**arguments(**wide), backend="triton")
-    with pytest.raises(ValueError, match="multi_lora: backend='cuda' cannot serve this call: fastpeft._C"):
+    with pytest.raises(ValueError, match="multi_lora: backend='cuda' cannot serve this call: .*fastpeft._C"):
         multi_lora(**arguments(), backend="cuda")
 
 
