@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from backends import BACKENDS, DEVICE, FP16, FP32, FP64
 from torch import nn
@@ -52,6 +53,7 @@ def test_compiled_gradients_are_the_eager_ones(backend, form):
         return ops.bottleneck(z, *weights[:4], z, "silu", slots=slots, backend=backend, **settings).tanh().sum()
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=graphs)
+    compilations = set()
     for rows in (9, 17, 40):
         p = BottleneckProblem.make((rows, 12), 5, device=DEVICE, norm="layer", slots=3 if form == "slots" else None)
         names = ("down_weight", "down_bias", "up_weight", "up_bias", "norm_weight", "norm_bias")
@@ -61,7 +63,8 @@ def test_compiled_gradients_are_the_eager_ones(backend, form):
             call(leaves[0], p.slots, torch.tensor([7], device=DEVICE), *leaves[1:]).backward()
             found.append([t.grad for t in leaves])
         assert all(map(torch.equal, *found))
-    assert graphs.frame_count == 1
+        compilations.add(graphs.frame_count)
+    assert len(compilations) == 1, "another number of rows was compiled anew"
 
 
 def arguments(**changes):
