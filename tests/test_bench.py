@@ -274,9 +274,8 @@ def test_gpu_script_runs_every_step(tmp_path):
     assert len(files) <= 8
     results = {line.split()[0]: line.split()[1] for line in (tmp_path / "summary.txt").read_text().splitlines()}
     assert [results.pop(name) for name in ("sanitizer", "csrc")] == ["skipped:"] * 2
-    assert results == dict.fromkeys(
-        ("install", "env", "check", "tests", "bench", "serving", "bottleneck", "prompts", "plot"), "ok"
-    )
+    steps = ("install", "env", "check", "tests", "bench", "serving", "bottleneck", "prompts", "selective", "plot")
+    assert results == dict.fromkeys(steps, "ok")
     assert "site/fastpeft" in (tmp_path / "env.log").read_text(), "it is the installed package that runs"
     assert {json.loads(line)["variant"] for line in (tmp_path / "rows.jsonl").open()} >= {FROZEN, PEER, "ours"}
     assert done.stdout.rstrip().splitlines()[-1].split()[:2] == ["plot", "ok"], "the table comes last"

@@ -131,7 +131,7 @@ MUTANTS = {
         "x kept though A is frozen": ("saved_x = x if need_da or need_dw else absent", "saved_x = x"),
         "S kept though B is frozen": ("saved_s = output[1] if need_db else absent", "saved_s = output[1]"),
         "x not kept for dW": ("saved_x = x if need_da or need_dw else absent", "saved_x = x if need_da else absent", ONLY_WEIGHTS),
-        "dX without the base path": ("        if need_dx and weight.numel():\n            dx.addmm_(dy, weight)", "        if False:\n            dx.addmm_(dy, weight)"),
+        "dX without the base path": ("        if need_dx and weight.numel() and backend != \"cuda\":\n            dx.addmm_(dy, weight)", "        if False:\n            dx.addmm_(dy, weight)"),
         "dX of the last projection only": ("            dx.addmm_(dy, weight)", "            dx.addmm_(dy, weight, beta=0)"),
         "gradients of weight and A swapped": ("for i, need in enumerate(ctx.needs[1:])]", "for i, need in zip((1, 0, 2, 3), ctx.needs[1:])]"),
         "every projection gets the last S": ("zip(weights, lora_bs, biases, _split(s, lora_as), strict=True)", "zip(weights, lora_bs, biases, [_split(s, lora_as)[-1]] * len(weights), strict=True)"),
@@ -140,7 +140,7 @@ MUTANTS = {
         "autocast ignored": ("torch.is_autocast_enabled(device.type) and x.dtype != torch.float64", "False", AUTOCAST),
         "rank 0 accepted": ("if a.shape[0] == 0:", "if a.shape[0] < 0:"),
         "leading dimensions merged": ("y.reshape(*shape[:-1], y.shape[-1])", "y.reshape(-1, y.shape[-1])"),
-        "x written": ("impl = _backend.load(\"lora_linear\", backend)\n    s = impl.down(x,", "impl = _backend.load(\"lora_linear\", backend)\n    s = impl.down(x.mul_(1 + 2**-4),"),
+        "x written": ("    s = impl.down(x, lora_as,", "    s = impl.down(x.mul_(1 + 2**-4), lora_as,"),
     },
     "fastpeft/_library.py": {
         "second gradient silently wrong": ("        @once_differentiable\n", ""),
