@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from backends import BACKENDS, DEVICE, FP32
 
 import fastpeft

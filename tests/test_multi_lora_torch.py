@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.testing
 from backends import BACKENDS, DEVICE, FP16, FP32, FP64
 
 import fastpeft

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from backends import BACKENDS, DEVICE, FP16, FP32, FP64
 
 import fastpeft
