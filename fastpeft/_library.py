@@ -42,20 +42,16 @@ def register_op(
     if backward is not None:
         torch.library.register_autograd(f"fastpeft::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     registered = getattr(torch.ops.fastpeft, name).default
-    function = None if backward is None else _eager_function(run, setup_context, backward)
+    places = _tensor_places(registered)
+    function = None if backward is None else _eager_function(run, setup_context, backward, places)
 
     def call(*args):
-        if torch.compiler.is_compiling():
+        tensors = None if torch.compiler.is_compiling() else _plain_tensors(args, places)
+        if tensors is None:
             return registered(*args)
-        tensors, counts = _flatten(args)
-        needs_grad = False
-        for tensor in tensors:
-            if type(tensor) not in _PLAIN:
-                return registered(*args)
-            needs_grad = needs_grad or tensor.requires_grad
-        if function is None or not needs_grad or not torch.is_grad_enabled():
+        if function is None or not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
             return run(*args)
-        *outputs, saved = function(args, counts, *tensors)
+        *outputs, saved = function(args, *tensors)
         return outputs, saved
 
     return call
@@ -71,51 +67,65 @@ def register_inplace_op(name: str, schema: str, implementation: Callable) -> Cal
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastpeft::{name}", lambda *_: None, lib=_LIBRARY)
     registered = getattr(torch.ops.fastpeft, name).default
+    places = _tensor_places(registered)
 
     def call(*args):
-        plain = not torch.compiler.is_compiling() and all(type(t) in _PLAIN for t in _flatten(args)[0])
+        plain = not torch.compiler.is_compiling() and _plain_tensors(args, places) is not None
         return run(*args) if plain else registered(*args)
 
     return call
 
 
-def _eager_function(run: Callable, setup_context: Callable, backward: Callable) -> Callable:
+def _eager_function(run: Callable, setup_context: Callable, backward: Callable, places: Sequence[int]) -> Callable:
     class Eager(torch.autograd.Function):
         # ``args`` hold the very tensors that autograd sees as ``tensors``.
         @staticmethod
-        def forward(ctx, args, counts, *tensors):
+        def forward(ctx, args, *tensors):
             outputs, saved = run(*args)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(saved)
             setup_context(ctx, args, (outputs, saved))
-            ctx.counts = counts
+            ctx.counts = [_count(args[place]) for place in places]
             return (*outputs, saved)
 
         @staticmethod
         @once_differentiable
         def backward(ctx, *grads):
-            flat = [None, None]
             if all(grad is None for grad in grads[:-1]):
-                return (*flat, *[None] * sum(ctx.counts))
-            for grad, count in zip(backward(ctx, grads[:-1], grads[-1]), ctx.counts, strict=True):
+                return (None, *[None] * sum(ctx.counts))
+            found, flat = backward(ctx, grads[:-1], grads[-1]), [None]
+            for place, count in zip(places, ctx.counts, strict=True):
                 if count:
+                    grad = found[place]
                     flat.extend(grad if isinstance(grad, list) else [grad] * count)
             return tuple(flat)
 
     return Eager.apply
 
 
-def _flatten(args: Sequence) -> tuple[list[Tensor], list[int]]:
-    """All tensors in ``args``, also those in lists, and how many each argument holds."""
-    tensors, counts = [], []
-    for arg in args:
-        before = len(tensors)
-        if isinstance(arg, Tensor):
+def _tensor_places(registered: torch._ops.OpOverload) -> tuple[int, ...]:
+    """Which arguments of the op are tensors, optional tensors or lists of tensors."""
+    return tuple(i for i, a in enumerate(registered._schema.arguments) if "Tensor" in str(a.type))
+
+
+def _plain_tensors(args: Sequence, places: Sequence[int]) -> list[Tensor] | None:
+    """All tensors in ``args``, also those in lists; None where one is of a subclass."""
+    tensors = []
+    for place in places:
+        arg = args[place]
+        if type(arg) in _PLAIN:
             tensors.append(arg)
-        elif isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
+        elif isinstance(arg, (list, tuple)):
             tensors.extend(arg)
-        counts.append(len(tensors) - before)
-    return tensors, counts
+            if not all(type(t) in _PLAIN for t in arg):
+                return None
+        elif arg is not None:
+            return None
+    return tensors
+
+
+def _count(arg: Tensor | Sequence[Tensor] | None) -> int:
+    return 1 if isinstance(arg, Tensor) else 0 if arg is None else len(arg)
 
 
 def _without_autocast(implementation: Callable) -> Callable:

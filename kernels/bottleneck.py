@@ -191,7 +191,7 @@ def _forward(x, weights, residual, settings, seed, routing):
         y = x.new_empty(m, n, dtype=dtype)
     else:  # rows without an adapter stay as they are here
         y = x.new_zeros(m, n) if residual is None else residual.clone(memory_format=torch.contiguous_format)
-    stats = empty_kept(x, weights.down, weights.norm_weight is not None)
+    stats = empty_kept(x, weights, settings)
     tile, norm = 64 if routing is None else routing.tile, norm_of(weights, settings)
     c = config("fused", hidden, weights.down.dtype, capability(x), tile)
     blocks, tables, stride_tiles = blocks_of(m, c.block_m, routing)

@@ -81,6 +81,7 @@ def strides_of(weights, routing) -> list[tuple[int, ...]]:
     return found
 
 
-def empty_kept(x: Tensor, down: Tensor, norm: bool) -> Tensor:
-    """Memory for what ``forward`` keeps for ``backward``."""
-    return x.new_empty((2, x.shape[0]) if norm else (0,), dtype=math(x, down).torch)
+def empty_kept(x: Tensor, weights, settings) -> Tensor:
+    """Memory for what ``forward`` keeps for ``backward``: where there is a norm, two numbers a row."""
+    shape = (0,) if weights.norm_weight is None else (2, x.shape[0])
+    return x.new_empty(shape, dtype=math(x, weights.down).torch)

@@ -32,7 +32,7 @@ def bottleneck(x_dtype, dtype, hidden, dropout, form, m, k, n) -> None:
     from fastpeft.kernels import bottleneck as kernels
 
     from fastpeft.reference import Routing
-    from fastpeft.reference.bottleneck import Settings, Weights
+    from fastpeft.reference.bottleneck_terms import Settings, Weights
     from fastpeft.reference.routing import tile_count
 
     activation, *words = form.split()

@@ -8,7 +8,7 @@ from backends import BACKENDS, BF16, DEVICE, FP16, FP32, FP64, TRAINING, served
 
 from fastpeft import ops, reference
 from fastpeft.ops.routing import TILES
-from fastpeft.reference.bottleneck import ACTIVATIONS
+from fastpeft.reference.bottleneck_terms import ACTIVATIONS
 from fastpeft.testing import BottleneckProblem, assert_no_worse
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

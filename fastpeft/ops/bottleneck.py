@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import _backend, _check
 from .._library import register_op
 from ..reference import Routing
-from ..reference.bottleneck import Settings, Weights
+from ..reference.bottleneck_terms import Settings, Weights
 from . import bottleneck_arguments as arguments
 
 MAX_WIDTH = 4096
@@ -41,8 +41,8 @@ def _implementation(x, *operands):
 
 
 def _fake(x, *operands):
-    weights, residual, _, _, _, backend = _unpack(operands)
-    kept = _backend.load("bottleneck", backend).empty_kept(x, weights.down, weights.norm_weight is not None)
+    weights, residual, _, _, settings, backend = _unpack(operands)
+    kept = _backend.load("bottleneck", backend).empty_kept(x, weights, settings)
     dtype = x.dtype if residual is None else residual.dtype
     return [x.new_empty(x.shape[0], weights.up.shape[-2], dtype=dtype)], kept
 
@@ -90,11 +90,10 @@ def _backward_fake(dy, x, kept, *operands):
 
 
 def _unpack(operands):
-    *tensors, activation, scale, norm, eps, dropout, own, tile, backend = operands
-    *weights, residual, seed, order, starts, tiles = tensors
-    weights = Weights(*weights)
-    routing = None if order is None else Routing(order, starts, tiles, weights.down.shape[0], tile)
-    return weights, residual, seed, routing, Settings(activation, scale, norm, eps, dropout, own), backend
+    weights, settings = Weights._make(operands[:7]), Settings._make(operands[12:18])
+    residual, seed, order, starts, tiles = operands[7:12]
+    routing = None if order is None else Routing(order, starts, tiles, weights.down.shape[0], operands[18])
+    return weights, residual, seed, routing, settings, operands[19]
 
 
 _OPERANDS = (

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _check
 from ..reference import Routing
-from ..reference.bottleneck import ACTIVATIONS, NORMS, Weights
+from ..reference.bottleneck_terms import ACTIVATIONS, NORMS, Weights
 from ..reference.dropout import threshold
 from .routing import route
 

@@ -1,66 +1,24 @@
 """A bottleneck adapter in plain PyTorch: the definition, and the steps that every backend offers.
 
-``bottleneck`` is what the op means; autograd differentiates it. ``forward`` and ``backward`` below it are the same
-algebra with the gradients written out; on the CPU they are also what runs. Shapes: ``x [M, K]``, ``down [H, K]``,
-``up [N, H]``, the residual and y ``[M, N]``. The weights may have a wider dtype than x; the branch has theirs.
+``bottleneck`` is what the op means; autograd differentiates it. ``forward`` and ``backward`` are the same algebra with
+the gradients written out (in bottleneck_backward.py); on the CPU they are also what runs. Shapes: ``x [M, K]``,
+``down [H, K]``, ``up [N, H]``, the residual and y ``[M, N]``. The weights may have a wider dtype than x; the branch has
+theirs.
 
 A learned scale is folded into the up projection, ``scale · (h Uᵀ + b) = h (scale · U)ᵀ + scale · b``, and nothing of
 y's size is kept for its gradient.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import inverse_keep, keep_mask, threshold
+from .bottleneck_backward import run as backward
+from .bottleneck_terms import ACTIVATIONS, Settings, Weights, mask_of, reciprocal_rms, scaled_up
+from .dropout import inverse_keep
 from .routing import Routing
-
-LEAKY_SLOPE = 0.01
-ACTIVATIONS = {
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "leaky_relu": lambda z: F.leaky_relu(z, LEAKY_SLOPE),
-    "identity": lambda z: z,
-}
-NORMS = ("layer", "rms")
-
-
-class Weights(NamedTuple):
-    """The tensors of one adapter, or of ``S`` adapters with a leading dimension of slots; None where there is none.
-
-    Attributes:
-        down: ``[H, K]``; down_bias: ``[H]``; up: ``[N, H]``; up_bias: ``[N]``; scale: ``[1]`` or ``[N]``, if learned;
-            norm_weight, norm_bias: ``[K]``.
-    """
-
-    down: Tensor
-    down_bias: Tensor | None
-    up: Tensor
-    up_bias: Tensor | None
-    scale: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-
-    def of(self, slot: int) -> "Weights":
-        """Those of one slot."""
-        return Weights(*(None if t is None else t[slot] for t in self))
-
-
-class Settings(NamedTuple):
-    """What is no tensor. ``scale`` is 1 where it is learned; ``own``: the residual is x itself."""
-
-    activation: str
-    scale: float
-    norm: str
-    eps: float
-    dropout: float
-    own: bool
 
 
 def bottleneck(
@@ -116,7 +74,7 @@ def _branch(x: Tensor, weights: Weights, settings: Settings, seed: Tensor | None
     h = ACTIVATIONS[settings.activation](F.linear(a, weights.down, weights.down_bias))
     u = F.linear(h, weights.up, weights.up_bias) * settings.scale
     u = u if weights.scale is None else u * weights.scale
-    mask = _mask(u, settings, seed)
+    mask = mask_of(u, *u.shape, settings, seed)
     return u if mask is None else u * mask * inverse_keep(settings.dropout)
 
 
@@ -131,157 +89,44 @@ def _normalise(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
 def forward(
     x: Tensor, weights: Weights, residual: Tensor | None, settings: Settings, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y, and what ``backward`` reads the activation's derivative from: the hidden values, see ``empty_kept``."""
-    kept = empty_kept(x, weights.down, weights.norm_weight is not None)
-    z, stats = _kept_views(kept, weights.down, len(x))
-    a = x.to(weights.down.dtype)
-    if stats is not None and settings.norm == "layer":
-        a, *found = torch.native_layer_norm(a, a.shape[1:], weights.norm_weight, weights.norm_bias, settings.eps)
-        stats[0], stats[1] = found[0][:, 0], found[1][:, 0]
-    elif weights.norm_weight is not None:
-        a = _normalise(a, weights, settings)
-    _linear(a, weights.down, weights.down_bias, 1.0, out=z)
-    h = _activate(z, settings.activation)
-    up, up_bias = _scaled(weights)
-    residual = x if settings.own else residual
-    mask, factor = _mask(h, settings, seed, up.shape[0]), settings.scale * inverse_keep(settings.dropout)
-    u = _linear(h, up, up_bias, factor)
+    """y, and what ``backward`` wants: see ``empty_kept``: the hidden values before the activation."""
+    a, stats = x.to(weights.down.dtype), ()
+    if weights.norm_weight is not None:
+        a, stats = _normalised(a, weights, settings)
+    down_bias = None if weights.down_bias is None else weights.down_bias[:, None]
+    z = _affine(
+        down_bias, weights.down, a.T, 1.0
+    )  # [H, M]: BLAS multiplies a few long rows faster than many short ones
+    kept = torch.cat([z, *(t.view(1, -1) for t in stats)]) if stats and z.dtype.itemsize > 2 else z
+    h = ACTIVATIONS[settings.activation](z)
+    up, up_bias = scaled_up(weights)
+    u = _affine(up_bias, h.T, up.T, settings.scale * inverse_keep(settings.dropout))
+    mask = mask_of(u, *u.shape, settings, seed)
     u = u if mask is None else u.mul_(mask)
+    residual = x if settings.own else residual
+    if residual is None:
+        return u.to(x.dtype), kept
     # Not the product on top of the residual: one pass less, but rounded twice at the residual's magnitude.
-    y = u if residual is None else u.add_(residual) if u.dtype == residual.dtype else residual + u
-    return y.to(x.dtype if residual is None else residual.dtype), kept
+    y = u.add_(residual) if u.dtype == residual.dtype else (residual + u).to(residual.dtype)
+    return y, kept
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    kept: Tensor,
-    weights: Weights,
-    settings: Settings,
-    seed: Tensor | None,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """dx and the gradient of every one of the ``weights``; None where ``needs``, in this order, does not ask for it.
-
-    Where ``needs_x`` says so, x serves for its dtype alone.
-    """
-    need_x, need_down, need_down_bias, *_, need_norm, need_norm_bias = needs
-    dtype, factor = kept.dtype, settings.scale * inverse_keep(settings.dropout)
-    kept, stats = _kept_views(kept, weights.down, len(dy))
-    mask = _mask(kept, settings, seed, weights.up.shape[0])
-    g = dy.to(dtype) if mask is None else mask.mul_(dy)
-    up, _ = _scaled(weights)
-    dup, dup_bias, dscale = _up_backward(g, kept, weights, settings, factor, needs[3:6])
-    dx = ddown = ddown_bias = dnorm = dnorm_bias = None
-    if need_x or need_down or need_down_bias or need_norm or need_norm_bias:
-        ds = _derivative(_product(g, up, factor), kept, settings.activation)
-        ddown_bias = ds.sum(0) if need_down_bias else None
-        need_norms = need_x, need_norm, need_norm_bias
-        dx, ddown, dnorm, dnorm_bias = _down_backward(dy, ds, x, stats, weights, settings, need_down, need_norms)
-    found = dx, ddown, ddown_bias, dup, dup_bias, dscale, dnorm, dnorm_bias
-    return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
-
-
-def _up_backward(g, kept, weights, settings, factor, needs):
-    """d(up), d(up_bias), d(scale)."""
-    need_up, need_up_bias, need_scale = needs
-    up, up_bias, scale = weights.up, weights.up_bias, weights.scale
-    if scale is None:
-        dup = _product(_hidden(kept, settings.activation).T, g, factor).T.contiguous() if need_up else None
-        return dup, _times(g.sum(0), factor) if need_up_bias else None, None
-    wide = torch.promote_types(g.dtype, torch.float32)
-    dup = dup_bias = dscale = None
-    if need_up or need_scale:  # in float32, for the scale's sake
-        dup = _sum_of_products(g.to(wide), _hidden(kept, settings.activation).to(wide)).mul_(factor)
-    if need_up_bias or (need_scale and up_bias is not None):
-        dup_bias = g.sum(0, dtype=wide).mul_(factor)
-    if need_scale:
-        dscale = (dup * up).sum(1)
-        dscale = dscale if up_bias is None else dscale.add_(dup_bias * up_bias)
-        dscale = (dscale.sum(0, keepdim=True) if len(scale) == 1 else dscale).to(g.dtype)
-    dup = dup.mul_(scale[:, None]).to(g.dtype) if need_up else None
-    return dup, dup_bias.mul_(scale).to(g.dtype) if need_up_bias else None, dscale
-
-
-def _sum_of_products(left: Tensor, right: Tensor, parts: int = 8) -> Tensor:
-    """``leftᵀ right``, the rows in ``parts``: shorter chains of additions err less, which a sum of them all shows."""
-    rows = len(left) // parts * parts
-    blocks = (t[:rows].reshape(parts, rows // parts, t.shape[1]) for t in (left, right))
-    total = torch.bmm(next(blocks).mT, next(blocks)).sum(0)
-    return total if rows == len(left) else total.addmm_(left[rows:].T, right[rows:])
-
-
-def _down_backward(dy, ds, x, stats, weights, settings, need_down, need_norms):
-    """dx, d(down), d(norm_weight), d(norm_bias) of the projection to the hidden values and of the norm before it."""
-    need_x = need_norms[0]
-    if weights.norm_weight is None:
-        ddown = ds.T @ x.to(ds.dtype) if need_down else None
-        if not need_x:
-            return None, ddown, None, None
-        if settings.own and dy.dtype == ds.dtype == x.dtype:
-            return torch.addmm(dy, ds, weights.down), ddown, None, None
-        dx = ds @ weights.down
-        return (dx.add_(dy) if settings.own else dx).to(x.dtype), ddown, None, None
-    if stats is not None and settings.norm == "layer":
-        dz, ddown, dnorm, dnorm_bias = _layer_backward(ds, x, stats, weights, need_down, need_norms)
-        if need_x:
-            dz = (dz.add_(dy) if settings.own else dz).to(x.dtype)
-        return dz, ddown, dnorm, dnorm_bias
-    z, size = x.to(ds.dtype), x.shape[1:]
-    da = ds @ weights.down if any(need_norms) else None
+def _normalised(x: Tensor, weights: Weights, settings: Settings) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """norm(x), and of every row its mean, under a LayerNorm, and 1 / deviation."""
     if settings.norm == "layer":
-        a, *stats = torch.native_layer_norm(z, size, weights.norm_weight, weights.norm_bias, settings.eps)
-        ddown = ds.T @ a if need_down else None
-        operands = *stats, weights.norm_weight, weights.norm_bias
-        dz, dnorm, dnorm_bias = (
-            torch.ops.aten.native_layer_norm_backward(da, z, size, *operands, list(need_norms))
-            if any(need_norms)
-            else (None, None, None)
-        )
-    else:
-        ddown, dz, dnorm, dnorm_bias = _rms_backward(ds, da, z, weights, settings, need_down, need_norms)
-    if need_x:
-        dz = (dz.add_(dy) if settings.own else dz).to(x.dtype)
-    return dz if need_x else None, ddown, dnorm, dnorm_bias
+        a, *stats = torch.native_layer_norm(x, x.shape[1:], weights.norm_weight, weights.norm_bias, settings.eps)
+        return a, tuple(stats)
+    rstd = reciprocal_rms(x, settings.eps)
+    a = (x * rstd[:, None]).mul_(weights.norm_weight)
+    a = a if weights.norm_bias is None else a.add_(weights.norm_bias)
+    return a.to(x.dtype), (rstd,)
 
 
-def _layer_backward(ds, x, stats, weights, need_down, need_norms):
-    """With the rows' means and deviations at hand all gradients of weights follow from ``dsᵀ x̂``, and that from x."""
-    need_x, need_norm, need_norm_bias = need_norms
-    z, (mean, rstd), norm_weight = x.to(ds.dtype), stats, weights.norm_weight
-    ddown = dnorm = dnorm_bias = dz = None
-    if need_down or need_norm:
-        outer = (ds * rstd[:, None]).T @ (z - mean[:, None])
-        dnorm = (outer * weights.down).sum(0) if need_norm else None
-        ddown = outer.mul_(norm_weight) if need_down else None
-        if need_down and weights.norm_bias is not None:
-            ddown.addr_(ds.sum(0), weights.norm_bias)
-    if need_norm_bias:
-        dnorm_bias = ds.sum(0) @ weights.down
-    if need_x:
-        operands = mean[:, None], rstd[:, None], norm_weight, weights.norm_bias, [True, False, False]
-        dz, _, _ = torch.ops.aten.native_layer_norm_backward(ds @ weights.down, z, x.shape[1:], *operands)
-    return dz, ddown, dnorm, dnorm_bias
-
-
-def _rms_backward(ds, da, z, weights, settings, need_down, need_norms):
-    need_x, need_norm, need_norm_bias = need_norms
-    wide = torch.promote_types(z.dtype, torch.float32)
-    rstd = torch.linalg.vector_norm(z, dim=1, keepdim=True, dtype=wide).square_()
-    rstd = rstd.div_(z.shape[1]).add_(settings.eps).rsqrt_()
-    normal = z * rstd
-    ddown = dz = None
-    if need_down:
-        a = normal * weights.norm_weight
-        a = a if weights.norm_bias is None else a.add_(weights.norm_bias)
-        ddown = ds.T @ a.to(ds.dtype)
-    dnorm = (da * normal).sum(0).to(da.dtype) if need_norm else None
-    dnorm_bias = da.sum(0) if need_norm_bias else None
-    if need_x:
-        dnormal = da * weights.norm_weight
-        mean = (dnormal * normal).mean(1, keepdim=True)
-        dz = dnormal.to(wide).sub_(normal.mul_(mean)).mul_(rstd).to(z.dtype)
-    return ddown, dz, dnorm, dnorm_bias
+def _affine(bias: Tensor | None, left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """``factor · (left right + bias)``."""
+    if bias is None:
+        return torch.mm(left, right) if factor == 1.0 else torch.mm(left, right).mul_(factor)
+    return torch.addmm(bias, left, right, beta=factor, alpha=factor)
 
 
 def grouped_forward(
@@ -299,12 +144,13 @@ def grouped_forward(
         if residual is None
         else residual.clone(memory_format=torch.contiguous_format)
     )
-    kept = empty_kept(x, weights.down, weights.norm_weight is not None)
-    settings, size = settings._replace(own=False), kept.numel() // max(len(x), 1)
+    kept = empty_kept(x, weights, settings)
+    settings = settings._replace(own=False)
     for slot, rows, place in _rows(routing):
         part = None if residual is None else residual[rows]
-        y[rows], kept_s = forward(x[rows], weights.of(slot), part, settings, _seed(seeds, slot))
-        kept.view(-1)[place * size : (place + len(rows)) * size] = kept_s.view(-1)
+        y[rows], kept[:, place : place + len(rows)] = forward(
+            x[rows], weights.of(slot), part, settings, _seed(seeds, slot)
+        )
     return y, kept
 
 
@@ -327,11 +173,9 @@ def grouped_backward(
         torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None
         for t, need in zip(weights, needs[1:], strict=True)
     ]
-    size = kept.numel() // max(len(dy), 1)
     for slot, rows, place in _rows(routing):
         of_slot = weights.of(slot), settings, _seed(seeds, slot), needs
-        kept_s = kept.view(-1)[place * size : (place + len(rows)) * size]
-        kept_s = kept_s.view(len(rows), size) if kept.dim() == 2 else kept_s
+        kept_s = kept[:, place : place + len(rows)]
         dx_s, *found = backward(dy[rows], x[rows] if len(x) else x, kept_s, *of_slot)
         if dx is not None:
             dx[rows] = dx_s
@@ -341,20 +185,13 @@ def grouped_backward(
     return dx, *grads
 
 
-def empty_kept(x: Tensor, down: Tensor, norm: bool) -> Tensor:
-    """Memory for what ``forward`` keeps: the hidden values ``[M, H]``, and for a narrow adapter with a norm two numbers
-    a row behind them, with which ``backward`` need not normalise again."""
-    hidden, k = down.shape[-2:]
-    numbers = 2 if norm and 4 * hidden <= k and down.dtype.itemsize > 2 else 0
-    m = x.shape[0]
-    return x.new_empty(m * (hidden + numbers) if numbers else (m, hidden), dtype=down.dtype)
-
-
-def _kept_views(kept: Tensor, down: Tensor, m: int) -> tuple[Tensor, Tensor | None]:
-    if kept.dim() == 2:
-        return kept, None
-    z, stats = kept.split([m * down.shape[-2], 2 * m])
-    return z.view(m, -1), stats.view(2, m)
+def empty_kept(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
+    """Memory for what ``forward`` keeps, a column a row of x: z ``[H, M]`` and, unless the weights have 16 bits, what
+    ``_normalised`` found."""
+    down, numbers = weights.down, 0
+    if weights.norm_weight is not None and down.dtype.itemsize > 2:
+        numbers = 2 if settings.norm == "layer" else 1
+    return x.new_empty(down.shape[-2] + numbers, x.shape[0], dtype=down.dtype)
 
 
 def needs_x(needs: tuple[bool, ...], norm: bool) -> bool:
@@ -374,62 +211,3 @@ def _rows(routing: Routing) -> Iterator[tuple[int, Tensor, int]]:
 
 def _seed(seeds: Tensor | None, slot: int) -> Tensor | None:
     return seeds if seeds is None or seeds.numel() == 1 else seeds[slot]
-
-
-def _scaled(weights: Weights) -> tuple[Tensor, Tensor | None]:
-    """The up projection times the learned scale."""
-    up, up_bias, scale = weights.up, weights.up_bias, weights.scale
-    if scale is None:
-        return up, up_bias
-    return up * scale[:, None], None if up_bias is None else up_bias * scale
-
-
-def _activate(z: Tensor, activation: str) -> Tensor:
-    """In place where the result tells the derivative."""
-    if activation == "relu":
-        return z.relu_()
-    if activation == "tanh":
-        return z.tanh_()
-    return F.leaky_relu_(z, LEAKY_SLOPE) if activation == "leaky_relu" else ACTIVATIONS[activation](z)
-
-
-def _hidden(kept: Tensor, activation: str) -> Tensor:
-    """``act`` from what ``_activate`` has left."""
-    return ACTIVATIONS[activation](kept) if activation in ("gelu", "gelu_tanh", "silu") else kept
-
-
-def _derivative(dh: Tensor, kept: Tensor, activation: str) -> Tensor:
-    aten = torch.ops.aten
-    if activation == "relu":
-        return aten.threshold_backward(dh, kept, 0)
-    if activation == "leaky_relu":
-        return aten.leaky_relu_backward(dh, kept, LEAKY_SLOPE, True)
-    if activation == "tanh":
-        return aten.tanh_backward(dh, kept)
-    if activation == "silu":
-        return aten.silu_backward(dh, kept)
-    if activation == "identity":
-        return dh
-    return aten.gelu_backward(dh, kept, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float, out: Tensor | None = None) -> Tensor:
-    """``factor · (x Wᵀ + bias)``."""
-    out = x.new_empty(len(x), len(weight)) if out is None else out
-    if bias is None:
-        return out.addmm_(x, weight.T, beta=0, alpha=factor)
-    return torch.addmm(bias, x, weight.T, beta=factor, alpha=factor, out=out)
-
-
-def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=factor)
-
-
-def _times(value: Tensor, factor: float) -> Tensor:
-    return value if factor == 1.0 else value.mul_(factor)
-
-
-def _mask(like: Tensor, settings: Settings, seed: Tensor | None, columns: int | None = None) -> Tensor | None:
-    if not threshold(settings.dropout):
-        return None
-    return keep_mask(seed, settings.dropout, like.shape[0], columns or like.shape[1], like.dtype)
