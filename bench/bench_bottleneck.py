@@ -12,20 +12,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 
+import command
 import harness
 import machine
+import peers
 import torch
 import torch.nn.functional as F
 from clock import SEED
 from harness import FORWARD, Call, Variant
+from report import ADAPTERHUB, EAGER
 from torch import Tensor, nn
 
 from fastpeft.ops import bottleneck
 from fastpeft.testing import eager_bottleneck
 
-ADAPTERHUB = "adapters"
 FORMS = {"plain": ("relu", False, 0.0), "norm": ("gelu", True, 0.0), "dropout": ("relu", False, 0.1)}
 CPU, GPU = ((384, 512), (384, 2048), (768, 512)), ((4096, 8192), (4096, 512), (768, 8192))  # features, rows
 
@@ -51,9 +52,8 @@ class Problem:
 
     @property
     def fields(self) -> dict:
-        dtype = str(self.dtype).removeprefix("torch.")
-        columns = {"op": "bottleneck", "shape": str(self.features), "rows": self.rows, "dtype": dtype}
-        return {**columns, "rank": self.hidden, "dropout": self.settings[2], "adapters": self.form}
+        settings = {"rank": self.hidden, "dropout": self.settings[2], "adapters": self.form}
+        return harness.columns("bottleneck", str(self.features), self.rows, self.dtype, **settings)
 
     def traffic(self, which: str) -> tuple[int, int]:
         """The least (bytes, operations): x and y; backward x, dy and dx as well; weights, then their gradients."""
@@ -174,75 +174,45 @@ class _Library(Provider):
 
 
 def providers(problem: Problem, compiled: bool = False) -> list[Provider]:
-    listed = [Provider("ours", ours, own=True), Provider("eager", eager)]
+    listed = [Provider("ours", ours, own=True), Provider(EAGER, eager)]
     try:
         import adapters  # noqa: F401
 
         listed.append(_Library(ADAPTERHUB, eager))
-    except ImportError as error:
+    except Exception as error:  # beside another transformers than its own it fails in ways of its own
         print(f"bench_bottleneck: without {ADAPTERHUB}: {error}", file=sys.stderr)
     if compiled:
-        listed.append(Provider("torch.compile", torch.compile(eager, dynamic=False)))
+        listed.append(Provider("torch.compile", peers.compiled()(eager)))
     if problem.device.type == "cuda":
         listed.append(Provider("ours, reference", partial(ours, backend="reference"), own=True))
     return listed
 
 
-def case(problem: Problem, compiled: bool = False, names: list[str] | None = None) -> harness.Case:
-    """The problem as the harness takes it; on a GPU more argument sets than three caches hold."""
-    draw, cached = cache(partial(Arguments.draw, problem)), machine.cache_bytes(problem.device)
-    sets = min(8, max(4, 1 + 3 * cached // problem.traffic(FORWARD)[0])) if cached else 1
-    variants = [p.variant(problem, draw) for p in providers(problem, compiled) if names is None or p.name in names]
-    return harness.Case({**problem.fields, "sets": sets}, variants, sets, problem.device, problem.dtype)
+def case(problem: Problem, compiled: bool = False) -> harness.Case:
+    """The problem as the harness takes it."""
+    draw = cache(partial(Arguments.draw, problem))
+    sets = machine.argument_sets(problem.device, problem.traffic(FORWARD)[0], most=8)
+    return harness.Case.of(problem, [p.variant(problem, draw) for p in providers(problem, compiled)], sets)
 
 
-def beside(rows: Sequence[dict]) -> str:
-    """Time and saved bytes over those of ``adapters``, or of eager where that is not there: a line for each of ours."""
-    lines = []
-    for row in rows:
-        same = [r for r in rows if all(r[key] == row[key] for key in (*harness.CASE, "pass"))]
-        base = next((r for name in (ADAPTERHUB, "eager") for r in same if r["variant"] == name), None)
-        if row["own"] and row["median_us"] and base is not None and base["median_us"]:
-            saved = f", saved {row['saved_bytes'] / max(base['saved_bytes'], 1):.2f}" if row["pass"] != FORWARD else ""
-            label = f"{row['shape']} rows={row['rows']} {row['adapters']} {row['variant']} {row['pass']}"
-            lines.append(f"{label:44} time {row['median_us'] / base['median_us']:.2f}{saved} of {base['variant']}'s")
-    return "\n".join(lines)
+def cases(options: argparse.Namespace) -> list[Callable[[], harness.Case]]:
+    on_cpu = options.device.type == "cpu"
+    dtype, sizes = (torch.float32, CPU) if on_cpu else (torch.bfloat16, GPU)
+    # On a GPU a size takes longer to compile than to time, so the first stands for all.
+    return [
+        partial(
+            case, Problem(*size, form, dtype, options.device), command.compiles(options, on_cpu or size == sizes[0])
+        )
+        for size in (sizes[:1] if options.quick else sizes)
+        for form in options.form or FORMS
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(f"bench_bottleneck: --device {device}, but torch {torch.__version__} sees no GPU", file=sys.stderr)
-        return 2
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    dtype, sizes = (torch.float32, CPU) if device.type == "cpu" else (torch.bfloat16, GPU)
-    sizes, rounds, limit_s = (sizes[:1], 5, 5.0) if arguments.quick else (sizes, arguments.rounds, arguments.seconds)
-    listed = [Problem(*size, form, dtype, device) for size in sizes for form in arguments.form or FORMS]
-    cases = [partial(case, p, not arguments.no_compile, arguments.variant) for p in listed]
-    rows = harness.run(cases, arguments.out, rounds, limit_s, arguments.gate_only, arguments.total)
-    print(harness.table(rows), beside(rows), sep="\n\n")
-    refused = sorted({f"{row['variant']}: {row['refused']}" for row in rows if row["own"] and row["refused"]})
-    for line in refused:
-        print(f"REFUSED {line}")
-    return 1 if refused or not rows else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="append the rows to this file, a JSON object a line")
+    parser = command.parser("bench_bottleneck", __doc__, quick="the first size")
     parser.add_argument("--form", action="append", choices=tuple(FORMS), help="may be repeated")
-    parser.add_argument("--quick", action="store_true", help="the first size, five rounds")
-    parser.add_argument("--variant", action="append", help="a name; may be repeated")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--seconds", type=float, default=20.0, help="limit of one case's timing")
-    parser.add_argument("--total", type=float, default=float("inf"), help="no case is begun after so many seconds")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--gate-only", action="store_true", help="check, do not time")
-    return parser
+    command.add_compile(parser, "eager")
+    return command.main(parser, cases, argv)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ interleaves the variants and, on a GPU, rotates cold argument sets; the second k
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from itertools import cycle
-from pathlib import Path
 
+import command
 import harness
+import history
 import machine
 import peers
 import torch
@@ -112,8 +113,7 @@ def providers(problem: Problem, compile_peft: bool) -> list[Provider]:
     if form is _shared:
         listed.append(ours("ours, separate calls", _separate, wide))
     if compile_peft:
-        torch.compiler.reset()
-        compiled = partial(_peft, wrap=partial(torch.compile, dynamic=False))
+        compiled = partial(_peft, wrap=peers.compiled())
         listed.append(Provider("PEFT, torch.compile", compiled, wide))
     listed.append(Provider("addmm form", _addmm, base))  # it casts its adapters to the base's dtype anyway
     if problem.device.type == "cuda":  # on a CPU the reference serves, and the interpreter is there to prove kernels
@@ -124,21 +124,13 @@ def providers(problem: Problem, compile_peft: bool) -> list[Provider]:
     return listed
 
 
-def case(
-    problem: Problem, compile_peft: bool = False, names: list[str] | None = None, sets: int | None = None
-) -> harness.Case:
-    """The problem as the harness takes it. Argument sets are drawn once, when first used.
-
-    How many, if not said: on a GPU four, or more until they are three times its cache; on a CPU one, since there x and
-    dY come from the layers around and are often still in its cache in training too.
-    """
+def case(problem: Problem, compile_peft: bool = False, sets: int | None = None) -> harness.Case:
+    """The problem as the harness takes it. Argument sets are drawn once, when first used."""
     draw = cache(partial(Arguments.draw, problem))
     k, outs = problem.sizes
     bytes_of_a_set = problem.dtype.itemsize * (problem.rows * (k + sum(outs)) + k * sum(outs))
-    cached = machine.cache_bytes(problem.device)
-    sets = sets or (max(4, 1 + 3 * cached // bytes_of_a_set) if cached else 1)
-    variants = [p.variant(problem, draw) for p in providers(problem, compile_peft) if names is None or p.name in names]
-    return harness.Case({**problem.fields, "sets": sets}, variants, sets, problem.device, problem.dtype)
+    sets = sets or machine.argument_sets(problem.device, bytes_of_a_set)
+    return harness.Case.of(problem, [p.variant(problem, draw) for p in providers(problem, compile_peft)], sets)
 
 
 def problems(device: torch.device) -> list[Problem]:
@@ -155,35 +147,21 @@ def problems(device: torch.device) -> list[Problem]:
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(f"bench_lora_linear: --device {device}, but torch {torch.__version__} sees no GPU", file=sys.stderr)
-        return 2
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    listed = problems(device)
-    if arguments.shape:
-        listed = [replace(listed[0], shape=shape, dropout=p) for shape in arguments.shape for p in (0.1, 0.0)]
-    changed = {"rows": arguments.rows, "rank": arguments.rank, "dropout": arguments.dropout}
-    changed |= {"dtype": arguments.dtype and getattr(torch, arguments.dtype)}
-    listed = [replace(p, **{name: value for name, value in changed.items() if value is not None}) for p in listed]
-    listed = list(dict.fromkeys(listed))[: 2 if arguments.quick else None]
-    cases = [partial(case, p, _compiles(p, arguments.compile), arguments.variant, arguments.sets) for p in listed]
-    rounds, limit_s = (5, 5.0) if arguments.quick else (arguments.rounds, arguments.seconds)
-    rows = harness.run(cases, arguments.out, rounds, limit_s, arguments.gate_only, arguments.total)
-    print(harness.table(rows), harness.summary(rows), sep="\n\n")
-    refused = sorted({f"{row['variant']}: {row['refused']}" for row in rows if row["own"] and row["refused"]})
-    for line in refused:
-        print(f"REFUSED {line}")
-    return 1 if refused or not rows else 0
+def cases(options: argparse.Namespace) -> list[Callable[[], harness.Case]]:
+    listed = problems(options.device)
+    if options.shape:
+        listed = [replace(listed[0], shape=shape, dropout=p) for shape in options.shape for p in (0.1, 0.0)]
+    changed = command.given(options, "rows", "rank", "dropout")
+    changed |= {"dtype": getattr(torch, options.dtype)} if options.dtype else {}
+    listed = dict.fromkeys(replace(p, **changed) for p in listed)
+    listed = list(listed)[: 2 if options.quick else None]
+    return [partial(case, p, command.compiles(options, _stands_for_all(p)), options.sets) for p in listed]
 
 
-def _compiles(problem: Problem, asked: str) -> bool:
+def _stands_for_all(problem: Problem) -> bool:
     """A compilation takes seconds for each shape, so on a GPU the two commonest settings stand for all."""
     usual = problem.device.type == "cuda" and problem.rows >= 8192 and problem.rank == 16
-    return asked == "yes" or (asked == "auto" and usual and problem.shape in GPU_SHAPES[:3:2])
+    return usual and problem.shape in GPU_SHAPES[:3:2]
 
 
 def _shape(text: str) -> str:
@@ -192,50 +170,27 @@ def _shape(text: str) -> str:
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="append the rows to this file, a JSON object a line")
-    parser.add_argument("--quick", action="store_true", help="the first two cases, five rounds")
+def main(argv: list[str] | None = None) -> int:
+    parser = command.parser("bench_lora_linear", __doc__, quick="the first two cases")
     parser.add_argument("--shape", action="append", type=_shape, help="KxN or KxN1+N2; may be repeated")
     parser.add_argument("--rows", type=int, help="rows of x")
     parser.add_argument("--rank", type=int)
     parser.add_argument("--dropout", type=float)
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"))
-    parser.add_argument("--variant", action="append", help="a name; may be repeated")
     parser.add_argument("--sets", type=int, help="argument sets that calls rotate through")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--seconds", type=float, default=20.0, help="limit of one case's timing")
-    parser.add_argument("--total", type=float, default=float("inf"), help="no case is begun after so many seconds")
-    parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto", help="time torch.compile of PEFT")
-    parser.add_argument("--gate-only", action="store_true", help="check, do not time")
-    return parser
+    command.add_compile(parser, "PEFT")
+    return command.main(parser, cases, argv)
 
 
 def pytest_generate_tests(metafunc):
-    """Here and not in a decorator, so that the script runs where pytest is not installed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    listed = [p for p in problems(device) if p.rank == 16 and p.rows in (512, 8192)]
-    cases = [(p, provider.name, which) for p in listed for provider in providers(p, False) for which in harness.PASSES]
-    ids = [f"{p.shape}-{p.dropout}-{name}-{which}".replace(" ", "_") for p, name, which in cases]
-    metafunc.parametrize(("problem", "name", "which"), cases, ids=ids)
+    listed = [p for p in problems(history.device()) if p.rank == 16 and p.rows in (512, 8192)]
+    found = [(p, provider.name, which) for p in listed for provider in providers(p, False) for which in harness.PASSES]
+    ids = [f"{p.shape}-{p.dropout}-{name}-{which}".replace(" ", "_") for p, name, which in found]
+    metafunc.parametrize(("problem", "name", "which"), found, ids=ids)
 
 
 def test_lora_linear(benchmark, problem, name, which):
-    (variant,) = case(problem, names=[name]).variants
-    _, refused = harness.gate(variant)
-    if refused:
-        raise ValueError(f"{name} gets no number: {refused}")
-    steps = cycle([variant.bind(i).step(which) for i in range(4)])
-
-    def timed():
-        next(steps)()
-        if problem.device.type == "cuda":
-            torch.cuda.synchronize(problem.device)
-
-    benchmark.group = "  ".join(f"{k}={v}" for k, v in (problem.fields | {"pass": which}).items())
-    benchmark.pedantic(timed, rounds=12, warmup_rounds=4)
+    history.time_one(benchmark, case(problem).only([name]), which, sets=4)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,22 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 
+import command
 import harness
 import machine
+import peers
+import prompt_peers
 import torch
 import torch.nn.functional as F
 from clock import SEED
 from harness import FORWARD, FROZEN, PEER, Call, Variant
+from report import EAGER
 from torch import Tensor
 
 from fastpeft.nn.prefix_attention import prefix_attention
 from fastpeft.ops import prompt_gather
-from fastpeft.testing import PromptProblem, eager_prompt_gather
+from fastpeft.testing import PromptProblem
 
 VOCABULARY = 32000
 MIXES = ("one prompt", "tenants")
@@ -66,9 +69,8 @@ class Problem:
 
     @property
     def fields(self) -> dict:
-        dtype = str(self.dtype).removeprefix("torch.")
-        columns = {"op": self.op, "shape": self.shape, "rows": self.rows, "dtype": dtype, "rank": self.length}
-        return {**columns, "adapters": self.adapters}
+        settings = {"rank": self.length, "adapters": self.adapters}
+        return harness.columns(self.op, self.shape, self.rows, self.dtype, **settings)
 
     def traffic(self, which: str, frozen: bool = False) -> tuple[int, int]:
         """The least (bytes, operations)."""
@@ -150,8 +152,8 @@ class Provider:
             a = draw(0)
             if dtype is not None:
                 a = _as(a, dtype)
-            function = partial(_attention, prefix=False) if frozen else _copied
-            function = (_embedding if frozen else _eager) if gathering else function
+            function = partial(_attention, prefix=False) if frozen else prompt_peers.peft_prefix
+            function = (prompt_peers.embedding if frozen else prompt_peers.eager) if gathering else function
             y = function(a)
             return [y, *(torch.autograd.grad(y, wrt(a), a.grad) if wrt(a) else ())]
 
@@ -173,68 +175,9 @@ def _as(arguments: Arguments, dtype: torch.dtype) -> Arguments:
     return Arguments(inputs, arguments.grad.to(dtype), gather)
 
 
-def _embedding(a: Arguments) -> Tensor:
-    return F.embedding(a.gather.ids, a.gather.table)
-
-
 def _ours(a: Arguments, backend: str | None = None) -> Tensor:
     g = a.gather
     return prompt_gather(g.prompts, g.prompt_ids, g.ids, g.table, labels=g.labels, backend=backend).inputs_embeds
-
-
-def _integers(g: PromptProblem, sizes: Tensor, width: int) -> tuple[Tensor, ...]:
-    """Mask, positions and labels of right-padded rows, by arithmetic on all of them."""
-    place = torch.arange(width, device=sizes.device)
-    token = place - sizes[:, None]
-    inside = (token >= 0) & (token < g.ids.shape[1])
-    on = place < sizes[:, None] + g.ids.shape[1]
-    labels = torch.where(inside, g.labels.gather(1, token.clamp(0, g.ids.shape[1] - 1)), -100)
-    return on.long(), torch.where(on, place, 0), labels, inside, token
-
-
-def _sizes(g: PromptProblem) -> list[int]:
-    return [len(g.prompts[p]) if p >= 0 else 0 for p in g.prompt_ids]
-
-
-def _eager(a: Arguments) -> Tensor:
-    g = a.gather
-    y = eager_prompt_gather(g.prompts, g.prompt_ids, _embedding(a))
-    _integers(g, torch.tensor(_sizes(g), device=y.device), y.shape[1])
-    return y
-
-
-def _indexed(g: PromptProblem, which: Tensor, sizes: Tensor, starts: Tensor, width: int) -> tuple[Tensor, ...]:
-    """All that may be in front of each other in one table, and every place an index into it."""
-    x = F.embedding(g.ids, g.table)
-    table = torch.cat([*(p.to(x.dtype) for p in g.prompts), x.flatten(0, 1), x.new_zeros(1, x.shape[2])])
-    on, positions, labels, inside, token = _integers(g, sizes, width)
-    first = sum(len(p) for p in g.prompts)
-    rows = torch.arange(len(which), device=which.device)[:, None] * x.shape[1]
-    place = torch.arange(width, device=which.device)
-    at = torch.where(place < sizes[:, None], starts[:, None] + place, first + rows + token)
-    at = torch.where((place < sizes[:, None]) | inside, at, len(table) - 1)
-    return table[at], on, positions, labels
-
-
-def _index(a: Arguments, function: Callable = _indexed) -> Tensor:
-    g = a.gather
-    sizes = _sizes(g)
-    ends = torch.tensor([len(p) for p in g.prompts]).cumsum(0).tolist()
-    starts = [ends[p] - len(g.prompts[p]) if p >= 0 else 0 for p in g.prompt_ids]
-    which, sizes_, starts = (torch.tensor(t, device=g.ids.device) for t in (g.prompt_ids, sizes, starts))
-    return function(g, which, sizes_, starts, g.ids.shape[1] + max(sizes))[0]
-
-
-def _peft(a: Arguments) -> Tensor:
-    """What PEFT's forward does where all rows have one prompt."""
-    g = a.gather
-    rows, length = g.ids.shape[0], len(g.prompts[0])
-    tokens = torch.arange(length).unsqueeze(0).expand(rows, -1).to(g.ids.device)
-    mask = torch.ones_like(g.ids)
-    torch.cat((torch.ones(rows, length).to(mask.device), mask), dim=1)
-    x = F.embedding(g.ids, g.table)
-    torch.cat((torch.full((rows, length), -100).to(g.labels.device), g.labels), dim=1)
-    return torch.cat((F.embedding(tokens, g.prompts[0]).to(x.dtype), x), dim=1)
 
 
 def _attention(a: Arguments, prefix: bool = True) -> Tensor:
@@ -244,38 +187,31 @@ def _attention(a: Arguments, prefix: bool = True) -> Tensor:
     return prefix_attention(q, k, v, [(pk, pv, None)], None, True, q.shape[-1] ** -0.5)
 
 
-def _copied(a: Arguments) -> Tensor:
-    """PEFT's way: a copy of the prefix for every row, in front of its keys and values, and a mask."""
-    q, k, v, pk, pv = a.inputs
-    t, length = q.shape[2], pk.shape[1]
-    k, v = (torch.cat([p.repeat(len(q), 1, 1, 1), own], 2) for p, own in ((pk, k), (pv, v)))
-    sees = torch.ones(t, length + t, dtype=torch.bool, device=q.device).tril(length)
-    return F.scaled_dot_product_attention(q, k, v, sees)
-
-
 def providers(problem: Problem, compiled: bool = False) -> list[Provider]:
     if problem.op == OPS[1]:
-        listed = [Provider(FROZEN, partial(_attention, prefix=False)), Provider(PEER, _copied)]
-        listed += [Provider("PEFT, torch.compile", torch.compile(_copied, dynamic=False))] if compiled else []
+        listed = [Provider(FROZEN, partial(_attention, prefix=False)), Provider(PEER, prompt_peers.peft_prefix)]
+        listed += [Provider("PEFT, torch.compile", peers.compiled()(prompt_peers.peft_prefix))] if compiled else []
         return [*listed, Provider("ours", _attention, own=True)]
-    listed = [Provider(FROZEN, _embedding)]
-    listed += [Provider(PEER, _peft)] if problem.adapters == MIXES[0] else []
-    listed += [Provider("ours", _ours, own=True), Provider("eager", _eager), Provider("index form", _index)]
+    listed = [Provider(FROZEN, prompt_peers.embedding)]
+    listed += [Provider(PEER, prompt_peers.peft_prompt)] if problem.adapters == MIXES[0] else []
+    listed += [
+        Provider("ours", _ours, own=True),
+        Provider(EAGER, prompt_peers.eager),
+        Provider("index form", prompt_peers.index),
+    ]
     if compiled:
-        function = torch.compile(_indexed, dynamic=False)
-        listed.append(Provider("torch.compile", partial(_index, function=function)))
+        function = peers.compiled()(prompt_peers.indexed)
+        listed.append(Provider("torch.compile", partial(prompt_peers.index, function=function)))
     if problem.device.type == "cuda":
         listed.append(Provider("ours, reference", partial(_ours, backend="reference"), own=True))
     return listed
 
 
-def case(problem: Problem, compiled: bool = False, names: list[str] | None = None) -> harness.Case:
-    """The problem as the harness takes it; on a GPU more argument sets than three caches hold."""
+def case(problem: Problem, compiled: bool = False) -> harness.Case:
+    """The problem as the harness takes it."""
     draw = cache(partial(Arguments.draw, problem))
-    cached = machine.cache_bytes(problem.device)
-    sets = min(8, max(4, 1 + 3 * cached // problem.traffic(FORWARD)[0])) if cached else 1
-    variants = [p.variant(problem, draw) for p in providers(problem, compiled) if names is None or p.name in names]
-    return harness.Case({**problem.fields, "sets": sets}, variants, sets, problem.device, problem.dtype)
+    sets = machine.argument_sets(problem.device, problem.traffic(FORWARD)[0], most=8)
+    return harness.Case.of(problem, [p.variant(problem, draw) for p in providers(problem, compiled)], sets)
 
 
 def problems(device: torch.device, ops: Sequence[str] = OPS) -> list[Problem]:
@@ -286,45 +222,24 @@ def problems(device: torch.device, ops: Sequence[str] = OPS) -> list[Problem]:
     return [Problem(op, *size, mix, dtype, device) for op in ops for size in shapes[op] for mix in mixes[op]]
 
 
+def cases(options: argparse.Namespace) -> list[Callable[[], harness.Case]]:
+    listed = problems(options.device, options.op or OPS)
+    first = [next(p for p in listed if p.op == op) for op in dict.fromkeys(p.op for p in listed)]
+    changed = command.given(options, "rows", "length")
+    # On a GPU a problem takes longer to compile than to time, so the first of each op stands for all.
+    return [
+        partial(case, replace(p, **changed), command.compiles(options, p.device.type == "cpu" or p in first))
+        for p in (first if options.quick else listed)
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print(f"bench_prompt: --device {device}, but torch {torch.__version__} sees no GPU", file=sys.stderr)
-        return 2
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    listed = problems(device, arguments.op or OPS)
-    if arguments.quick:
-        listed = [next(p for p in listed if p.op == op) for op in dict.fromkeys(p.op for p in listed)]
-    changed = {"rows": arguments.rows, "length": arguments.length}
-    listed = [replace(p, **{name: value for name, value in changed.items() if value is not None}) for p in listed]
-    cases = [partial(case, p, not arguments.no_compile, arguments.variant) for p in listed]
-    rounds, limit_s = (5, 5.0) if arguments.quick else (arguments.rounds, arguments.seconds)
-    rows = harness.run(cases, arguments.out, rounds, limit_s, arguments.gate_only, arguments.total)
-    print(harness.table(rows), harness.summary(rows), sep="\n\n")
-    refused = sorted({f"{row['variant']}: {row['refused']}" for row in rows if row["own"] and row["refused"]})
-    for line in refused:
-        print(f"REFUSED {line}")
-    return 1 if refused or not rows else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="append the rows to this file, a JSON object a line")
+    parser = command.parser("bench_prompt", __doc__, quick="the first case of each op")
     parser.add_argument("--op", action="append", choices=OPS, help="may be repeated")
-    parser.add_argument("--quick", action="store_true", help="the first case of each op, five rounds")
     parser.add_argument("--rows", type=int, help="of the batch")
     parser.add_argument("--length", type=int, help="of the prompt or prefix")
-    parser.add_argument("--variant", action="append", help="a name; may be repeated")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--seconds", type=float, default=20.0, help="limit of one case's timing")
-    parser.add_argument("--total", type=float, default=float("inf"), help="no case is begun after so many seconds")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--gate-only", action="store_true", help="check, do not time")
-    return parser
+    command.add_compile(parser, "the index form and of PEFT's copies")
+    return command.main(parser, cases, argv)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,16 @@ Llama blocks under gradient checkpointing; PEFT's has the embedding's output req
 import argparse
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 
+import command
 import harness
 import torch
 import torch.nn.functional as F
 from harness import BOTH, FROZEN, PEER, Call, Case, Variant
+from report import WHOLE
 from torch import Tensor, nn
 
 import fastpeft
@@ -25,7 +27,6 @@ from fastpeft.nn import RowSparseLinear, TokenRows
 
 SHARE = 0.05  # of the rows or columns
 CPU_SHAPES, GPU_SHAPES = ("384x1536", "1536x384", "384x384", "768x3072"), ("4096x4096", "4096x14336", "14336x4096")
-WHOLE = "whole weight"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def row_case(shape: str, rows: int, dtype: torch.dtype, device: torch.device) ->
         )
         for name, kind in kinds.items()
     ]
-    fields = {"op": "row_linear", "shape": shape, "rows": rows, "dtype": _name(dtype), "rank": None, "dropout": None}
+    fields = harness.columns("row_linear", shape, rows, dtype, rank=None, dropout=None)
     return Case(fields, variants, 1 if device.type == "cpu" else 4, device, dtype)
 
 
@@ -163,8 +164,8 @@ def token_case(tokens: int, device: torch.device, dtype: torch.dtype, vocabulary
         )
         for name in (WHOLE, PEER, "ours")
     ]
-    fields = {"op": "token_rows", "shape": f"{vocabulary}x{width}", "rows": tokens, "dtype": _name(dtype)}
-    return Case({**fields, "rank": chosen, "dropout": None}, variants, 1, device, dtype)
+    fields = harness.columns("token_rows", f"{vocabulary}x{width}", tokens, dtype, rank=chosen, dropout=None)
+    return Case(fields, variants, 1, device, dtype)
 
 
 # the last blocks of a model
@@ -208,8 +209,8 @@ def block_case(device: torch.device, dtype: torch.dtype, width=256, blocks=8, to
     traffic = lambda which: (0, 2 * 4 * tokens * weights * (blocks + (which == BOTH) * 3 * 2))  # noqa: E731
     names = ("no checkpoints", PEER, "ours")
     variants = [Variant(n, partial(bind, kind=n), partial(plain, kind=n), traffic, own=n == "ours") for n in names]
-    fields = {"op": "last 2 blocks", "shape": f"{blocks}x{width}", "rows": 4 * tokens, "dtype": _name(dtype)}
-    return Case({**fields, "rank": None, "dropout": None}, variants, 1, device, dtype, (BOTH,))
+    fields = harness.columns("last 2 blocks", f"{blocks}x{width}", 4 * tokens, dtype, rank=None, dropout=None)
+    return Case(fields, variants, 1, device, dtype, (BOTH,))
 
 
 def _loss(model, ids) -> Tensor:
@@ -217,26 +218,8 @@ def _loss(model, ids) -> Tensor:
     return F.cross_entropy(model(input_ids=ids, use_cache=False).logits.flatten(0, 1).to(torch.float32), ids.flatten())
 
 
-def _ratios(rows: list[dict]) -> str:
-    """Ours over the yardstick of each case: the whole weight for rows and columns, else PEFT's."""
-    lines, timed = ["A step over the yardstick's"], [row for row in rows if row["pass"] == BOTH and row["median_us"]]
-    for row in timed:
-        peer = WHOLE if row["op"] == "row_linear" else PEER
-        facts = [row.get(column) for column in ("op", "shape", "adapters")]
-        base = [r for r in timed if r["variant"] == peer and [r.get(c) for c in ("op", "shape", "adapters")] == facts]
-        if row["own"] and base:
-            shown = " ".join(str(fact) for fact in facts if fact)
-            lines.append(f"{shown:36} {row['variant']:14} {row['median_us'] / base[0]['median_us']:.3f} of {peer}")
-    return "\n".join(lines)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def cases(options) -> list:
-    device = torch.device(options.device)
-    small = device.type == "cpu"
+def cases(options: argparse.Namespace) -> list[Callable[[], Case]]:
+    device, small = options.device, options.device.type == "cpu"
     dtype, rows = (torch.float32, 512) if small else (torch.bfloat16, 8192)
     shapes = options.shape or (CPU_SHAPES if small else GPU_SHAPES)
     made = {
@@ -249,31 +232,11 @@ def cases(options) -> list:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="append the rows to this file, a JSON object a line")
-    parser.add_argument("--quick", action="store_true", help="the first two cases, five rounds")
+    parser = command.parser("bench_selective", __doc__, quick="the first two cases")
     parser.add_argument("--case", action="append", choices=("rows", "tokens", "blocks"), help="may be repeated")
     parser.add_argument("--shape", action="append", help="KxN of the linear layer; may be repeated")
     parser.add_argument("--rows", type=int, help="rows of x")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--seconds", type=float, default=20.0, help="limit of one case's timing")
-    parser.add_argument("--total", type=float, default=float("inf"), help="no case is begun after so many seconds")
-    parser.add_argument("--gate-only", action="store_true", help="check, do not time")
-    options = parser.parse_args(argv)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"bench_selective: --device {options.device}, but torch sees no GPU", file=sys.stderr)
-        return 2
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    rounds, limit_s = (5, 5.0) if options.quick else (options.rounds, options.seconds)
-    rows = harness.run(cases(options), options.out, rounds, limit_s, options.gate_only, options.total)
-    print(harness.table(rows), _ratios(rows), sep="\n\n")
-    refused = sorted({f"{row['variant']}: {row['refused']}" for row in rows if row["own"] and row["refused"]})
-    for line in refused:
-        print(f"REFUSED {line}")
-    return 1 if refused or not rows else 0
+    return command.main(parser, cases, argv)
 
 
 if __name__ == "__main__":

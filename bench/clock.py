@@ -7,6 +7,8 @@ device, so that gaps between launches do not show in the device's time; what the
 import contextlib
 import gc
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,6 +106,25 @@ def interleave(
                 times[name].device.append(device_us)
                 times[name].host.append(host_us)
     return times
+
+
+@contextlib.contextmanager
+def at_most(seconds: float):
+    """TimeoutError in what takes longer: in the main thread, where signals arrive, and between two calls of C."""
+    if seconds == float("inf") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(*_):
+        raise TimeoutError(f"longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager

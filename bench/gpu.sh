@@ -155,6 +155,6 @@ fi
 step selective 70 bench.log "$python" bench/bench_selective.py --out "$out/rows.jsonl" "${selective[@]}"
 step plot 30 bench.log "$python" bench/plot.py "$out/rows.jsonl" "$out/overhead.png" "${figure[@]}"
 
-sed -n '/^Time over/,/^---/p' "$out/bench.log" | sed '/^---/d'
+sed -n '/ime over the frozen/,/^---/p' "$out/bench.log" | sed '/^---/d'
 cat "$out/summary.txt"
 exit $failed

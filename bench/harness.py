@@ -4,20 +4,21 @@
    most 2x (max) and 1.2x (rms) that of the same computation in plain PyTorch at the same dtypes.
 2. Time (clock.py): all variants and both passes interleaved in one run, a GPU's cache cold; median, p20-p80.
 3. Rows: one JSON object for each variant and pass, with the least bytes and operations of what the variant computes,
-   the time below which they cannot be done (``floor_us``), what is saved for backward, and the machine.
+   the time below which they cannot be done (``floor_us``), what is saved for backward, and the machine. report.py
+   shows them.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import machine
 import torch
-from clock import SEED, Times, interleave
+from clock import SEED, Times, at_most, interleave
 from torch import Tensor
 
 from fastpeft.testing import Ratios, error_vs_eager
@@ -26,6 +27,11 @@ FROZEN, PEER = "frozen linear", "PEFT"  # the variants that the ratios of a row 
 FORWARD, BOTH = "fwd", "fwd+bwd"
 PASSES = (FORWARD, BOTH)
 CASE = ("op", "shape", "rows", "dtype", "rank", "dropout", "adapters")  # the columns that tell cases apart
+
+
+def columns(op: str, shape: str, rows: int, dtype: torch.dtype, **others) -> dict:
+    """The columns that tell a case apart: these, and of CASE what else the op has."""
+    return {"op": op, "shape": shape, "rows": rows, "dtype": str(dtype).removeprefix("torch."), **others}
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,17 @@ class Variant:
     own: bool = False
 
 
+class Problem(Protocol):
+    """One op on one shape, as each benchmark has its own; ``fields`` are ``columns``."""
+
+    fields: dict
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass(frozen=True)
 class Case:
-    """Variants of one op on one shape; ``fields`` are columns of every row, of those in CASE what the op has.
+    """Variants of one op on one shape; ``fields`` are columns of every row.
 
     ``calls`` is how many times a variant's step does the op, so that a row holds the time of one.
     """
@@ -80,20 +94,36 @@ class Case:
     passes: Sequence[str] = PASSES
     calls: int = 1
 
+    @classmethod
+    def of(cls, problem: Problem, variants: Sequence[Variant], sets: int) -> "Case":
+        return cls({**problem.fields, "sets": sets}, variants, sets, problem.device, problem.dtype)
 
-def gate(variant: Variant) -> tuple[Ratios | None, str | None]:
-    """The worst error ratios on argument set 0, and why the variant gets no number, or None."""
+    def only(self, names: Sequence[str] | None) -> "Case":
+        """With these variants alone; with all for None."""
+        return self if names is None else replace(self, variants=[v for v in self.variants if v.name in names])
+
+
+def gate(variant: Variant, limit_s: float = float("inf")) -> tuple[Ratios | None, str | None]:
+    """The worst error ratios on argument set 0, and why the variant gets no number, or None.
+
+    A variant that cannot run, or whose compilation does not end, is a row that says so, not the end of the run.
+    """
     try:
-        call = variant.bind(0)
-        torch.manual_seed(SEED)
-        ys = list(call.forward())
-        found = [*ys, *(torch.autograd.grad(ys, call.wrt, call.grads) if call.wrt else ())]
-        pairs = zip(found, variant.plain(None), variant.plain(torch.float64), strict=True)
-        ratios = [error_vs_eager(*three) for three in pairs]
-    except Exception as error:  # a variant that cannot run is a row that says so, not the end of the run
-        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        with at_most(limit_s):
+            call = variant.bind(0)
+            torch.manual_seed(SEED)
+            ys = list(call.forward())
+            found = [*ys, *(torch.autograd.grad(ys, call.wrt, call.grads) if call.wrt else ())]
+            pairs = zip(found, variant.plain(None), variant.plain(torch.float64), strict=True)
+            ratios = [error_vs_eager(*three) for three in pairs]
+    except Exception as error:
+        return None, _reason(error)
     worst = Ratios(max(r.max for r in ratios), max(r.rms for r in ratios))
     return worst, None if worst.ok else f"error {worst.max:.2f} (max) and {worst.rms:.2f} (rms) times eager's"
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def saved_bytes(call: Call) -> int:
@@ -123,9 +153,11 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def measure(case: Case, rounds: int, limit_s: float, gate_only: bool = False) -> list[dict]:
+def measure(
+    case: Case, rounds: int, limit_s: float, gate_only: bool = False, gate_s: float = float("inf")
+) -> list[dict]:
     """One case: a row for each variant and pass. A refused variant is not timed, and its row has no numbers."""
-    checked = {variant.name: gate(variant) for variant in case.variants}
+    checked = {variant.name: gate(variant, gate_s) for variant in case.variants}
     sound = [] if gate_only else [v for v in case.variants if checked[v.name][1] is None]
     calls = {v.name: [v.bind(i) for i in range(case.sets)] for v in sound}
     steps = {(name, which): [c.step(which) for c in bound] for name, bound in calls.items() for which in case.passes}
@@ -172,76 +204,40 @@ def run(
     limit_s: float,
     gate_only: bool = False,
     total_s: float = float("inf"),
-) -> list[dict]:
+) -> tuple[list[dict], list[str]]:
     """Make and measure every case; its rows are written at once, so that a run cut short keeps what it had.
 
     Args:
-        limit_s: seconds for the timing of one case; total_s: seconds after which no further case is begun.
+        limit_s: seconds for the timing of one case; total_s: seconds after which no further case is begun, and half of
+            them are the most that one variant's gate may take.
+
+    Returns:
+        The rows, and of each case that failed which it was and why. SIGINT ends the run as such a failure.
     """
-    rows, facts, end = [], None, time.monotonic() + total_s
+    rows, failed, facts, end = [], [], None, time.monotonic() + total_s
     for number, make in enumerate(_progress(cases)):
         if time.monotonic() > end:
             print(f"time is over: {len(cases) - number} of {len(cases)} cases not run", file=sys.stderr)
             break
-        case = make()
-        facts = facts or machine.facts(case.device)
-        found = [{**row, **facts} for row in measure(case, rounds, limit_s, gate_only)]
+        which = f"case {number + 1} of {len(cases)}"
+        try:
+            case = make()
+            which += f", {' '.join(str(case.fields.get(name)) for name in CASE[:3])}"
+            facts = facts or machine.facts(case.device)
+            found = [{**row, **facts} for row in measure(case, rounds, limit_s, gate_only, total_s / 2)]
+        except KeyboardInterrupt:
+            failed.append(f"STOPPED in {which}")
+            break
+        except Exception as error:
+            failed.append(f"FAILED {which}: {_reason(error)}")
+            print(failed[-1], file=sys.stderr, flush=True)
+            continue
         rows += found
         if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in found)
-    return rows
-
-
-def table(rows: Sequence[dict]) -> str:
-    """The rows for people: a block for each case, a line for each variant."""
-    columns = "".join(
-        f"{which + ' us':>11} {'p20-p80':>17} {'xfloor':>6} {'xfrozen':>7} {'xPEFT':>6}" for which in PASSES
-    )
-    lines = []
-    for facts, block in groupby(rows, _case):
-        settings = [f"{name}={value}" for name, value in zip(CASE[2:], facts[2:], strict=True) if value is not None]
-        lines += ["", "  ".join([*facts[:2], *settings])]
-        lines.append(f"  {'variant':22}{columns} {'saved MB':>9} {'err max':>8} {'rms':>5}")
-        for name, of_variant in groupby(block, lambda row: row["variant"]):
-            of_variant = list(of_variant)
-            lines.append(f"  {name:22}{''.join(map(_cells, of_variant))} {_memory(of_variant[0])}")
-    return "\n".join(lines)
-
-
-def summary(rows: Sequence[dict]) -> str:
-    """Time over the frozen linear, of the longest pass: a line for each case, a column for each variant."""
-    longest = BOTH if any(row["pass"] == BOTH for row in rows) else FORWARD
-    timed = {(_case(row), row["variant"]): row["ratio_frozen"] for row in rows if row["pass"] == longest}
-    names = [name for name in dict.fromkeys(name for _, name in timed) if name != FROZEN]
-    widths = [max(8, len(name)) for name in names]
-    lines = [f"Time over the frozen linear's, {longest}", " " * 44 + "  ".join(map(str.rjust, names, widths))]
-    for facts in dict.fromkeys(facts for facts, _ in timed):
-        shape, count, dtype, rank, dropout, adapters = facts[1:]
-        cells = [timed.get((facts, name)) for name in names]
-        cells = ["-" if ratio is None else f"{ratio:.3f}" for ratio in cells]
-        label = f"{shape} rows={count} {dtype} r={rank} " + (f"p={dropout}" if adapters is None else adapters)
-        lines.append(f"{label:44}" + "  ".join(map(str.rjust, cells, widths)))
-    return "\n".join(lines)
-
-
-def _case(row: dict) -> tuple:
-    return tuple(row.get(key) for key in CASE)
-
-
-def _cells(row: dict) -> str:
-    if row["median_us"] is None:
-        return f"{'refused' if row['refused'] else 'not timed':>11}" + " " * 40
-    spread = f"{row['p20_us']:.0f}-{row['p80_us']:.0f}"
-    ratios = [row["median_us"] / row["floor_us"], row["ratio_frozen"], row["ratio_peft"]]
-    cells = ["-" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
-    return f"{row['median_us']:11.1f} {spread:>17} {cells[0]:>6} {cells[1]:>7} {cells[2]:>6}"
-
-
-def _memory(row: dict) -> str:
-    saved = "-" if row["saved_bytes"] is None else f"{row['saved_bytes'] / 1e6:.2f}"
-    errors = [" -" if row[e] is None else f"{row[e]:.2f}" for e in ("error_max", "error_rms")]
-    return f"{saved:>9} {errors[0]:>8} {errors[1]:>5}  {row['refused'] or ''}".rstrip()
+    return rows, failed
 
 
 def _progress(cases: Sequence) -> Iterable:

@@ -39,8 +39,8 @@ class Problem:
 
     @property
     def fields(self) -> dict:
-        shown = {"op": self.op, "shape": self.shape, "rows": self.rows, "dtype": str(self.dtype).removeprefix("torch.")}
-        return {**shown, "rank": self.rank, "dropout": self.dropout}
+        settings = {"rank": self.rank, "dropout": self.dropout}
+        return harness.columns(self.op, self.shape, self.rows, self.dtype, **settings)
 
     def traffic(self, which: str, adapter_dtype: torch.dtype | None) -> tuple[int, int]:
         """Least (bytes, operations): in each direction every input is read once and every output written once."""

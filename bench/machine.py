@@ -52,11 +52,16 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return _measured_bandwidth(device), _measured_flops(device, dtype)
 
 
-def cache_bytes(device: torch.device) -> int:
-    """Of the cache that argument sets are rotated out of; 0 on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    return 0
+def argument_sets(device: torch.device, bytes_of_a_set: int, most: int | None = None) -> int:
+    """How many sets calls rotate through: on a GPU four, or more until they are three times its cache.
+
+    On a CPU one, since there a layer's operands come from the layers around it and are often still in its cache in
+    training too.
+    """
+    if device.type != "cuda":
+        return 1
+    sets = max(4, 1 + 3 * torch.cuda.get_device_properties(device).L2_cache_size // bytes_of_a_set)
+    return sets if most is None else min(most, sets)
 
 
 def seconds(function, device: torch.device, repeats: int) -> float:

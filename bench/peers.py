@@ -1,10 +1,17 @@
-"""What others do for a LoRA linear layer: PEFT's own layer, and the addmm form of the fast trainers."""
+"""What others do for a LoRA linear layer: PEFT's own layer, the addmm form of the fast trainers, torch.compile."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def compiled() -> Callable[[Callable], Callable]:
+    """torch.compile for one case: it forgets those before, which count against a limit of 8 and then run eagerly."""
+    torch.compiler.reset()
+    return partial(torch.compile, dynamic=False)
 
 
 def peft_layer(weight: Tensor, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float) -> nn.Module:

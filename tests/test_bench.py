@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -15,6 +17,7 @@ import harness
 import lora
 import plot
 import pytest
+import report
 import torch
 import torch.nn.functional as F
 from harness import BOTH, FORWARD, FROZEN, PEER
@@ -35,7 +38,7 @@ def _one_thread():
 
 
 def case_of(problem, *names):
-    return bench_lora_linear.case(problem, names=names or None)
+    return bench_lora_linear.case(problem).only(names or None)
 
 
 def with_broken(problem, build, own=True):
@@ -94,7 +97,7 @@ def test_a_wrong_variant_gets_no_number(build, dropout, reason):
     assert all(reason in row["refused"] for row in broken)
     assert all(row["median_us"] is None and row["ratio_frozen"] is None for row in broken)
     assert all(row["refused"] is None and row["median_us"] > 0 for row in frozen)
-    assert "refused" in harness.table(rows)
+    assert "refused" in report.table(rows)
 
 
 @pytest.mark.parametrize(("own", "code"), [(True, 1), (False, 0)])
@@ -199,8 +202,36 @@ def test_the_cuda_clock_sleeps_in_front_of_the_call_and_reads_its_events(monkeyp
 
 
 def test_a_run_out_of_time_keeps_what_it_has(capsys):
-    assert harness.run([partial(case_of, SMALL, FROZEN)] * 3, None, rounds=1, limit_s=1.0, total_s=-1.0) == []
+    rows = harness.run([partial(case_of, SMALL, FROZEN)] * 3, None, rounds=1, limit_s=1.0, total_s=-1.0)
+    assert rows == ([], [])
     assert "3 of 3 cases not run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory\nmore"), KeyboardInterrupt()])
+def test_a_case_that_fails_ends_no_other_and_an_interrupt_keeps_what_there_is(error, tmp_path, monkeypatch, capsys):
+    def failing():
+        raise error
+
+    out, good = tmp_path / "folder" / "rows.jsonl", partial(case_of, SMALL, FROZEN)
+    monkeypatch.setattr(bench_lora_linear, "cases", lambda options: [good, failing, good])
+    assert bench_lora_linear.main(["--device", "cpu", "--quick", "--out", str(out)]) == 1
+    stopped = isinstance(error, KeyboardInterrupt)
+    assert len(out.read_text().splitlines()) == (2 if stopped else 4)
+    printed = capsys.readouterr().out
+    assert "96x64" in printed
+    reason = "STOPPED in case 2 of 3" if stopped else "FAILED case 2 of 3: RuntimeError: CUDA error: out of memory"
+    assert printed.splitlines()[-1] == reason
+
+
+def test_a_compilation_that_does_not_end_costs_its_variant_alone():
+    def endless(problem, weights, lora_as, lora_bs):
+        while True:
+            time.sleep(0.01)
+
+    rows = harness.measure(with_broken(SMALL, endless, own=False), rounds=1, limit_s=1.0, gate_s=1.5)
+    refused = {row["variant"]: row["refused"] for row in rows}
+    assert refused == {FROZEN: None, "broken": "TimeoutError: longer than 2 s"}
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_quantiles():
@@ -232,10 +263,10 @@ def test_saved_bytes_of_lora(rows):
 
 
 def test_the_table_and_the_summary_name_every_variant(rows):
-    for text in (harness.table(rows), harness.summary(rows)):
+    for text in (report.table(rows), report.summary(rows)):
         assert all(row["variant"] in text for row in rows if row["variant"] != FROZEN)
         assert "96x64+32" in text
-    assert len(harness.summary(rows).splitlines()) == 2 + 3
+    assert len(report.summary(rows).splitlines()) == 2 + 3
 
 
 def test_plot_draws_and_says_when_there_is_nothing_to_draw(rows, tmp_path, capsys):
@@ -288,3 +319,12 @@ def test_gpu_script_goes_on_after_a_failure_and_says_so(tmp_path):
     assert lines[-1].split()[:2] == ["bench", "FAILED:"]
     assert lines[-3].split()[:2] == ["check", "ok"]
     assert "expected KxN" in done.stdout
+
+
+def test_report_of_a_file(rows, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    assert report.main([str(file)]) == 1
+    assert "no rows" in capsys.readouterr().out
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report.main([str(file)]) == 0
+    assert capsys.readouterr().out.strip() == report.short(rows)

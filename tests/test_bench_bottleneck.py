@@ -3,6 +3,7 @@
 import bench_bottleneck
 import harness
 import pytest
+import report
 import torch
 from bench_bottleneck import FORMS, Problem
 from harness import BOTH, FORWARD
@@ -23,13 +24,13 @@ def test_every_provider_passes_the_gate_and_is_timed(form):
     assert {"ours", "eager"} <= {row["variant"] for row in rows}
     assert {row["refused"] for row in rows} == {None}
     assert all(0 < row["p20_us"] <= row["median_us"] for row in rows)
-    assert "of eager's" in bench_bottleneck.beside(rows) or "of adapters's" in bench_bottleneck.beside(rows)
+    assert "of eager's" in report.short(rows) or "of adapters's" in report.short(rows)
 
 
 def test_a_wrong_provider_gets_no_number(monkeypatch):
     right = bench_bottleneck.bottleneck
     monkeypatch.setattr(bench_bottleneck, "bottleneck", lambda *args, **options: 1.01 * right(*args, **options))
-    rows = harness.measure(bench_bottleneck.case(SMALL, names=["ours"]), 2, 1.0)
+    rows = harness.measure(bench_bottleneck.case(SMALL).only(["ours"]), 2, 1.0)
     assert all(row["refused"] and row["median_us"] is None for row in rows)
 
 

@@ -6,9 +6,10 @@ import bench_multi_lora
 import engines
 import harness
 import pytest
+import report
 import torch
-from bench_multi_lora import Problem, counts
 from harness import FORWARD, FROZEN, PEER
+from mixed_batch import POPULARITIES, Mix, Problem, counts
 
 SMALL = Problem("96x64", 12, "8", "uniform", torch.float32, torch.device("cpu"))
 
@@ -27,11 +28,11 @@ SMALL = Problem("96x64", 12, "8", "uniform", torch.float32, torch.device("cpu"))
 )
 def test_popularities(popularity, wanted):
     assert counts(popularity, 10) == wanted
-    mix = bench_multi_lora.Mix.draw(replace(SMALL, tokens=10, popularity=popularity))
+    mix = Mix.draw(replace(SMALL, tokens=10, popularity=popularity))
     assert [(mix.token_slots == slot).sum().item() for slot in range(len(wanted))] == wanted
 
 
-@pytest.mark.parametrize("popularity", bench_multi_lora.POPULARITIES)
+@pytest.mark.parametrize("popularity", POPULARITIES)
 def test_one_token(popularity):
     assert counts(popularity, 1) in ([1], [])
 
@@ -56,8 +57,8 @@ def test_every_provider_passes_the_gate_and_is_timed(problem):
     assert {row["refused"] for row in rows} == {None}
     assert {row["pass"] for row in rows} == {FORWARD}
     assert all(0 < row["p20_us"] <= row["median_us"] for row in rows)
-    assert "adapters=" in harness.table(rows)
-    assert problem.popularity in harness.summary(rows)
+    assert "adapters=" in report.table(rows)
+    assert problem.popularity in report.summary(rows)
 
 
 def test_a_provider_that_serves_slot_0_to_all_gets_no_number(monkeypatch):
@@ -73,5 +74,5 @@ def test_command_line(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     command = ["--device", "cpu", "--quick", "--shape", "96x64", "--tokens", "8", "--out", str(out)]
     assert bench_multi_lora.main(command) == 0
-    assert "Time over the frozen linear's, fwd" in capsys.readouterr().out
+    assert "multi_lora: time over the frozen linear's, fwd" in capsys.readouterr().out
     assert len(out.read_text().splitlines()) == 4

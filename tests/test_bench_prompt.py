@@ -5,6 +5,7 @@ from dataclasses import replace
 import bench_prompt
 import harness
 import pytest
+import report
 import torch
 from bench_prompt import MIXES, Problem
 from harness import BOTH, FORWARD, FROZEN, PEER
@@ -40,7 +41,7 @@ def test_every_provider_passes_the_gate_and_is_timed(problem):
     assert list(names) == wanted
     assert {row["refused"] for row in rows} == {None}
     assert all(0 < row["p20_us"] <= row["median_us"] for row in rows)
-    assert problem.shape in harness.table(rows)
+    assert problem.shape in report.table(rows)
     saved = {row["variant"]: row["saved_bytes"] for row in rows}
     if problem is PREFIX:
         assert saved["ours"] < saved[PEER]
@@ -53,7 +54,7 @@ def test_a_wrong_provider_gets_no_number(monkeypatch):
         return right(prompts, [0] * len(ids), *args, **options)
 
     monkeypatch.setattr(bench_prompt, "prompt_gather", wrong)
-    rows = harness.measure(bench_prompt.case(GATHER, names=["ours"]), rounds=2, limit_s=1.0)
+    rows = harness.measure(bench_prompt.case(GATHER).only(["ours"]), rounds=2, limit_s=1.0)
     assert all(row["refused"] and row["median_us"] is None for row in rows)
 
 

@@ -3,6 +3,7 @@
 import bench_selective
 import harness
 import pytest
+import report
 import torch
 from harness import BOTH, FORWARD, FROZEN, PEER
 
@@ -26,7 +27,7 @@ def test_every_variant_passes_the_gate_and_is_timed(name):
     assert {row["refused"] for row in rows} == {None}
     assert {row["pass"] for row in rows} == ({BOTH} if name == "blocks" else {FORWARD, BOTH})
     assert all(0 < row["median_us"] and 0 < row["floor_us"] for row in rows)
-    assert "ours" in bench_selective._ratios(rows)
+    assert "ours" in report.short(rows)
 
 
 def test_a_step_updates_what_it_trains():
