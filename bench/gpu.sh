@@ -4,13 +4,24 @@
 #     bash bench/gpu.sh OUT_DIR          (default: $OUT, or out/)
 #     bash bench/gpu.sh --dry OUT_DIR    the same steps on the CPU, each cut to seconds: proves this script
 #
-# Installs the package into a throwaway folder, csrc/ included where nvcc is, prints `fastpeft env`, runs the CUDA
-# kernels on their smallest grid, checks every op, runs the tests, then memcheck (and synccheck, for csrc/) on small ragged
-# shapes, then the benchmarks. A step that fails stops no other; the table printed last names it and the exit
-# code is 1. OUT_DIR gets 8 files at most: summary.txt, five logs, rows.jsonl and overhead.png.
+# The steps, in order:
+#     install     the package into a throwaway folder, csrc/ included where nvcc is
+#     env         fastpeft env
+#     csrc        the CUDA kernels on their smallest grid, then on ragged ones
+#     check       every op against float64
+#     tests       those that run on the device
+#     sanitizer   memcheck (and synccheck, for csrc/) on small ragged shapes
+#     bench serving bottleneck prompts gemm decode selective    the benchmarks; gemm and decode are of csrc/
+#     plot        the picture of lora_linear's rows
 #
-# Variables: PYTHON (python3); BUILD_PATH, a folder with pybind11 and ninja where Python itself lacks them; STEPS, the names of the steps to run (all); BENCH_ARGS, further arguments of the benchmark;
-# FASTPEFT_COMMIT, the commit that rows carry where the checkout came without its history.
+# A step that fails stops no other. At the end come the ratios of all rows, then the table of steps; the exit code is 1
+# if one failed. The proofs end at half of the time, so that slow ones leave the benchmarks their half, and each
+# benchmark has its share of what is left. OUT_DIR gets 8 files at most: summary.txt, five logs, rows.jsonl and
+# overhead.png; earlier ones of these names are removed.
+#
+# Variables: PYTHON (python3); BUILD_PATH, a folder with pybind11 and ninja where Python itself lacks them; STEPS, the
+# names of the steps to run (all); BENCH_ARGS, further arguments of the step bench; FASTPEFT_COMMIT, the commit that
+# rows carry where the checkout came without its history.
 set -uo pipefail
 
 dry=
@@ -20,11 +31,18 @@ if [[ ${1:-} == --dry ]]; then
 fi
 out=${1:-${OUT:-out}}
 python=${PYTHON:-python3}
-deadline=570 # seconds for all steps together
+proofs=290 end=550 # seconds by which the proofs and the last step are over; then 30 s at most for the ratios
+names="install env csrc check tests sanitizer bench serving bottleneck prompts gemm decode selective plot"
+for name in ${STEPS:-}; do
+    if [[ " $names " != *" $name "* ]]; then
+        echo "gpu.sh: STEPS names $name, expected some of: $names" >&2
+        exit 2
+    fi
+done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$root" || exit 2
-work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
+work=$(mktemp -d || mktemp -d -p "$out") && trap 'rm -rf "$work"' EXIT || exit 2
 rm -f "$out"/{summary.txt,install.log,env.log,tests.log,sanitizer.log,bench.log,rows.jsonl,overhead.png}
 
 failed=0
@@ -32,18 +50,27 @@ note() { # step, result, seconds
     printf '%-10s %-28s %5s s\n' "$1" "$2" "$3" >>"$out/summary.txt"
 }
 
+asked() { # step: whether it is to run
+    [[ " ${STEPS:-$1} " == *" $1 "* ]]
+}
+
+# SIGINT, so that pytest names what failed until then and a benchmark prints the rows it has; a shell that runs this in
+# the background has it ignored.
+interruptible=()
+env --default-signal=INT true 2>/dev/null && interruptible=(env --default-signal=INT)
+
 step() { # name, seconds at most, log, command...
     local name=$1 limit=$2 log=$out/$3 start=$SECONDS code
     shift 3
-    if [[ " ${STEPS:-$name} " != *" $name "* ]]; then return; fi
+    asked "$name" || return 0
     if ((deadline - start < limit)); then limit=$((deadline - start)); fi
     if ((limit < 5)); then
         note "$name" "FAILED: no time left" 0
         failed=1
-        return
+        return 1
     fi
     printf -- '--- %s\n' "$name" | tee -a "$log"
-    timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1
+    "${interruptible[@]}" timeout --signal=INT --kill-after=8 "$limit" "$@" >>"$log" 2>&1 </dev/null
     code=$?
     case $code in
     0) note "$name" ok $((SECONDS - start)) ;;
@@ -54,14 +81,32 @@ step() { # name, seconds at most, log, command...
         failed=1
         tail -n 12 "$log"
     fi
+    return $code
+}
+
+# Shares of the time, as far as a step is to run.
+races="bench:6 serving:4 bottleneck:2 prompts:2 gemm:2 decode:2 selective:2"
+race() { # name, seconds at most, script, arguments...: a benchmark, which begins no case after 3/4 of its share
+    local name=$1 most=$2 script=$3 pair mine=1 sum=0 seconds
+    shift 3
+    for pair in $races; do
+        if [[ ${pair%:*} == "$name" ]]; then mine=${pair#*:} sum=0; fi
+        if asked "${pair%:*}"; then sum=$((sum + ${pair#*:})); fi
+    done
+    seconds=$(((deadline - SECONDS) * mine / (sum ? sum : 1)))
+    seconds=$((seconds < most ? seconds : most))
+    step "$name" $((seconds * 5 / 4)) bench.log "$python" "bench/$script" --out "$out/rows.jsonl" \
+        --total $((seconds * 3 / 4)) "$@"
 }
 
 # The installed package before the checkout, which serves if the installation failed; -P keeps the current folder out of
 # the first place, where Python knows it.
 export PYTHONPATH=$work/site:$root HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET FASTPEFT_BACKEND
+[[ -w ${HOME:-} ]] || export HOME=$work # Triton and matplotlib keep what they compile and find there
 safe=()
 "$python" -P -c '' 2>/dev/null && safe=(-P)
+deadline=$proofs
 
 if [[ $dry ]]; then
     check=(--help)
@@ -73,63 +118,83 @@ if [[ $dry ]]; then
     bottleneck=(--device cpu --quick --gate-only --no-compile)
     figure=()
 else
+    if ! timeout 120 "$python" -c 'import torch; torch.zeros(1, device="cuda").item()'; then
+        echo "gpu.sh: $python has no torch that can use a GPU; nothing was run" >&2
+        exit 2
+    fi
     check=(--device cuda)
-    # What needs no GPU ran elsewhere: the layout, packaging, every configuration compiled, this script.
-    tests=(tests -m "gpu or not slow" --maxfail=30)
-    for name in layout packaging targets cli demo bench; do tests+=(--ignore "tests/test_$name.py"); done
-    bench=(--device cuda --total 150)
-    serving=(--device cuda --total 80)
-    selective=(--device cuda --total 40 --seconds 8)
-    prompts=(--device cuda --total 40)
-    bottleneck=(--device cuda --total 50 --seconds 8)
+    # What needs no GPU ran elsewhere, so only files that choose a device run here.
+    tests=(-m "gpu or not slow" --maxfail=30)
+    for file in $(grep -lE '\bDEVICE\b|\bbackends\b|cuda\.is_available' tests/test_*.py); do
+        [[ $file =~ _(bench|cli|cuda_build|demo|mutants|packaging|targets)|_sass ]] || tests+=("$file")
+    done
+    bench=(--device cuda --seconds 8)
+    serving=(--device cuda --seconds 8)
+    selective=(--device cuda --seconds 8)
+    prompts=(--device cuda --seconds 8)
+    bottleneck=(--device cuda --seconds 8)
     figure=(--rows 8192)
     "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8 --dist loadgroup)
 fi
 read -r -a more <<<"${BENCH_ARGS:-}"
+wanted="triton peft transformers adapters vllm sglang matplotlib"
+# shellcheck disable=SC2086 # a name each
+absent=$("$python" -c 'import importlib.util as i, sys
+print(*(m for m in sys.argv[1:] if not i.find_spec(m)))' $wanted)
+note peers "absent: ${absent:-none}" 0
 
 # From a copy, since a build writes into its source folder.
 mkdir "$work/source" && cp -r pyproject.toml setup.py README.md LICENSE fastpeft kernels csrc "$work/source"
 # A dry run leaves csrc/ out: its build has tests of its own, and takes longer than everything here.
 step install 120 install.log env PYTHONPATH="${BUILD_PATH:+$BUILD_PATH:}$PYTHONPATH" FASTPEFT_NO_CUDA="${dry:-0}" \
     "$python" -m pip install --no-index --no-deps --no-build-isolation --target "$work/site" "$work/source"
-step env 30 env.log "$python" "${safe[@]}" -m fastpeft.cli env
+step env 60 env.log "$python" "${safe[@]}" -m fastpeft.cli env
 # A kernel that hangs must cost no more than its own step, so the smallest grid goes first, then ragged ones.
 csrc=
-if [[ ! $dry ]] && "$python" "${safe[@]}" -c 'from fastpeft import _C; _C.devices()[0] or exit(1)' 2>/dev/null; then
+sees='from fastpeft import _C; _C.devices()[0] or exit(1)'
+if [[ ! $dry ]] && timeout 60 "$python" "${safe[@]}" -c "$sees" 2>/dev/null; then
     csrc=1
     linear=(bench/bench_lora_linear.py --device cuda --gate-only --compile no)
     decode=(bench/bench_multi_lora.py --device cuda --gate-only --sites 1 --variant "ours, cuda")
     linear+=(--variant "frozen, csrc" --variant "ours, cuda" --variant "ours, cuda, S inside")
-    step csrc 30 env.log "$python" "${decode[@]}" --shape 64x64 --tokens 1
-    step csrc 30 env.log "$python" "${decode[@]}" --shape 200x136 --tokens 70 --rank mixed --adapters "half base"
-    step csrc 30 env.log "$python" "${linear[@]}" --shape 64x64 --rows 16 --rank 8
-    step csrc 40 env.log "$python" "${linear[@]}" --shape 200x136 --shape 1032x520 --rows 300 --rank 24
+    first() { # command...: csrc/ is taken out once it hangs, since every step after this would hang too
+        [[ $csrc ]] || return 0
+        step csrc 45 env.log "$python" "$@"
+        case $? in 124 | 137)
+            rm -f "$work"/site/fastpeft/_C*
+            csrc=
+            note csrc "taken out: it hung" 0
+            ;;
+        esac
+    }
+    first "${decode[@]}" --shape 64x64 --tokens 1
+    first "${decode[@]}" --shape 200x136 --tokens 70 --rank mixed --adapters "half base"
+    first "${linear[@]}" --shape 64x64 --rows 16 --rank 8
+    first "${linear[@]}" --shape 200x136 --shape 1032x520 --rows 300 --rank 24
 else
     why=${dry:+dry run}
     why=${why:-fastpeft._C does not load or sees no device}
     note csrc "skipped: $why" 0
 fi
 step check 90 env.log "$python" "${safe[@]}" -m fastpeft.cli check "${check[@]}"
-step tests 150 tests.log "$python" "${safe[@]}" -m pytest -q -p no:cacheprovider "${tests[@]}"
+step tests 130 tests.log "$python" "${safe[@]}" -m pytest -q -p no:cacheprovider "${tests[@]}"
 
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 if [[ ! $dry && -x $sanitizer ]]; then
     # Without the caching allocator, so that an access past a tensor is an access past an allocation. API errors are not
     # reported: torch probes the driver and expects some.
-    step sanitizer 70 sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        "$sanitizer" --tool memcheck --error-exitcode 9 --report-api-errors no \
-        "$python" bench/bench_lora_linear.py --device cuda --gate-only --compile no --rows 130 --rank 5 \
+    guard() { # tool, seconds at most, arguments of python...
+        local tool=$1 limit=$2
+        shift 2
+        step sanitizer "$limit" sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            "$sanitizer" --tool "$tool" --error-exitcode 9 --report-api-errors no "$python" "$@"
+    }
+    guard memcheck 70 bench/bench_lora_linear.py --device cuda --gate-only --compile no --rows 130 --rank 5 \
         --shape 200x136 --shape 136x200+72 --variant ours --variant "ours, base dtype"
-    step sanitizer 40 sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        "$sanitizer" --tool memcheck --error-exitcode 9 --report-api-errors no \
-        "$python" bench/bench_multi_lora.py --device cuda --gate-only --shape 200x136 --tokens 70 --variant ours
+    guard memcheck 40 bench/bench_multi_lora.py --device cuda --gate-only --shape 200x136 --tokens 70 --variant ours
     for tool in ${csrc:+memcheck synccheck}; do
-        step "$tool" 40 sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            "$sanitizer" --tool "$tool" --error-exitcode 9 --report-api-errors no \
-            "$python" "${decode[@]}" --shape 200x136 --tokens 20 --rank mixed
-        step "$tool" 40 sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            "$sanitizer" --tool "$tool" --error-exitcode 9 --report-api-errors no \
-            "$python" "${linear[@]}" --shape 200x136 --rows 130 --rank 8
+        guard "$tool" 40 "${decode[@]}" --shape 200x136 --tokens 20 --rank mixed
+        guard "$tool" 40 "${linear[@]}" --shape 200x136 --rows 130 --rank 8
     done
 else
     why=${dry:+dry run}
@@ -137,24 +202,40 @@ else
     note sanitizer "skipped: $why" 0
 fi
 
-step bench 200 bench.log "$python" bench/bench_lora_linear.py --out "$out/rows.jsonl" "${bench[@]}" "${more[@]}"
-step serving 110 bench.log "$python" bench/bench_multi_lora.py --out "$out/rows.jsonl" "${serving[@]}"
-step bottleneck 80 bench.log "$python" bench/bench_bottleneck.py --out "$out/rows.jsonl" "${bottleneck[@]}"
-step prompts 70 bench.log "$python" bench/bench_prompt.py --out "$out/rows.jsonl" "${prompts[@]}"
+deadline=$end
+if [[ ! $csrc ]]; then races=${races/gemm:2 decode:2 /}; fi
+race bench 170 bench_lora_linear.py "${bench[@]}" "${more[@]}"
+race serving 90 bench_multi_lora.py "${serving[@]}"
+race bottleneck 70 bench_bottleneck.py "${bottleneck[@]}"
+race prompts 60 bench_prompt.py "${prompts[@]}"
 if [[ $csrc ]]; then
-    # What the kernels of csrc/ have to beat, at the sizes their estimates are for; decoding in a graph of a whole model.
+    # What the kernels of csrc/ have to beat, at the sizes their estimates are for; decoding in a graph of a whole
+    # model.
     compared=(--variant "frozen linear" --variant "frozen, csrc" --variant "addmm form" --variant "ours, base dtype")
     compared+=(--variant "ours, cuda" --variant "ours, cuda, S inside")
     for rows in 4096 8192; do
-        step gemm 40 bench.log "$python" bench/bench_lora_linear.py --out "$out/rows.jsonl" --device cuda --compile no \
-            --shape "${rows}x$rows" --rows "$rows" --rank 16 --total 30 "${compared[@]}"
+        race gemm 30 bench_lora_linear.py --device cuda --compile no --shape "${rows}x$rows" --rows "$rows" \
+            --rank 16 "${compared[@]}"
     done
-    step decode 60 bench.log "$python" bench/bench_multi_lora.py --out "$out/rows.jsonl" --device cuda --sites 128 \
-        --shape 4096x4096 --tokens 16 --adapters identical --adapters uniform --adapters distinct --total 50
+    # PEFT decides on the host in every call, and is in the step serving: a model of its layers takes longer to make
+    # than all else to time.
+    served=()
+    for name in "frozen linear" ours "ours, cuda" "ours, cuda, reading ahead" "gather + bmm" grouped_mm \
+        "vLLM's kernels" "SGLang's kernels"; do
+        served+=(--variant "$name")
+    done
+    race decode 50 bench_multi_lora.py --device cuda --sites 128 --shape 4096x4096 --tokens 16 \
+        --adapters identical --adapters uniform --adapters distinct "${served[@]}"
 fi
-step selective 70 bench.log "$python" bench/bench_selective.py --out "$out/rows.jsonl" "${selective[@]}"
-step plot 30 bench.log "$python" bench/plot.py "$out/rows.jsonl" "$out/overhead.png" "${figure[@]}"
+race selective 60 bench_selective.py "${selective[@]}"
+if [[ " $absent " == *" matplotlib "* ]]; then
+    note plot "skipped: no matplotlib" 0
+else
+    step plot 30 bench.log "$python" bench/plot.py "$out/rows.jsonl" "$out/overhead.png" "${figure[@]}"
+fi
 
-sed -n '/ime over the frozen/,/^---/p' "$out/bench.log" | sed '/^---/d'
+# Not from the benchmarks' own words, which one that was stopped may not have said.
+[[ -f $out/rows.jsonl ]] && timeout 30 "$python" bench/report.py "$out/rows.jsonl"
+printf '\n'
 cat "$out/summary.txt"
 exit $failed
