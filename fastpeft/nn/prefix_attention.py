@@ -3,9 +3,9 @@
     O = O_s + w (O_p - O_s),    w = sigmoid(L_p - L_s),    L = log(exp L_s + exp L_p)
 
 O_s and L_s are the output and the log-sum-exp of the scores of each query's own keys, O_p and L_p those of the prefix,
-whose keys ``[Hkv, P, D]`` are read once by the queries of all rows (of all heads of a group, with grouped queries): the
-prefix is never repeated for a row. Backward needs O and L alone beside the inputs: with them, the gradients of either
-part are those of ordinary attention to it, ``dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))`` with ``P = exp(S - L)``.
+whose keys ``[Hkv, P, D]`` the queries of all rows read where they lie: the prefix is never repeated for a row. Backward
+needs O and L alone beside the inputs: with them, the gradients of either part are those of ordinary attention to it,
+``dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))`` with ``P = exp(S - L)``. prefix_attention_kernels.py has what computes a part.
 
 Source: the prefix is Li & Liang, "Prefix-Tuning" (2021); the merge is that of Dao et al., "FlashAttention" (2022),
 between blocks, used between cascades by Juravsky et al., "Hydragen" (2024).
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from . import prefix_attention_kernels as kernels
 
 # One prefix: keys and values [Hkv, P, D], and which rows have it (int64), or None for all.
 Prefix = tuple[Tensor, Tensor, Tensor | None]
@@ -53,20 +52,15 @@ def prefix_attention(
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, causal, scale, rows, *prefixes):
-        out, lse = _attend(q, k, v, mask, causal, scale)
+        out, lse = kernels.choose(q, k, v, mask, causal).attend(q, k, v, mask, causal, scale)
         for (key, value), which in zip(_pairs(prefixes), rows, strict=True):
-            mine = slice(None) if which is None else which
-            own = _flash(q[mine], key[None], value[None])
-            shared = _shared(q[mine], key, own)
-            part, part_lse = _attend(shared, *_seen((key, value), shared), None, False, scale)
-            part, part_lse = _rows(part, q[mine], own), _rows(part_lse[..., None], q[mine], own)[..., 0]
-            weight = torch.sigmoid(part_lse - lse[mine])[..., None]
-            merged, total = torch.lerp(out[mine], part, weight), torch.logaddexp(lse[mine], part_lse)
-            if which is None:
-                out, lse = merged, total
-            else:
-                out[which], lse[which] = merged, total
+            mine, key, value = _taken(q, which), key.unsqueeze(0), value.unsqueeze(0)
+            part = kernels.choose(mine, key, value, None, False).attend(mine, key, value, None, False, scale)
+            merged, total = _merged(_taken(out, which), _taken(lse, which), *part)
+            out = merged if which is None else out.index_copy_(0, which, merged)
+            lse = total if which is None else lse.index_copy_(0, which, total)
         out = out.to(q.dtype)
+        lse = lse.masked_fill(lse == -torch.inf, 0)  # of a query that sees nothing: exp(-inf - 0) = 0 in backward
         ctx.save_for_backward(q, k, v, out, lse, *prefixes)
         ctx.mask, ctx.settings = mask, (causal, scale, rows)
         return out
@@ -74,18 +68,19 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        (q, k, v, out, lse, *prefixes), (causal, scale, rows) = ctx.saved_tensors, ctx.settings
-        dq, dk, dv = _attend_backward(dout, q, k, v, ctx.mask, causal, scale, out, lse)
+        (q, k, v, out, lse, *prefixes), mask, (causal, scale, rows) = ctx.saved_tensors, ctx.mask, ctx.settings
+        dout, out = kernels.heads_inside(dout), kernels.heads_inside(out)  # once, where every part's kernel would
+        kernel = kernels.choose(q, k, v, mask, causal)
+        dq, dk, dv = kernel.backward(dout, q, k, v, mask, causal, scale, out, lse)
         grads = []
         for (key, value), which in zip(_pairs(prefixes), rows, strict=True):
-            mine = slice(None) if which is None else which
-            own = _flash(q[mine], key[None], value[None])
-            d, shared, o, lse_ = (_shared(t[mine], key, own) for t in (dout, q, out, lse[..., None]))
-            part = _attend_backward(
-                d, shared, *_seen((key, value), shared), None, False, scale, o, lse_[..., 0].contiguous()
-            )
-            dq[mine] += _rows(part[0], q[mine], own)
-            grads += [t.sum(0) for t in part[1:]]
+            d, mine, o, lse_ = (_taken(t, which) for t in (dout, q, out, lse))
+            key, value = key.unsqueeze(0), value.unsqueeze(0)
+            kernel = kernels.choose(mine, key, value, None, False)
+            part, *rest = kernel.backward(d, mine, key, value, None, False, scale, o, lse_)
+            part = _taken(dq, which).add_(part)
+            dq = part if which is None else dq.index_copy_(0, which, part)
+            grads += [t.squeeze(0) for t in rest]
         return dq, dk, dv, None, None, None, None, *grads
 
 
@@ -93,89 +88,24 @@ def _pairs(prefixes: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(prefixes[::2], prefixes[1::2], strict=True))
 
 
-def _shared(x: Tensor, key: Tensor, own: bool) -> Tensor:
-    """``[B, H, T, D]`` as queries of the prefix: of all rows at once, ``[1, Hkv, G B T, D]``, so that one product reads
-    it once; or, where every row's program reads it where it lies, of each row, ``[B, Hkv, G T, D]``."""
-    b, h, t, d = x.shape
-    if own:
-        return x.reshape(b, len(key), -1, d)
-    return x.reshape(b, len(key), h // len(key), t, d).permute(1, 2, 0, 3, 4).reshape(1, len(key), -1, d)
+def _taken(x: Tensor, which: Tensor | None) -> Tensor:
+    return x if which is None else x.index_select(0, which)
 
 
-def _rows(x: Tensor, like: Tensor, own: bool) -> Tensor:
-    """The way back: ``[B, H, T, D]``."""
-    b, h, t, _ = like.shape
-    heads, d = x.shape[1], x.shape[3]
-    if own:
-        return x.reshape(b, h, t, d)
-    return x.view(heads, h // heads, b, t, d).permute(2, 0, 1, 3, 4).reshape(b, h, t, d)
-
-
-def _seen(prefix: Sequence[Tensor], shared: Tensor) -> list[Tensor]:
-    """Keys and values for as many rows as the queries have, without a copy."""
-    return [t.expand(len(shared), -1, -1, -1) for t in prefix]
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether PyTorch's attention for CPUs, which returns L too, serves this call; else scores are computed twice.
-
-    Of 16-bit inputs it returns a rounded part, which the merge would round again.
-    """
-    wide = q.device.type == "cpu" and q.dtype.itemsize > 2
-    return wide and q.shape[-1] == k.shape[-1] == v.shape[-1] and q.numel() > 0 and k.numel() > 0
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention, not yet rounded to 16 bits, and the log-sum-exp of its scores ``[B, H, T]``, -inf where none is."""
-    k, v = _repeated(k, q), _repeated(v, q)
-    if _flash(q, k, v):
-        added = _added(mask, q)
-        out, lse = _FLASH(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
-        if added is not None:
-            blind = (added == -torch.inf).all(-1)
-            lse = lse.masked_fill(blind.expand_as(lse), -torch.inf)
-        return out, lse
-    scores = _scores(q, k, mask, causal, scale)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    return weights @ v.to(weights.dtype), lse
-
-
-def _attend_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of this part, given O and L of all parts together."""
-    groups = q.shape[1] // k.shape[1]
-    wide_k, wide_v = _repeated(k, q), _repeated(v, q)
-    if _flash(q, k, v):
-        dq, dk, dv = _FLASH_BACKWARD(
-            dout, q, wide_k, wide_v, out, lse, 0.0, causal, attn_mask=_added(mask, q), scale=scale
-        )
+def _merged(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """O and L of both parts' keys together; O in place. Parts in 16 bits are merged in float32 and rounded once."""
+    weight = torch.sigmoid(part_lse - lse).unsqueeze(-1)
+    if out.dtype == part.dtype == weight.dtype:
+        out.lerp_(part, weight)
     else:
-        weights = (_scores(q, wide_k, mask, causal, scale) - lse[..., None]).exp()
-        acc = weights.dtype
-        wide = dout.to(acc)
-        dv = (weights.mT @ wide).to(v.dtype)
-        delta = (wide * out.to(acc)).sum(-1, keepdim=True)
-        ds = weights * (wide @ wide_v.to(acc).mT - delta) * scale
-        dq, dk = (ds @ wide_k.to(acc)).to(q.dtype), (ds.mT @ q.to(acc)).to(k.dtype)
-    if groups > 1:
-        dk, dv = (t.unflatten(1, (-1, groups)).sum(2) for t in (dk, dv))
-    return dq, dk, dv
+        torch.addcmul(part * weight, out, torch.sigmoid(lse - part_lse).unsqueeze(-1), out=out)
+    return out, torch.logaddexp(lse, part_lse)
 
 
 def _explicit(q, k, v, prefixes, rows, mask, causal, scale, dropout) -> Tensor:
     """The same by scores that exist, for dropout of the weights."""
-    scores = _scores(q, _repeated(k, q), mask, causal, scale)
-    values = _repeated(v, q)
+    scores = kernels.scores(q, k, mask, causal, scale)
+    values = kernels.repeated(v, q)
     out = torch.zeros_like(q)
     pairs = list(zip(_pairs(prefixes), rows, strict=True))
     covered = [r for _, r in pairs if r is not None]
@@ -188,31 +118,12 @@ def _explicit(q, k, v, prefixes, rows, mask, causal, scale, dropout) -> Tensor:
         mine = torch.arange(len(q), device=q.device) if which is None else which
         parts = [scores[mine]]
         if key is not None:
-            shared = (_shared(q[mine], key, False) @ key[None].mT).to(scores.dtype) * scale
-            parts.append(_rows(shared, q[mine], False))
+            shared = (kernels.packed(q[mine], key[None]) @ key[None].mT).to(scores.dtype) * scale
+            parts.append(kernels.unpacked(shared, q[mine]))
         weights = torch.dropout(torch.cat(parts, -1).softmax(-1), dropout, True).to(q.dtype)
         found = weights[..., : k.shape[2]] @ values[mine]
         if key is not None:
-            found = found + _rows(_shared(weights[..., k.shape[2] :], key, False) @ value[None], q[mine], False)
+            shared = kernels.packed(weights[..., k.shape[2] :], key[None]) @ value[None]
+            found = found + kernels.unpacked(shared, q[mine])
         out = out.index_add(0, mine, found)
     return out
-
-
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = q.to(acc) @ k.to(acc).mT * scale
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-    added = _added(mask, q)
-    return scores if added is None else scores + added.to(acc)
-
-
-def _added(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-
-
-def _repeated(x: Tensor, q: Tensor) -> Tensor:
-    groups = q.shape[1] // x.shape[1]
-    return x if groups == 1 else x.repeat_interleave(groups, 1)
