@@ -189,7 +189,7 @@ def added(mask: Tensor | None, q: Tensor) -> Tensor | None:
     """What a mask adds to the scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), -torch.inf)
 
 
 def repeated(x: Tensor, q: Tensor) -> Tensor:
@@ -230,14 +230,14 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def heads_inside(x: Tensor) -> Tensor:
-    """In memory ``[B, T, H, D]``: the backward kernels read O and dO so, and other than so they copy them or, of O, misread."""
+    """In memory ``[B, T, H, D]``: the only layout of O and dO that backward kernels read without a copy, or at all."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _summed(grad: Tensor, like: Tensor) -> Tensor:
     """Of keys or values: over the heads of a group and, of shared ones, over the rows; rounded once."""
     grouped = grad.unflatten(1, (like.shape[1], -1))
-    over = [dim for dim, n in ((0, len(like)), (2, 1)) if grouped.shape[dim] > n]
+    over = [dim for dim, n in ((0, len(like)), (2, 1)) if grouped.shape[dim] != n]
     return (grouped.sum(over).reshape(like.shape) if over else grad).to(like.dtype)
 
 

@@ -4,6 +4,11 @@
 EQUAL = "tests/test_prefix_attention.py::test_equals_a_prefix_in_front"
 DROPOUT = "tests/test_prefix_attention.py::test_dropout_near_0_is_none"
 KEEPS = "tests/test_prefix_attention.py::test_keeps_no_copy_of_the_prefix_and_no_scores"
+WIDE = "tests/test_prefix_attention_kernels.py::test_float32_equals_a_prefix_in_front"
+BITS = "tests/test_prefix_attention_kernels.py::test_error_of_16_bits_against_float64"
+NOTHING = "tests/test_prefix_attention_kernels.py::test_queries_that_see_nothing"
+STRIDES = "tests/test_prefix_attention_kernels.py::test_any_strides_and_offsets"
+CHOICE = "tests/test_prefix_attention_kernels.py::test_choice"
 PEFT = "tests/test_prefix_tuning.py::test_equals_peft"
 ROWS = "tests/test_prefix_tuning.py::test_rows_equal_separate_runs"
 GENERATE = "tests/test_prefix_tuning.py::test_generate[{}-llama]"
@@ -18,22 +23,43 @@ TESTS = (EQUAL, DROPOUT, PEFT, ROWS, P_ROWS)
 
 MUTANTS = {
     "fastpeft/nn/prefix_attention.py": {
-        "prefix weighed the other way": ("torch.sigmoid(part_lse - lse[mine])", "torch.sigmoid(lse[mine] - part_lse)", EQUAL),
-        "L of the own keys alone": ("torch.logaddexp(lse[mine], part_lse)", "lse[mine]", EQUAL),
-        "O of the own keys in backward": ("ctx.save_for_backward(q, k, v, out, lse, *prefixes)", "ctx.save_for_backward(q, k, v, _attend(q, k, v, mask, causal, scale)[0].to(q.dtype), lse, *prefixes)", EQUAL),
-        "dq without the prefix": ("            dq[mine] += _rows(part[0], q[mine], own)\n", "", EQUAL),
-        "one prefix for all rows": ("                out[which], lse[which] = merged, total\n", "                out, lse = torch.cat([merged, out])[: len(out)], lse\n", EQUAL),
-        "groups of heads mixed up": ("permute(1, 2, 0, 3, 4).reshape(1, len(key), -1, d)", "permute(1, 0, 2, 3, 4).reshape(1, len(key), -1, d)", EQUAL),
-        "blind queries see something": ("lse = lse.masked_fill(blind.expand_as(lse), -torch.inf)", "lse = lse.clone()", EQUAL),
-        "mask the other way": ("masked_fill_(~mask, -torch.inf)", "masked_fill_(mask, -torch.inf)", EQUAL),
-        "scores: causal ignored": (".triu(1), -torch.inf)", ".triu(99), -torch.inf)", EQUAL),
-        "scores: delta dropped": ("ds = weights * (wide @ wide_v.to(acc).mT - delta) * scale", "ds = weights * (wide @ wide_v.to(acc).mT) * scale", EQUAL),
-        "gradients of one head of a group": ("t.unflatten(1, (-1, groups)).sum(2) for t in (dk, dv)", "t.unflatten(1, (-1, groups))[:, :, 0] for t in (dk, dv)", EQUAL),
-        "prefix's gradient of the first row": ("grads += [t.sum(0) for t in part[1:]]", "grads += [t[0] for t in part[1:]]", EQUAL),
+        "prefix weighed the other way": ("torch.sigmoid(part_lse - lse)", "torch.sigmoid(lse - part_lse)", EQUAL),
+        "L of the own keys alone": ("return out, torch.logaddexp(lse, part_lse)", "return out, lse", EQUAL),
+        "O of the own keys in backward": ("ctx.save_for_backward(q, k, v, out, lse, *prefixes)", "ctx.save_for_backward(q, k, v, kernels.choose(q, k, v, mask, causal).attend(q, k, v, mask, causal, scale)[0].to(q.dtype), lse, *prefixes)", EQUAL),
+        "dq without the prefix": ("part = _taken(dq, which).add_(part)", "part = _taken(dq, which)", EQUAL),
+        "one prefix for all rows": ("else out.index_copy_(0, which, merged)", "else torch.cat([merged, out])[: len(out)]", EQUAL),
+        "L of rows without a prefix": ("lse = total if which is None else lse.index_copy_(0, which, total)", "lse = total if which is None else lse", EQUAL),
+        "16 bits: both parts weighed alike": ("torch.sigmoid(lse - part_lse).unsqueeze(-1), out=out)", "torch.sigmoid(part_lse - lse).unsqueeze(-1), out=out)", BITS),
+        "NaN from queries that see nothing": ("lse = lse.masked_fill(lse == -torch.inf, 0)", "lse = lse.clone()", NOTHING),
         "dropout: rows without a prefix lost": ("rest[which] = False", "rest[:] = False", DROPOUT),
         "dropout: scores of the prefix not scaled": ("@ key[None].mT).to(scores.dtype) * scale", "@ key[None].mT).to(scores.dtype)", DROPOUT),
-        "dropout: values of the prefix": ("weights[..., k.shape[2] :], key, False) @ value[None]", "weights[..., k.shape[2] :], key, False) @ key[None]", DROPOUT),
+        "dropout: values of the prefix": ("kernels.packed(weights[..., k.shape[2] :], key[None]) @ value[None]", "kernels.packed(weights[..., k.shape[2] :], key[None]) @ key[None]", DROPOUT),
         "dropout: none": ("torch.dropout(torch.cat(parts, -1).softmax(-1), dropout, True)", "torch.dropout(torch.cat(parts, -1).softmax(-1), dropout, False)", "tests/test_prefix_attention.py::test_dropout_drops_and_keeps_the_mean"),
+    },
+    "fastpeft/nn/prefix_attention_kernels.py": {
+        "groups of heads mixed up": ("permute(1, 2, 0, 3, 4).reshape(1, heads, -1, d)", "permute(1, 0, 2, 3, 4).reshape(1, heads, -1, d)", EQUAL),
+        "blind queries see something": ("lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)", "lse = lse.clone()", EQUAL),
+        "mask the other way": ("masked_fill_(mask.logical_not(), -torch.inf)", "masked_fill_(mask, -torch.inf)", EQUAL),
+        "scores: causal ignored": (".triu(1), -torch.inf)", ".triu(99), -torch.inf)", EQUAL),
+        "scores: delta dropped": ("ds = weights * (wide @ repeated(v, q).to(acc).mT - delta) * scale", "ds = weights * (wide @ repeated(v, q).to(acc).mT) * scale", EQUAL),
+        "gradients of one head of a group": ("(grouped.sum(over).reshape", "(grouped[:, :, :1].sum(over).reshape", EQUAL),
+        "prefix's gradient of the first row": ("grouped = grad.unflatten(", "grouped = grad[: len(like)].unflatten(", EQUAL),
+        "parts rounded on a CPU": ("torch.promote_types(t.dtype, torch.float32)", "t.dtype", "tests/test_prefix_attention.py::test_error_against_float64"),
+        "flash: causal from the last key on": ("if causal and queries != keys:", "if False:", "tests/test_prefix_attention_kernels.py::test_causal_is_from_the_first_key_on"),
+        "flash: strides as they come": ("_FLASH(*map(_aligned, (q, *_expanded(q, k, v))), ", "_FLASH(q, *_expanded(q, k, v), ", STRIDES),
+        "flash: sizes swapped": ("sizes = q.shape[2], k.shape[2]", "sizes = k.shape[2], q.shape[2]", BITS),
+        "flash: a head size without backward": ("or 192 < d <= 224:", "or d < 0:", CHOICE),
+        "efficient: L of the filling": ("lse.narrow(2, 0, q.shape[2])", "lse.narrow(2, lse.shape[2] - q.shape[2], q.shape[2])", WIDE),
+        "efficient: filled with what counts": ("value=torch.inf).contiguous()", "value=0.0).contiguous()", WIDE),
+        "efficient: a wider mask rounded": ("mask.dtype not in (torch.bool, q.dtype)", "mask.dtype is None", CHOICE),
+        "efficient: the lowest number is not -inf": ("mask > _LOWEST", "mask > -torch.inf", NOTHING),
+        "efficient: O of blind queries": ("out, lse = out.masked_fill(blind.unsqueeze(-1), 0), lse", "out, lse = out, lse", NOTHING),
+        "efficient: L of blind queries": ("lse.masked_fill(blind, -torch.inf)\n", "lse\n", NOTHING),
+        "efficient: rows of a mask not padded": ("bias = F.pad(bias, (0, -keys % 16)) if keys % 16 else bias", "bias = bias", WIDE),
+        "efficient: a mask's strides as they come": ("_aligned(bias).narrow", "bias.narrow", STRIDES),
+        "efficient: layout of O as it comes": ("(heads_inside(dout), q, *wide, heads_inside(out))", "(dout, q, *wide, out)", WIDE),
+        "an old device": ("if major < 8 else None", "if major < 0 else None", CHOICE),
+        "two dtypes": ("if not q.dtype == k.dtype == v.dtype:", "if False:", CHOICE),
     },
     "fastpeft/nn/prefix.py": {
         "positions without the prefix": ("torch.arange(past, past + tokens.shape[1], device=tokens.device)[None] + shift", "torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]", PEFT),
