@@ -55,19 +55,19 @@ def commonest(texts: Texts, count: int = 200) -> list[int]:
 METHODS = {
     "LoRA": Method(
         lambda texts: Lora(r=16, alpha=32),
-        2e-3,
+        3e-3,
         lambda: peft.LoraConfig(r=16, lora_alpha=32, target_modules=list(LINEARS), **TASK),
     ),
-    "seq_bn": Method(lambda texts: Bottleneck(preset="seq_bn"), 3e-3),
-    "double_seq_bn": Method(lambda texts: Bottleneck(preset="double_seq_bn"), 3e-3),
-    "par_bn": Method(lambda texts: Bottleneck(preset="par_bn"), 1e-3),
+    "seq_bn": Method(lambda texts: Bottleneck(preset="seq_bn"), 1e-2),
+    "double_seq_bn": Method(lambda texts: Bottleneck(preset="double_seq_bn"), 1e-2),
+    "par_bn": Method(lambda texts: Bottleneck(preset="par_bn"), 3e-3),
     "prompt": Method(
         lambda texts: PromptTuning(length=20, init="vocabulary"),
-        1e-2,
+        3e-3,
         lambda: peft.PromptTuningConfig(num_virtual_tokens=20, **TASK),
     ),
     "prefix": Method(
-        lambda texts: PrefixTuning(length=20), 1e-2, lambda: peft.PrefixTuningConfig(num_virtual_tokens=20, **TASK)
+        lambda texts: PrefixTuning(length=20), 3e-2, lambda: peft.PrefixTuningConfig(num_virtual_tokens=20, **TASK)
     ),
     "BitFit": Method(lambda texts: Selective(params="bias"), 1e-2),
     "norms": Method(
