@@ -87,10 +87,8 @@ def _norm_gradients(
 ) -> tuple[Tensor | None, ...]:
     """dx, d(down), d(norm_weight), d(norm_bias) of a projection with a norm before it.
 
-    The gradients of weights follow from ``dz x̂``, and nothing of x's size is made but ``x - mean``, which becomes dx.
-
-    With ``x̂ = rstd (x - mean)`` and ``D' = D ∘ norm_weight``, less each row's mean under a LayerNorm,
-    ``dx = rstd (dzᵀ D' - x̂ q)`` with ``q = Σ_h dz (D' x̂ᵀ) / K``: what is in brackets is z without its biases.
+    With ``x̂ = rstd (x - mean)`` the gradients of the weights follow from ``dz x̂``, and nothing of x's size is made but
+    ``x - mean``, which becomes dx.
     """
     need_x, need_down, need_norm, need_norm_bias = needs
     dtype, wide = dz.dtype, torch.promote_types(dz.dtype, torch.float32)
@@ -103,29 +101,34 @@ def _norm_gradients(
         outer = dzr @ centred
         dnorm = (outer * down).sum(0) if need_norm else None
         ddown = outer.mul_(norm_weight)
-        if norm_bias is not None:
-            ddown.addr_(dz.sum(1), norm_bias)
-    if need_norm_bias:
-        dnorm_bias = dz.sum(1) @ down
+    if norm_bias is not None and (need_down or need_norm_bias):
+        sums = dz.sum(1)
+        ddown = ddown.addr_(sums, norm_bias) if need_down else None
+        dnorm_bias = sums @ down
     if need_x:
+        z = kept[: len(dz)] if len(kept) > len(dz) else None
         narrow = down * norm_weight
         if settings.norm == "layer":
             narrow.sub_(narrow.mean(1, keepdim=True))
-        if len(kept) > len(dz):
-            seen = kept[: len(dz)]
-            seen = seen if down_bias is None else seen - down_bias[:, None]
-            seen = seen if norm_bias is None else seen - (down @ norm_bias)[:, None]
-        else:  # 16 bits of z are too few to subtract from
-            seen = (narrow @ centred.T).mul_(rstd)
-        q = (dzr * seen).sum(0).mul_(rstd).div_(-x.shape[1])
+        q = _along(dzr, z, centred, rstd, narrow, down_bias, None if norm_bias is None else down @ norm_bias)[:, None]
         room = centred if settings.norm == "layer" else torch.empty_like(centred)
-        dx = (
-            torch.addcmul(dy, centred, q[:, None], out=room)
-            if settings.own
-            else torch.mul(centred, q[:, None], out=room)
-        )
+        dx = torch.addcmul(dy, centred, q, out=room) if settings.own else torch.mul(centred, q, out=room)
         dx = dx.addmm_(dzr.T, narrow).to(x.dtype)
     return (dx, *(t if t is None else t.to(dtype) for t in (ddown, dnorm, dnorm_bias)))
+
+
+def _along(dzr, z, centred, rstd, narrow, *biases):
+    """q ``[M]`` in ``dx = dzrᵀ D' + (x - mean) q``, where dzr is ``dz ∘ rstd`` and D' is ``D ∘ norm_weight``,
+    less each row's mean under a LayerNorm: narrow.
+
+    ``q = -rstd Σ_h dzr ∘ (D' x̂ᵀ) / K``. What is in brackets is z without its biases, where z has bits enough for that.
+    """
+    if z is None:
+        z = (narrow @ centred.T).mul_(rstd)
+    else:
+        biases = [bias for bias in biases if bias is not None]
+        z = z - sum(biases[1:], start=biases[0])[:, None] if biases else z
+    return (dzr * z).sum(0).mul_(rstd).mul_(-1.0 / narrow.shape[1])
 
 
 def _centred(x: Tensor, stats: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
