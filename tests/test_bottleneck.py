@@ -119,6 +119,14 @@ def test_activations(backend, activation):
     assert_accurate(BottleneckProblem.make((67, 104), 36, **options), backend)
 
 
+@each_backend
+def test_tanh_near_zero(backend):
+    """No residual and no bias hide that 1 - exp(-2z) has few of z's bits there."""
+    options = {"dtype": FP32, "device": DEVICE, "activation": "tanh", "residual": None, "bias": False}
+    p = BottleneckProblem.make((67, 104), 36, **options)
+    assert_accurate(replace(p, x=p.x * 2.0**-10), backend)
+
+
 @pytest.mark.parametrize("form", ["layer", "rms"])
 @each_backend
 def test_rows_far_from_zero(backend, form):
