@@ -83,6 +83,40 @@ def test_blocks_of_a_selection_rotate_and_the_rest_always_trains():
     assert changed(model, before) == set()
 
 
+def test_only_blocks_with_something_to_train_are_drawn():
+    selection = fastpeft.select(llama(), layers="last:2", modules=["lm_head"])
+    with pytest.raises(ValueError, match="n_active is 3, expected at most 2 blocks"):
+        fastpeft.LisaSchedule(selection, n_active=3)
+    schedule = fastpeft.LisaSchedule(selection, n_active=1)
+    assert [id(p) for p in schedule.always] == [id(selection.model.lm_head.weight)]
+    assert {id(p) for p in schedule.parameters()} == {id(p) for p in selection.parameters()}
+
+
+def test_a_block_that_comes_to_rest_keeps_no_gradient():
+    """An optimizer would go on updating it, with the gradient of its last step."""
+    model = llama()
+    schedule = fastpeft.LisaSchedule(model, n_active=1, every=1)
+    last = next(step for step in range(20) if schedule.drawn(step) != schedule.drawn(step + 1))
+    schedule.load_state_dict({"steps": last})
+    (resting,) = schedule.step()
+    loss_of(model).backward()
+    assert all(p.grad is not None for p in schedule.blocks[resting])
+    schedule.step()
+    assert all(p.grad is None for p in schedule.blocks[resting])
+    assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+def test_the_ends_that_always_train(tied, embeddings, head):
+    model = llama(layers=2, tied=tied)
+    schedule = fastpeft.LisaSchedule(model, n_active=1, train_embeddings=embeddings, train_head=head)
+    wanted = {id(model.model.embed_tokens.weight)} if embeddings else set()
+    wanted |= {id(model.lm_head.weight)} if head else set()
+    assert sorted(map(id, schedule.always)) == sorted(wanted)  # tied, they are one
+
+
 def test_as_a_callback_of_the_trainer(tmp_path):
     """The Trainer builds its optimizer before the first step, and resumes from its own count of steps."""
     transformers = pytest.importorskip("transformers")

@@ -197,6 +197,28 @@ def test_two_named_selections():
     assert torch.equal(logits(model), outputs)
 
 
+def test_selections_that_share_a_weight_cannot_act_together():
+    model = llama()
+    fastpeft.attach(model, fastpeft.Selective(layers="last:1"), "one")
+    fastpeft.attach(model, fastpeft.Selective(rows={"layers.5.mlp.up_proj": [0]}), "two")
+    fastpeft.attach(model, fastpeft.Selective(rows={"layers.4.mlp.up_proj": [0]}), "three")
+    with pytest.raises(ValueError, match="'one' and 'two' both train model.layers.5.mlp.up_proj.weight"):
+        fastpeft.set_adapter(model, ["one", "two"])
+    fastpeft.set_adapter(model, ["two", "three"])
+    assert sum(p.requires_grad for p in model.parameters()) == 2
+    fastpeft.detach(model)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("what", WHAT)
+def test_what_select_saved_is_an_adapter_too(what, tmp_path):
+    model, other = llama(), llama()
+    train(model, fastpeft.select(model, **WHAT[what]))
+    model.fastpeft_selection.save(tmp_path)
+    fastpeft.load(other, tmp_path)
+    assert torch.equal(logits(other), logits(model))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_token_rows_inside_pefts_lora_checkpoints(tied, tmp_path):
     """Both ways: PEFT's trainable_token_indices."""

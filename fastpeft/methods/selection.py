@@ -81,12 +81,20 @@ class Selection:
         ]
 
     def revert(self) -> nn.Module:
-        """Give the model back the values, modules and requires_grad flags it had, bit for bit; return it."""
+        """Give the model back the values, modules and requires_grad flags it had, bit for bit; return it.
+
+        Raises:
+            ValueError: adapters have been attached since; nothing has been changed then.
+        """
         self._check_alive("revert")
+        since = any(attachment_of(module) is not None for module in self.model.modules())
+        names = {name for name, _ in self.model.named_parameters()}
+        if since or not names.issuperset(self._flags):  # the latter: to a model around this one
+            raise ValueError("Selection: revert, but adapters have been attached since; detach them first")
         self._change.leave(self.model)
         self._entry.remove()
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._flags[name])
+            parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
         del self.model.__dict__[KEY]
         return self.model
 

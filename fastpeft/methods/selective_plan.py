@@ -168,6 +168,8 @@ def _add_biases(op, config, model, modules, in_scope, plan):
         if path not in linears or linears[path].bias is not None:
             what = "has a bias" if path in linears else f"is no linear layer{near(path, linears)}"
             raise ValueError(f"{op}: add_missing_bias has {path!r}, which {what}")
+        if not in_scope(f"{path}."):
+            raise ValueError(f"{op}: add_missing_bias has {path!r}, which is not in layers={config.layers!r}")
         plan.biases.append(path)
 
 
