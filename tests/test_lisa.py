@@ -160,6 +160,16 @@ def test_bad_calls(arguments, error, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_selected_model_is_given_as_its_selection():
+    model = llama()
+    selection = fastpeft.select(model, layers="last:2")
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="LisaSchedule: model has a selection, expected that Selection"):
+        fastpeft.LisaSchedule(model, n_active=1)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert len(fastpeft.LisaSchedule(selection, n_active=1).blocks) == 2
+
+
 def test_close_gives_the_flags_back():
     model = llama()
     model.lm_head.requires_grad_(False)

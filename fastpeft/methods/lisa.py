@@ -10,7 +10,7 @@ from torch import nn
 from .. import _check
 from .blocks import blocks_of
 from .grad_entry import GradEntry
-from .selection import Selection
+from .selection import Selection, selection_of
 
 
 class LisaSchedule:
@@ -57,6 +57,8 @@ class LisaSchedule:
         self.every, self.seed, self.keep_state = _check.positive("LisaSchedule", "every", every), seed, keep_state
         selected = dict(model.named_parameters()) if isinstance(model, Selection) else None
         self.model = model.model if isinstance(model, Selection) else model
+        if selected is None and selection_of(model) is not None:
+            raise ValueError("LisaSchedule: model has a selection, expected that Selection, or a model without")
         prefixes = [f"{path}." for path in blocks_of("LisaSchedule", self.model, blocks)]
         members = dict(self.model.named_parameters()) if selected is None else selected
         found = [[p for name, p in members.items() if name.startswith(prefix)] for prefix in prefixes]

@@ -136,8 +136,13 @@ class Selection:
         return f"Selection({type(self.model).__name__}, {trained:,} trained parameters)"
 
     def _check_alive(self, what: str) -> None:
-        if self.model.__dict__.get(KEY) is not self:
+        if selection_of(self.model) is not self:
             raise ValueError(f"Selection: {what} after revert")
+
+
+def selection_of(model: nn.Module) -> Selection | None:
+    """The selection that ``select`` made of this very model and that has not been reverted."""
+    return model.__dict__.get(KEY)
 
 
 def select(model: nn.Module, **what) -> Selection:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bottleneck_backward import run as backward
-from .bottleneck_terms import ACTIVATIONS, Settings, Weights, mask_of, reciprocal_rms, scaled_up
+from .bottleneck_terms import ACTIVATIONS, Settings, Weights, mask_of, product, reciprocal_rms, scaled_up
 from .dropout import inverse_keep
 from .routing import Routing
 
@@ -89,14 +89,15 @@ def _normalise(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
 def forward(
     x: Tensor, weights: Weights, residual: Tensor | None, settings: Settings, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y, and what ``backward`` wants: see ``empty_kept``: the hidden values before the activation."""
+    """y, and what ``backward`` wants: the hidden values before the activation, and the norm's numbers.
+
+    Those values are ``[H, M]``: BLAS multiplies a few long rows faster than many short ones.
+    """
     a, stats = x.to(weights.down.dtype), ()
     if weights.norm_weight is not None:
         a, stats = _normalised(a, weights, settings)
     down_bias = None if weights.down_bias is None else weights.down_bias[:, None]
-    z = _affine(
-        down_bias, weights.down, a.T, 1.0
-    )  # [H, M]: BLAS multiplies a few long rows faster than many short ones
+    z = _affine(down_bias, weights.down, a.T, 1.0)
     kept = torch.cat([z, *(t.view(1, -1) for t in stats)]) if stats and z.dtype.itemsize > 2 else z
     h = ACTIVATIONS[settings.activation](z)
     up, up_bias = scaled_up(weights)
@@ -124,9 +125,7 @@ def _normalised(x: Tensor, weights: Weights, settings: Settings) -> tuple[Tensor
 
 def _affine(bias: Tensor | None, left: Tensor, right: Tensor, factor: float) -> Tensor:
     """``factor · (left right + bias)``."""
-    if bias is None:
-        return torch.mm(left, right) if factor == 1.0 else torch.mm(left, right).mul_(factor)
-    return torch.addmm(bias, left, right, beta=factor, alpha=factor)
+    return product(left, right, factor) if bias is None else torch.addmm(bias, left, right, beta=factor, alpha=factor)
 
 
 def grouped_forward(

@@ -7,7 +7,7 @@ many short ones.
 import torch
 from torch import Tensor
 
-from .bottleneck_terms import ACTIVATIONS, LEAKY_SLOPE, Settings, Weights, mask_of, reciprocal_rms, scaled_up
+from .bottleneck_terms import ACTIVATIONS, LEAKY_SLOPE, Settings, Weights, mask_of, product, reciprocal_rms, scaled_up
 from .dropout import inverse_keep
 
 
@@ -33,7 +33,7 @@ def run(
     dup, dup_bias, dscale = _up_gradients(g, h, weights, factor, need_up)
     dx = ddown = ddown_bias = dnorm = dnorm_bias = None
     if need_x or need_down or need_down_bias or need_norm or need_norm_bias:
-        dh = _product(scaled_up(weights)[0].T, g.T, factor)
+        dh = product(scaled_up(weights)[0].T, g.T, factor)
         dz = _derivative(dh, z, h, settings.activation)
         ddown_bias = dz.sum(1) if need_down_bias else None
         need_norms = need_x, need_down, need_norm, need_norm_bias
@@ -50,7 +50,7 @@ def _up_gradients(g: Tensor, h: Tensor, weights: Weights, factor: float, needs: 
     need_up, need_up_bias, need_scale = needs
     up, up_bias, scale = weights.up, weights.up_bias, weights.scale
     if scale is None:
-        dup = _product(h, g, factor).T.contiguous() if need_up else None
+        dup = product(h, g, factor).T.contiguous() if need_up else None
         return [dup, _times(g.sum(0), factor) if need_up_bias else None, None]
     wide = torch.promote_types(g.dtype, torch.float32)
     dup = dup_bias = dscale = None
@@ -152,14 +152,6 @@ def _derivative(dh: Tensor, z: Tensor, h: Tensor, activation: str) -> Tensor:
     if activation == "identity":
         return dh
     return aten.gelu_backward(dh, z, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    return (
-        left @ right
-        if factor == 1.0
-        else left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=factor)
-    )
 
 
 def _times(value: Tensor, factor: float) -> Tensor:

@@ -70,3 +70,10 @@ def reciprocal_rms(x: Tensor, eps: float) -> Tensor:
     """``1 / sqrt(mean(x²) + eps)`` of every row, ``[M]``, in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=1, dtype=wide).square_().div_(x.shape[1]).add_(eps).rsqrt_()
+
+
+def product(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """``factor · left right``, rounded once."""
+    if factor == 1.0:
+        return left @ right
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=factor)

@@ -6,6 +6,7 @@ ONE_KERNEL = "tests/test_bottleneck.py::test_integers_are_exact_in_one_kernel"
 ACCURATE = "tests/test_bottleneck.py::test_no_worse_than_eager"
 GRADCHECK = "tests/test_bottleneck.py::test_gradients_of_the_kernels_themselves"
 ACTIVATIONS = "tests/test_bottleneck.py::test_activations"
+SLOTS = "tests/test_bottleneck.py::test_slots_are_no_worse_than_eager"
 NEAR = "tests/test_bottleneck.py::test_tanh_near_zero"
 FAR = "tests/test_bottleneck.py::test_rows_far_from_zero"
 ALONE = "tests/test_bottleneck.py::test_every_adapter_trains_as_if_alone"
@@ -80,10 +81,20 @@ MUTANTS = {
     },
     "fastpeft/reference/bottleneck.py": {
         "the mask is not scaled": ("return u if mask is None else u * mask * inverse_keep(settings.dropout)", "return u if mask is None else u * mask", "tests/test_bottleneck.py::test_the_definition_element_by_element"),
-        "dx without dy": ("        if settings.own and dy.dtype == ds.dtype == x.dtype:\n            return torch.addmm(dy, ds, weights.down)", "        if settings.own and dy.dtype == ds.dtype == x.dtype:\n            return torch.addmm(dy, ds, weights.down, beta=0)", INTEGERS),
-        "x is not centred": ("(z - mean[:, None])", "z", ACCURATE),
+        "not all that is kept": ("        numbers = 2 if settings.norm == \"layer\" else 1\n", "        numbers = 1\n", SLOTS),
         "x is kept for nothing": ("    return need_down or need_norm or need_norm_bias or (norm and need_x)\n", "    return True\n", FROZEN),
         "rounded twice at the residual": ("    u = u if mask is None else u.mul_(mask)\n", "    u = u if mask is None else u\n", INTEGERS),
+    },
+    "fastpeft/reference/bottleneck_backward.py": {
+        "dx without dy": ("return torch.addmm(dy, dz.T, down)", "return torch.addmm(dy, dz.T, down, beta=0)", INTEGERS),
+        "dx of a norm without dy": ("torch.addcmul(dy, centred, q, out=room) if settings.own", "torch.addcmul(dy * 0, centred, q, out=room) if settings.own", ACCURATE),
+        "x is not centred": ("centred = x - (stats[0][:, None]", "centred = x - 0 * (stats[0][:, None]", ACCURATE),
+        "a mean is not taken out": ("narrow.sub_(narrow.mean(1, keepdim=True))", "narrow.sub_(0)", ACCURATE),
+        "z with its biases": ("biases = [bias for bias in biases if bias is not None]", "biases = []", ACCURATE),
+        "z with one of its biases": ("sum(biases[1:], start=biases[0])", "biases[0]", ACCURATE),
+        "16 bits of z": ("z = kept[: len(dz)] if len(kept) > len(dz) else None", "z = kept[: len(dz)]", ACCURATE),
+        "the last rows of d(up) under a learned scale": ("return total if rows == len(g) else", "return total if True else", INTEGERS),
+        "leaky slope of 0": ("aten.leaky_relu_backward(dh, z, LEAKY_SLOPE, False)", "aten.leaky_relu_backward(dh, z, 0.0, False)", ACCURATE),
     },
     "fastpeft/ops/bottleneck.py": {
         "autocast narrows the residual": ("own and x.dtype == wanted, x.to(wanted)", "own, x.to(wanted)", AUTOCAST),

@@ -144,6 +144,6 @@ MUTANTS = {
     },
     "fastpeft/_library.py": {
         "second gradient silently wrong": ("        @once_differentiable\n", ""),
-        "gradients shifted by one argument": ("flat = [None, None]\n", "flat = [None]\n"),
+        "gradients shifted by one argument": ("found, flat = backward(ctx, grads[:-1], grads[-1]), [None]\n", "found, flat = backward(ctx, grads[:-1], grads[-1]), []\n"),
     },
 }  # fmt: skip
