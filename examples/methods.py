@@ -33,7 +33,7 @@ from torch import nn
 import fastpeft
 from fastpeft import Bottleneck, Lora, PrefixTuning, PromptTuning, Selective
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 COLUMNS = ("test accuracy", "trained parameters", "a step (median)", "saved for backward")
 LINEARS = ("query", "key", "value", "dense")  # the ends of their paths in BERT
 TASK = {"task_type": "FEATURE_EXTRACTION"}
@@ -67,7 +67,7 @@ METHODS = {
         lambda: peft.PromptTuningConfig(num_virtual_tokens=20, **TASK),
     ),
     "prefix": Method(
-        lambda texts: PrefixTuning(length=20), 3e-2, lambda: peft.PrefixTuningConfig(num_virtual_tokens=20, **TASK)
+        lambda texts: PrefixTuning(length=20), 1e-1, lambda: peft.PrefixTuningConfig(num_virtual_tokens=20, **TASK)
     ),
     "BitFit": Method(lambda texts: Selective(params="bias"), 1e-2),
     "norms": Method(
@@ -210,10 +210,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", type=finetune.device, default="cpu", help="cpu (default), cuda, ...")
     add("--out", type=Path, default=Path("demo-output"), help="folder for the results (default: demo-output)")
     add("--method", action="append", choices=tuple(METHODS), help="only this one; may be repeated")
-    add("--steps", type=finetune.positive, default=200, help="training steps of each method (default: 200)")
+    add("--steps", type=finetune.positive, default=300, help="training steps of each method (default: 300)")
     add("--batch-size", type=finetune.positive, default=16)
     add("--max-length", type=finetune.positive, default=32, help="tokens of a text (default: 32)")
-    add("--head-lr", type=float, default=1e-3, help="of the head beside each method (default: 1e-3)")
+    add("--head-lr", type=float, default=3e-4, help="of the head beside each method (default: 3e-4)")
     add("--tune", action="store_true", help="find the learning rates instead, on held-out training texts")
     add("--rate", action="append", type=float, help="a rate for --tune; may be repeated")
     add("--seed", type=int, default=0)

@@ -30,7 +30,7 @@ def panel(axis, rows: dict[str, Row], title: str) -> None:
         value = getattr(row, name)
         if row.step_s is None:  # a frozen head
             axis.axhline(100 * row.accuracy, color=HEAD, linewidth=1)
-            axis.annotate(method, (0.99, 100 * row.accuracy), xycoords=("axes fraction", "data"), ha="right",
+            axis.annotate(method, (0.01, 100 * row.accuracy), xycoords=("axes fraction", "data"), ha="left",
                           va="bottom", fontsize=7, color=THEIRS)  # fmt: skip
             continue
         ours = method.startswith("fastpeft")
