@@ -35,7 +35,7 @@ def run(
     if need_x or need_down or need_down_bias or need_norm or need_norm_bias:
         dh = product(scaled_up(weights)[0].T, g.T, factor)
         dz = _derivative(dh, z, h, settings.activation)
-        ddown_bias = dz.sum(1) if need_down_bias else None
+        ddown_bias = _row_sums(dz) if need_down_bias else None
         need_norms = need_x, need_down, need_norm, need_norm_bias
         if weights.norm_weight is None:
             ddown = dz @ x.to(dz.dtype) if need_down else None
@@ -102,7 +102,7 @@ def _norm_gradients(
         dnorm = (outer * down).sum(0) if need_norm else None
         ddown = outer.mul_(norm_weight)
     if norm_bias is not None and (need_down or need_norm_bias):
-        sums = dz.sum(1)
+        sums = _row_sums(dz)
         ddown = ddown.addr_(sums, norm_bias) if need_down else None
         dnorm_bias = sums @ down
     if need_x:
@@ -137,6 +137,11 @@ def _centred(x: Tensor, stats: Tensor, settings: Settings) -> tuple[Tensor, Tens
         return x, stats[0] if len(stats) else reciprocal_rms(x, settings.eps)
     centred = x - (stats[0][:, None] if len(stats) else x.mean(1, keepdim=True))
     return centred, stats[1] if len(stats) else reciprocal_rms(centred, settings.eps)
+
+
+def _row_sums(z: Tensor) -> Tensor:
+    """Along memory float32's sums are chains of hundreds of additions: in float64."""
+    return z.sum(1, dtype=torch.float64).to(z.dtype)
 
 
 def _derivative(dh: Tensor, z: Tensor, h: Tensor, activation: str) -> Tensor:
