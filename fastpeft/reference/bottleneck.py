@@ -89,19 +89,15 @@ def _normalise(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
 def forward(
     x: Tensor, weights: Weights, residual: Tensor | None, settings: Settings, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y, and what ``backward`` wants: the hidden values before the activation, and the norm's numbers.
-
-    Those values are ``[H, M]``: BLAS multiplies a few long rows faster than many short ones.
-    """
+    """y, and what ``backward`` wants: the hidden values before the activation, and the norm's numbers."""
     a, stats = x.to(weights.down.dtype), ()
     if weights.norm_weight is not None:
         a, stats = _normalised(a, weights, settings)
-    down_bias = None if weights.down_bias is None else weights.down_bias[:, None]
-    z = _affine(down_bias, weights.down, a.T, 1.0)
-    kept = torch.cat([z, *(t.view(1, -1) for t in stats)]) if stats and z.dtype.itemsize > 2 else z
+    z = _affine(weights.down_bias, a, weights.down.T, 1.0)
+    kept = torch.cat([z, *(t.view(-1, 1) for t in stats)], 1) if stats and z.dtype.itemsize > 2 else z
     h = ACTIVATIONS[settings.activation](z)
     up, up_bias = scaled_up(weights)
-    u = _affine(up_bias, h.T, up.T, settings.scale * inverse_keep(settings.dropout))
+    u = _affine(up_bias, h, up.T, settings.scale * inverse_keep(settings.dropout))
     mask = mask_of(u, *u.shape, settings, seed)
     u = u if mask is None else u.mul_(mask)
     residual = x if settings.own else residual
@@ -147,7 +143,7 @@ def grouped_forward(
     settings = settings._replace(own=False)
     for slot, rows, place in _rows(routing):
         part = None if residual is None else residual[rows]
-        y[rows], kept[:, place : place + len(rows)] = forward(
+        y[rows], kept[place : place + len(rows)] = forward(
             x[rows], weights.of(slot), part, settings, _seed(seeds, slot)
         )
     return y, kept
@@ -174,7 +170,7 @@ def grouped_backward(
     ]
     for slot, rows, place in _rows(routing):
         of_slot = weights.of(slot), settings, _seed(seeds, slot), needs
-        kept_s = kept[:, place : place + len(rows)]
+        kept_s = kept[place : place + len(rows)]
         dx_s, *found = backward(dy[rows], x[rows] if len(x) else x, kept_s, *of_slot)
         if dx is not None:
             dx[rows] = dx_s
@@ -185,12 +181,12 @@ def grouped_backward(
 
 
 def empty_kept(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
-    """Memory for what ``forward`` keeps, a column a row of x: z ``[H, M]`` and, unless the weights have 16 bits, what
+    """Memory for what ``forward`` keeps: z ``[M, H]`` and beside it, unless the weights have 16 bits, what
     ``_normalised`` found."""
     down, numbers = weights.down, 0
     if weights.norm_weight is not None and down.dtype.itemsize > 2:
         numbers = 2 if settings.norm == "layer" else 1
-    return x.new_empty(down.shape[-2] + numbers, x.shape[0], dtype=down.dtype)
+    return x.new_empty(x.shape[0], down.shape[-2] + numbers, dtype=down.dtype)
 
 
 def needs_x(needs: tuple[bool, ...], norm: bool) -> bool:

@@ -1,8 +1,4 @@
-"""bottleneck's gradients, written out. ``run`` is what the reference offers as ``backward``.
-
-Everything on the way through the hidden values is transposed, ``[H, M]``: BLAS multiplies a few long rows faster than
-many short ones.
-"""
+"""bottleneck's gradients, written out. ``run`` is what the reference offers as ``backward``."""
 
 import torch
 from torch import Tensor
@@ -26,19 +22,19 @@ def run(
     """
     need_x, need_down, need_down_bias, *need_up, need_norm, need_norm_bias = needs
     hidden, factor = weights.down.shape[0], settings.scale * inverse_keep(settings.dropout)
-    z = kept if len(kept) == hidden else kept[:hidden]
+    z = kept[:, :hidden]
     mask = mask_of(kept, len(dy), weights.up.shape[0], settings, seed)
     g = dy.to(kept.dtype) if mask is None else mask.mul_(dy)
     h = ACTIVATIONS[settings.activation](z)
     dup, dup_bias, dscale = _up_gradients(g, h, weights, factor, need_up)
     dx = ddown = ddown_bias = dnorm = dnorm_bias = None
     if need_x or need_down or need_down_bias or need_norm or need_norm_bias:
-        dh = product(scaled_up(weights)[0].T, g.T, factor)
+        dh = product(g, scaled_up(weights)[0], factor)
         dz = _derivative(dh, z, h, settings.activation)
-        ddown_bias = _row_sums(dz) if need_down_bias else None
+        ddown_bias = dz.sum(0) if need_down_bias else None
         need_norms = need_x, need_down, need_norm, need_norm_bias
         if weights.norm_weight is None:
-            ddown = dz @ x.to(dz.dtype) if need_down else None
+            ddown = dz.T @ x.to(dz.dtype) if need_down else None
             dx = _dx(dy, dz, x.dtype, weights.down, settings.own) if need_x else None
         elif any(need_norms):
             dx, ddown, dnorm, dnorm_bias = _norm_gradients(dy, dz, x, kept, weights, settings, need_norms)
@@ -50,7 +46,7 @@ def _up_gradients(g: Tensor, h: Tensor, weights: Weights, factor: float, needs: 
     need_up, need_up_bias, need_scale = needs
     up, up_bias, scale = weights.up, weights.up_bias, weights.scale
     if scale is None:
-        dup = product(h, g, factor).T.contiguous() if need_up else None
+        dup = product(h.T, g, factor).T.contiguous() if need_up else None
         return [dup, _times(g.sum(0), factor) if need_up_bias else None, None]
     wide = torch.promote_types(g.dtype, torch.float32)
     dup = dup_bias = dscale = None
@@ -67,18 +63,17 @@ def _up_gradients(g: Tensor, h: Tensor, weights: Weights, factor: float, needs: 
 
 
 def _sum_of_products(g: Tensor, h: Tensor, parts: int = 8) -> Tensor:
-    """``gᵀ hᵀ``, the rows in ``parts``: shorter chains of additions err less, which a sum of them all shows."""
+    """``gᵀ h``, the rows in ``parts``: shorter chains of additions err less, which a sum of them all shows."""
     rows = len(g) // parts * parts
-    left = g[:rows].unflatten(0, (parts, rows // parts))
-    right = h[:, :rows].unflatten(1, (parts, rows // parts)).permute(1, 2, 0)
+    left, right = (t[:rows].unflatten(0, (parts, rows // parts)) for t in (g, h))
     total = torch.bmm(left.mT, right).sum(0)
-    return total if rows == len(g) else total.addmm_(g[rows:].T, h[:, rows:].T)
+    return total if rows == len(g) else total.addmm_(g[rows:].T, h[rows:])
 
 
 def _dx(dy: Tensor, dz: Tensor, dtype: torch.dtype, down: Tensor, own: bool) -> Tensor:
     if own and dy.dtype == dz.dtype == dtype:
-        return torch.addmm(dy, dz.T, down)
-    dx = dz.T @ down
+        return torch.addmm(dy, dz, down)
+    dx = dz @ down
     return (dx.add_(dy) if own else dx).to(dtype)
 
 
@@ -94,54 +89,50 @@ def _norm_gradients(
     dtype, wide = dz.dtype, torch.promote_types(dz.dtype, torch.float32)
     tensors = weights.down, weights.down_bias, weights.norm_weight, weights.norm_bias
     down, down_bias, norm_weight, norm_bias = (None if t is None else t.to(wide) for t in tensors)
-    dz, (centred, rstd) = dz.to(wide), _centred(x.to(wide), kept[len(dz) :], settings)
-    dzr = dz * rstd
+    hidden = len(down)
+    dz, (centred, rstd) = dz.to(wide), _centred(x.to(wide), kept[:, hidden:].unbind(1), settings)
+    dzr = dz * rstd[:, None]
     dx = ddown = dnorm = dnorm_bias = None
     if need_down or need_norm:
-        outer = dzr @ centred
+        outer = dzr.T @ centred
         dnorm = (outer * down).sum(0) if need_norm else None
-        ddown = outer.mul_(norm_weight)
+        ddown = outer.mul_(norm_weight) if need_down else None
     if norm_bias is not None and (need_down or need_norm_bias):
-        sums = _row_sums(dz)
+        sums = dz.sum(0)
         ddown = ddown.addr_(sums, norm_bias) if need_down else None
-        dnorm_bias = sums @ down
+        dnorm_bias = sums @ down if need_norm_bias else None
     if need_x:
-        z = kept[: len(dz)] if len(kept) > len(dz) else None
+        z = kept[:, :hidden] if kept.shape[1] > hidden else None
         narrow = down * norm_weight
         if settings.norm == "layer":
             narrow.sub_(narrow.mean(1, keepdim=True))
         q = _along(dzr, z, centred, rstd, narrow, down_bias, None if norm_bias is None else down @ norm_bias)[:, None]
         room = centred if settings.norm == "layer" else torch.empty_like(centred)
         dx = torch.addcmul(dy, centred, q, out=room) if settings.own else torch.mul(centred, q, out=room)
-        dx = dx.addmm_(dzr.T, narrow).to(x.dtype)
+        dx = dx.addmm_(dzr, narrow).to(x.dtype)
     return (dx, *(t if t is None else t.to(dtype) for t in (ddown, dnorm, dnorm_bias)))
 
 
 def _along(dzr, z, centred, rstd, narrow, *biases):
-    """q ``[M]`` in ``dx = dzrᵀ D' + (x - mean) q``, where dzr is ``dz ∘ rstd`` and D' is ``D ∘ norm_weight``,
+    """q ``[M]`` in ``dx = dzr D' + (x - mean) q``, where dzr is ``dz ∘ rstd`` and D' is ``D ∘ norm_weight``,
     less each row's mean under a LayerNorm: narrow.
 
-    ``q = -rstd Σ_h dzr ∘ (D' x̂ᵀ) / K``. What is in brackets is z without its biases, where z has bits enough for that.
+    ``q = -rstd Σ_h dzr ∘ (x̂ D'ᵀ) / K``. What is in brackets is z without its biases, where z has bits enough for that.
     """
     if z is None:
-        z = (narrow @ centred.T).mul_(rstd)
+        z = (centred @ narrow.T).mul_(rstd[:, None])
     else:
         biases = [bias for bias in biases if bias is not None]
-        z = z - sum(biases[1:], start=biases[0])[:, None] if biases else z
-    return (dzr * z).sum(0).mul_(rstd).mul_(-1.0 / narrow.shape[1])
+        z = z - sum(biases[1:], start=biases[0]) if biases else z
+    return (dzr * z).sum(1).mul_(rstd).mul_(-1.0 / narrow.shape[1])
 
 
-def _centred(x: Tensor, stats: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def _centred(x: Tensor, stats: tuple[Tensor, ...], settings: Settings) -> tuple[Tensor, Tensor]:
     """``x - mean``, or x itself under an RMSNorm, and the rows' 1 / deviation; from what ``forward`` kept if it did."""
     if settings.norm == "rms":
         return x, stats[0] if len(stats) else reciprocal_rms(x, settings.eps)
     centred = x - (stats[0][:, None] if len(stats) else x.mean(1, keepdim=True))
     return centred, stats[1] if len(stats) else reciprocal_rms(centred, settings.eps)
-
-
-def _row_sums(z: Tensor) -> Tensor:
-    """Along memory float32's sums are chains of hundreds of additions: in float64."""
-    return z.sum(1, dtype=torch.float64).to(z.dtype)
 
 
 def _derivative(dh: Tensor, z: Tensor, h: Tensor, activation: str) -> Tensor:
