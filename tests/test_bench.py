@@ -229,9 +229,9 @@ def test_a_compilation_that_does_not_end_costs_its_variant_alone():
         while True:
             time.sleep(0.01)
 
-    rows = harness.measure(with_broken(SMALL, endless, own=False), rounds=1, limit_s=1.0, gate_s=1.5)
+    rows = harness.measure(with_broken(SMALL, endless, own=False), rounds=1, limit_s=1.0, gate_s=6.0)
     refused = {row["variant"]: row["refused"] for row in rows}
-    assert refused == {FROZEN: None, "broken": "TimeoutError: longer than 2 s"}
+    assert refused == {FROZEN: None, "broken": "TimeoutError: longer than 6 s"}
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
