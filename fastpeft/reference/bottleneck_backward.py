@@ -105,15 +105,9 @@ def _norm_gradients(
         narrow = down * norm_weight
         if settings.norm == "layer":
             narrow.sub_(narrow.mean(1, keepdim=True))
-        q = _along(
-            dzr,
-            z if kept.shape[1] > hidden else None,
-            centred,
-            rstd,
-            narrow,
-            down_bias,
-            None if norm_bias is None else down @ norm_bias,
-        )[:, None]
+        z = z if kept.shape[1] > hidden else None
+        biases = down_bias, None if norm_bias is None else down @ norm_bias
+        q = _along(dzr, z, centred, rstd, narrow, *biases)[:, None]
         room = centred if settings.norm == "layer" else torch.empty_like(centred)
         dx = torch.addcmul(dy, centred, q, out=room) if settings.own else torch.mul(centred, q, out=room)
         dx = dx.addmm_(dzr, narrow).to(x.dtype)

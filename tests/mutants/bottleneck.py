@@ -92,7 +92,7 @@ MUTANTS = {
         "a mean is not taken out": ("narrow.sub_(narrow.mean(1, keepdim=True))", "narrow.sub_(0)", ACCURATE),
         "z with its biases": ("biases = [bias for bias in biases if bias is not None]", "biases = []", ACCURATE),
         "z with one of its biases": ("sum(biases[1:], start=biases[0])", "biases[0]", ACCURATE),
-        "16 bits of z": ("_along(dzr, z if kept.shape[1] > hidden else None,", "_along(dzr, z,", ACCURATE),
+        "16 bits of z": ("        z = z if kept.shape[1] > hidden else None\n", "", ACCURATE),
         "the last rows of d(up) under a learned scale": ("return total if rows == len(g) else", "return total if True else", INTEGERS),
         "leaky slope of 0": ("aten.leaky_relu_backward(dh, z, LEAKY_SLOPE, False)", "aten.leaky_relu_backward(dh, z, 0.0, False)", ACCURATE),
     },
