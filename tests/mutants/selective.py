@@ -73,7 +73,7 @@ MUTANTS = {
         "biases decay": ('weight_decay if kind == "weights" else 0.0', 'weight_decay if kind in ("weights", "biases") else 0.0', GROUPS),
         "slices count twice": (" if id(p) not in slices)", ")", f"{FILE}::test_the_table_counts"),
         "a part's adapters are not seen": ("for path, module in model.named_modules():\n        if attachment_of", 'for path, module in [("", model)]:\n        if attachment_of', f"{FILE}::test_a_part_that_has_adapters_or_a_selection_is_refused"),
-        "usable after revert": ("if self.model.__dict__.get(KEY) is not self:", "if False:", f"{FILE}::test_one_selection_at_a_time"),
+        "usable after revert": ("if selection_of(self.model) is not self:", "if False:", f"{FILE}::test_one_selection_at_a_time"),
     },
     "fastpeft/methods/selective_change.py": {
         "what was there is no copy": ('.to("cpu", copy=True)', '.to("cpu")', BACK),
