@@ -62,6 +62,18 @@ def in_front(q, k, v, prefixes, mask, causal, scale, dropout=0.0):
     return torch.stack(outs)
 
 
+def exactly(args, grad):
+    """What ``solve`` gives of the definition in float64."""
+
+    def wide(t):
+        return t.detach().double().requires_grad_()
+
+    q, k, v, prefixes, mask, *rest = args
+    mask = mask.double() if mask is not None and mask.is_floating_point() else mask
+    pairs = [(wide(key), wide(value), which) for key, value, which in prefixes]
+    return solve(in_front, (wide(q), wide(k), wide(v), pairs, mask, *rest), grad.double())
+
+
 def copied(q, k, v, prefixes, mask, causal, scale):
     ((key, value, _),) = prefixes
     groups = q.shape[1] // k.shape[1]
@@ -121,9 +133,7 @@ def test_error_against_float64(way, dtype, mask, record_property):
         pytest.skip("next to fused attention to copies, the error of rounded parts is larger")
     args = operands(dtype, mask=mask, keys=48, T=48, D=64)
     grad = torch.randn_like(args[0])
-    wide = [t.detach().double().requires_grad_() for t in args[:3]]
-    prefixes = [(k.detach().double().requires_grad_(), v.detach().double().requires_grad_(), w) for k, v, w in args[3]]
-    exact = solve(in_front, (*wide, prefixes, *args[4:]), grad.double())
+    exact = exactly(args, grad)
     eager, found = solve(copied, args, grad), solve(prefix_attention, args, grad)
     for name, *three in zip(("out", "dq", "dk", "dv", "dprefix k", "dprefix v"), found, eager, exact, strict=True):
         ratios = assert_no_worse(*three, name)

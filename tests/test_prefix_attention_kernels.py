@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from backends import BF16, DEVICE, FP16, FP32, FP64
-from test_prefix_attention import ALL, APART, MASKS, SOME, in_front, operands, solve
+from test_prefix_attention import ALL, APART, MASKS, SOME, exactly, in_front, operands, solve
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -139,10 +139,7 @@ def served(monkeypatch):
 def test_float32_equals_a_prefix_in_front(served, heads, who, mask):
     args = operands(FP32, heads, 6 if mask == "causal" else 7, who, mask)
     grad = torch.randn_like(args[0])
-    wide = [t.detach().double().requires_grad_() for t in args[:3]]
-    prefixes = [(k.detach().double().requires_grad_(), v.detach().double().requires_grad_(), w) for k, v, w in args[3]]
-    mask_ = args[4].double() if mask == "added" else args[4]
-    exact = solve(in_front, (*wide, prefixes, mask_, *args[5:]), grad.double())
+    exact = exactly(args, grad)
     for found, wanted in zip(solve(prefix_attention, args, grad), exact, strict=True):
         torch.testing.assert_close(found, wanted.float(), atol=2e-5, rtol=2e-5)
     assert set(served) == {"efficient"}
@@ -156,10 +153,7 @@ def test_error_of_16_bits_against_float64(served, dtype, who, heads, mask, recor
     rounded: next to that the error is 1.35 times as large (rms), whatever the kernels do inside."""
     args = operands(dtype, heads, 48, who, mask, T=48, D=64)
     grad = torch.randn_like(args[0])
-    wide = [t.detach().double().requires_grad_() for t in args[:3]]
-    prefixes = [(k.detach().double().requires_grad_(), v.detach().double().requires_grad_(), w) for k, v, w in args[3]]
-    mask_ = args[4].double() if mask == "added" else args[4]
-    exact = solve(in_front, (*wide, prefixes, mask_, *args[5:]), grad.double())
+    exact = exactly(args, grad)
     eager, found = solve(in_front, args, grad), solve(prefix_attention, args, grad)
     own = "flash" if mask in ("none", "causal") else "efficient"
     assert served == 2 * [own, *["flash"] * len(args[3])]
@@ -377,9 +371,7 @@ def test_what_the_efficient_kernel_leaves():
 def test_long_rows_on_a_gpu(d, mask):
     args = operands(BF16, 2, 1000, ALL, mask, T=1000, D=d)
     grad = torch.randn_like(args[0])
-    wide = [t.detach().double().requires_grad_() for t in args[:3]]
-    prefixes = [(k.detach().double().requires_grad_(), v.detach().double().requires_grad_(), w) for k, v, w in args[3]]
-    exact = solve(in_front, (*wide, prefixes, *args[4:]), grad.double())
+    exact = exactly(args, grad)
     for three in zip(solve(prefix_attention, args, grad), solve(in_front, args, grad), exact, strict=True):
         assert_no_worse(*three)
 
