@@ -1,9 +1,9 @@
 """Every way of adapting a pretrained encoder, on one task: accuracy, parameters, time, memory (make demo-methods).
 
 The task and the encoder are those of the first demo (finetune.py). Each method starts from the same weights, under the
-converged head of the frozen encoder (Kumar et al., "Fine-Tuning can Distort Pretrained Features", 2022), so what it
-gains is its own; it learns from the same batches, and where PEFT has the method too, PEFT's takes its steps in turn
-with ours. A method is one line of METHODS. ``--tune`` judges learning rates on a fifth of the training texts that it
+converged head of its frozen start (Kumar et al., "Fine-Tuning can Distort Pretrained Features", 2022), so what it gains
+is its own: that is the frozen encoder's head, but for prompts and prefixes, whose first values already move the
+features. It learns from the same batches, and where PEFT has the method too, PEFT's takes its steps in turn with ours. A method is one line of METHODS. ``--tune`` judges learning rates on a fifth of the training texts that it
 holds out; no test text is seen.
 """
 
@@ -96,9 +96,10 @@ def compare(options: argparse.Namespace) -> None:
     batches = train_set.shuffled(options.batch_size, options.steps, options.seed)
     largest = max(batches, key=lambda batch: batch.inputs["input_ids"].numel())
     rows = heads(base, train_set, test_set, batches, options)
-    start_from_head(base, train_set, options.seed)
     for name in options.method:
         models, refused = made(name, base, train_set)
+        for model in models.values():
+            start_from_head(model, train_set, options.seed)
         run = train(models, METHODS[name].rate, batches, options, name)
         for title, model in models.items():
             rows[title] = Row(
@@ -127,6 +128,7 @@ def tune(options: argparse.Namespace) -> None:
         found = {}
         for rate in options.rate or RATES:
             model = ours(name, base, train_set)
+            start_from_head(model, learnt, options.seed)
             train({name: model}, rate, batches, options, f"{name} at {rate:g}")
             found[rate] = accuracy(predict(model, judged), judged)
         shown = "  ".join(f"{rate:g}: {100 * value:.1f} %" for rate, value in found.items())
@@ -143,11 +145,11 @@ def task(options: argparse.Namespace) -> tuple[Classifier, Texts, Texts]:
     return Classifier(encoder, len(data.names)).to(options.device), *sets
 
 
-def start_from_head(base: Classifier, texts: Texts, seed: int) -> None:
-    """Give the model the converged head of its frozen encoder on these texts."""
-    features = predict(base, texts, base.features)
-    head = frozen_head.converged(features, texts.labels.to(features.device), base.head.out_features, seed)
-    base.head.load_state_dict(head.state_dict())
+def start_from_head(model: Classifier, texts: Texts, seed: int) -> None:
+    """Give the model the converged head of its encoder, as it is, on these texts."""
+    features = predict(model, texts, model.features)
+    head = frozen_head.converged(features, texts.labels.to(features.device), model.head.out_features, seed)
+    model.head.load_state_dict(head.state_dict())
 
 
 def part_of(texts: Texts, rows: Sequence[int]) -> Texts:

@@ -8,8 +8,8 @@
 
 x ``[M, K]``, D ``[H, K]``, U ``[N, H]``. A learned scale s multiplies U and b, so its gradient comes from theirs and
 nothing of y's size is computed for it. Saved for backward: x, and what the backend keeps beside it: the kernels two
-numbers a row (mean and reciprocal deviation) where there is a norm, and compute h again; on the CPU h ``[M, H]``
-itself, as PyTorch keeps it. Neither a, nor s · u, nor the mask, nor the residual.
+numbers a row (mean and reciprocal deviation) where there is a norm, and compute h again; on the CPU z ``[M, H]``.
+Neither a, nor s · u, nor the mask, nor the residual.
 
 With ``slots`` every row has the adapter of its slot, as tensors ``[S, ...]``; a row with slot -1 is its residual.
 

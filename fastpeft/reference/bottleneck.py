@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bottleneck_backward import run as backward
-from .bottleneck_terms import ACTIVATIONS, Settings, Weights, mask_of, product, reciprocal_rms, scaled_up
+from .bottleneck_terms import ACTIVATIONS, Settings, Weights, mask_of, normalised, product, scaled_up
 from .dropout import inverse_keep
 from .routing import Routing
 
@@ -89,12 +89,11 @@ def _normalise(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
 def forward(
     x: Tensor, weights: Weights, residual: Tensor | None, settings: Settings, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y, and what ``backward`` wants: the hidden values before the activation, and the norm's numbers."""
-    a, stats = x.to(weights.down.dtype), ()
+    """y, and what ``backward`` wants: z, the hidden values before the activation."""
+    a = x.to(weights.down.dtype)
     if weights.norm_weight is not None:
-        a, stats = _normalised(a, weights, settings)
+        a, _ = normalised(a, weights, settings)
     z = _affine(weights.down_bias, a, weights.down.T, 1.0)
-    kept = torch.cat([z, *(t.view(-1, 1) for t in stats)], 1) if stats and z.dtype.itemsize > 2 else z
     h = ACTIVATIONS[settings.activation](z)
     up, up_bias = scaled_up(weights)
     u = _affine(up_bias, h, up.T, settings.scale * inverse_keep(settings.dropout))
@@ -102,21 +101,10 @@ def forward(
     u = u if mask is None else u.mul_(mask)
     residual = x if settings.own else residual
     if residual is None:
-        return u.to(x.dtype), kept
+        return u.to(x.dtype), z
     # Not the product on top of the residual: one pass less, but rounded twice at the residual's magnitude.
     y = u.add_(residual) if u.dtype == residual.dtype else (residual + u).to(residual.dtype)
-    return y, kept
-
-
-def _normalised(x: Tensor, weights: Weights, settings: Settings) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """norm(x), and of every row its mean, under a LayerNorm, and 1 / deviation."""
-    if settings.norm == "layer":
-        a, *stats = torch.native_layer_norm(x, x.shape[1:], weights.norm_weight, weights.norm_bias, settings.eps)
-        return a, tuple(stats)
-    rstd = reciprocal_rms(x, settings.eps)
-    a = (x * rstd[:, None]).mul_(weights.norm_weight)
-    a = a if weights.norm_bias is None else a.add_(weights.norm_bias)
-    return a.to(x.dtype), (rstd,)
+    return y, z
 
 
 def _affine(bias: Tensor | None, left: Tensor, right: Tensor, factor: float) -> Tensor:
@@ -181,12 +169,9 @@ def grouped_backward(
 
 
 def empty_kept(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
-    """Memory for what ``forward`` keeps: z ``[M, H]`` and beside it, unless the weights have 16 bits, what
-    ``_normalised`` found."""
-    down, numbers = weights.down, 0
-    if weights.norm_weight is not None and down.dtype.itemsize > 2:
-        numbers = 2 if settings.norm == "layer" else 1
-    return x.new_empty(x.shape[0], down.shape[-2] + numbers, dtype=down.dtype)
+    """Memory for what ``forward`` keeps, z ``[M, H]``."""
+    down = weights.down
+    return x.new_empty(x.shape[0], down.shape[-2], dtype=down.dtype)
 
 
 def needs_x(needs: tuple[bool, ...], norm: bool) -> bool:

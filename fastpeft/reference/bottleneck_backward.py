@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from .bottleneck_terms import ACTIVATIONS, LEAKY_SLOPE, Settings, Weights, mask_of, product, reciprocal_rms, scaled_up
+from .bottleneck_terms import ACTIVATIONS, LEAKY_SLOPE, Settings, Weights, mask_of, normalised, product, scaled_up
 from .dropout import inverse_keep
 
 
 def run(
     dy: Tensor,
     x: Tensor,
-    kept: Tensor,
+    z: Tensor,
     weights: Weights,
     settings: Settings,
     seed: Tensor | None,
@@ -18,27 +18,29 @@ def run(
 ) -> tuple[Tensor | None, ...]:
     """dx and the gradient of every one of the ``weights``; None where ``needs``, in this order, does not ask for it.
 
-    Where ``needs_x`` says so, x serves for its dtype alone.
+    ``z`` is what ``forward`` kept. Where ``needs_x`` says so, x serves for its dtype alone.
     """
     need_x, need_down, need_down_bias, *need_up, need_norm, need_norm_bias = needs
-    hidden, factor = weights.down.shape[0], settings.scale * inverse_keep(settings.dropout)
-    z = kept[:, :hidden].contiguous()  # of a slice gelu takes five times as long
-    mask = mask_of(kept, len(dy), weights.up.shape[0], settings, seed)
-    g = dy.to(kept.dtype) if mask is None else mask.mul_(dy)
+    factor = settings.scale * inverse_keep(settings.dropout)
+    mask = mask_of(z, len(dy), weights.up.shape[0], settings, seed)
+    g = dy.to(z.dtype) if mask is None else mask.mul_(dy)
     h = ACTIVATIONS[settings.activation](z)
-    dup, dup_bias, dscale = _up_gradients(g, h, weights, factor, need_up)
+    found = _up_gradients(g, h, weights, factor, need_up)
     dx = ddown = ddown_bias = dnorm = dnorm_bias = None
     if need_x or need_down or need_down_bias or need_norm or need_norm_bias:
-        dh = product(g, scaled_up(weights)[0], factor)
-        dz = _derivative(dh, z, h, settings.activation)
+        dz = _derivative(product(g, scaled_up(weights)[0], factor), z, h, settings.activation)
         ddown_bias = dz.sum(0) if need_down_bias else None
-        need_norms = need_x, need_down, need_norm, need_norm_bias
         if weights.norm_weight is None:
             ddown = dz.T @ x.to(dz.dtype) if need_down else None
             dx = _dx(dy, dz, x.dtype, weights.down, settings.own) if need_x else None
-        elif any(need_norms):
-            dx, ddown, dnorm, dnorm_bias = _norm_gradients(dy, dz, z, x, kept, weights, settings, need_norms)
-    return dx, ddown, ddown_bias, dup, dup_bias, dscale, dnorm, dnorm_bias
+        else:
+            a, stats = normalised(x.to(dz.dtype), weights, settings)  # again: that is one pass over x
+            ddown = dz.T @ a if need_down else None
+            if need_x or need_norm or need_norm_bias:
+                needs = need_x, need_norm, need_norm_bias
+                dx, dnorm, dnorm_bias = _through_norm(dz @ weights.down, x, stats, weights, settings, needs)
+                dx = None if dx is None else (dx.add_(dy) if settings.own else dx).to(x.dtype)
+    return dx, ddown, ddown_bias, *found, dnorm, dnorm_bias
 
 
 def _up_gradients(g: Tensor, h: Tensor, weights: Weights, factor: float, needs: list[bool]) -> list[Tensor | None]:
@@ -46,7 +48,7 @@ def _up_gradients(g: Tensor, h: Tensor, weights: Weights, factor: float, needs: 
     need_up, need_up_bias, need_scale = needs
     up, up_bias, scale = weights.up, weights.up_bias, weights.scale
     if scale is None:
-        dup = product(h.T, g, factor).T.contiguous() if need_up else None
+        dup = product(g.T, h, factor) if need_up else None
         return [dup, _times(g.sum(0), factor) if need_up_bias else None, None]
     wide = torch.promote_types(g.dtype, torch.float32)
     dup = dup_bias = dscale = None
@@ -77,63 +79,24 @@ def _dx(dy: Tensor, dz: Tensor, dtype: torch.dtype, down: Tensor, own: bool) -> 
     return (dx.add_(dy) if own else dx).to(dtype)
 
 
-def _norm_gradients(
-    dy: Tensor, dz: Tensor, z: Tensor, x: Tensor, kept: Tensor, weights: Weights, settings: Settings, needs
+def _through_norm(
+    da: Tensor, x: Tensor, stats: tuple[Tensor, ...], weights: Weights, settings: Settings, needs: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """dx, d(down), d(norm_weight), d(norm_bias) of a projection with a norm before it.
-
-    With ``x̂ = rstd (x - mean)`` the gradients of the weights follow from ``dz x̂``, and nothing of x's size is made but
-    ``x - mean``, which becomes dx.
-    """
-    need_x, need_down, need_norm, need_norm_bias = needs
-    dtype, wide = dz.dtype, torch.promote_types(dz.dtype, torch.float32)
-    tensors = weights.down, weights.down_bias, weights.norm_weight, weights.norm_bias
-    down, down_bias, norm_weight, norm_bias = (None if t is None else t.to(wide) for t in tensors)
-    hidden = len(down)
-    dz, (centred, rstd) = dz.to(wide), _centred(x.to(wide), kept[:, hidden:].unbind(1), settings)
-    dzr = dz * rstd[:, None]
-    dx = ddown = dnorm = dnorm_bias = None
-    if need_down or need_norm:
-        outer = dzr.T @ centred
-        dnorm = (outer * down).sum(0) if need_norm else None
-        ddown = outer.mul_(norm_weight) if need_down else None
-    if norm_bias is not None and (need_down or need_norm_bias):
-        sums = dz.sum(0)
-        ddown = ddown.addr_(sums, norm_bias) if need_down else None
-        dnorm_bias = sums @ down if need_norm_bias else None
-    if need_x:
-        narrow = down * norm_weight
-        if settings.norm == "layer":
-            narrow.sub_(narrow.mean(1, keepdim=True))
-        z = z if kept.shape[1] > hidden else None
-        biases = down_bias, None if norm_bias is None else down @ norm_bias
-        q = _along(dzr, z, centred, rstd, narrow, *biases)[:, None]
-        room = centred if settings.norm == "layer" else torch.empty_like(centred)
-        dx = torch.addcmul(dy, centred, q, out=room) if settings.own else torch.mul(centred, q, out=room)
-        dx = dx.addmm_(dzr, narrow).to(x.dtype)
-    return (dx, *(t if t is None else t.to(dtype) for t in (ddown, dnorm, dnorm_bias)))
-
-
-def _along(dzr, z, centred, rstd, narrow, *biases):
-    """q ``[M]`` in ``dx = dzr D' + (x - mean) q``, where dzr is ``dz ∘ rstd`` and D' is ``D ∘ norm_weight``,
-    less each row's mean under a LayerNorm: narrow.
-
-    ``q = -rstd Σ_h dzr ∘ (x̂ D'ᵀ) / K``. What is in brackets is z without its biases, where z has bits enough for that.
-    """
-    if z is None:
-        z = (centred @ narrow.T).mul_(rstd[:, None])
-    else:
-        biases = [bias for bias in biases if bias is not None]
-        z = z - sum(biases[1:], start=biases[0]) if biases else z
-    return (dzr * z).sum(1).mul_(rstd).mul_(-1.0 / narrow.shape[1])
-
-
-def _centred(x: Tensor, stats: tuple[Tensor, ...], settings: Settings) -> tuple[Tensor, Tensor]:
-    """``x - mean``, or x itself under an RMSNorm, and the rows' 1 / deviation; from what ``forward`` kept if it did."""
-    if settings.norm == "rms":
-        return x, stats[0] if len(stats) else reciprocal_rms(x, settings.eps)
-    centred = x - (stats[0][:, None] if len(stats) else x.mean(1, keepdim=True))
-    return centred, stats[1] if len(stats) else reciprocal_rms(centred, settings.eps)
+    """The gradients of x and of the norm's weight and bias from that of the normalised x."""
+    x, norm_weight, norm_bias = x.to(da.dtype), weights.norm_weight, weights.norm_bias
+    if settings.norm == "layer":
+        backward = torch.ops.aten.native_layer_norm_backward
+        return backward(da, x, x.shape[1:], *stats, norm_weight, norm_bias, needs)
+    need_x, need_norm, need_norm_bias = needs
+    (rstd,) = stats
+    unit = x * rstd[:, None]
+    dnorm = (da * unit).sum(0).to(da.dtype) if need_norm else None
+    dnorm_bias = da.sum(0) if need_norm_bias else None
+    if not need_x:
+        return None, dnorm, dnorm_bias
+    da = da.to(unit.dtype) * norm_weight
+    along = (da * unit).mean(1, keepdim=True)
+    return da.sub_(unit.mul_(along)).mul_(rstd[:, None]), dnorm, dnorm_bias
 
 
 def _derivative(dh: Tensor, z: Tensor, h: Tensor, activation: str) -> Tensor:

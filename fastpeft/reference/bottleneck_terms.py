@@ -66,10 +66,16 @@ def scaled_up(weights: Weights) -> tuple[Tensor, Tensor | None]:
     return up * scale[:, None], None if up_bias is None else up_bias * scale
 
 
-def reciprocal_rms(x: Tensor, eps: float) -> Tensor:
-    """``1 / sqrt(mean(x²) + eps)`` of every row, ``[M]``, in float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=1, dtype=wide).square_().div_(x.shape[1]).add_(eps).rsqrt_()
+def normalised(x: Tensor, weights: Weights, settings: Settings) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """norm(x), and of every row its mean, under a LayerNorm, and 1 / deviation."""
+    if settings.norm == "layer":
+        a, *stats = torch.native_layer_norm(x, x.shape[1:], weights.norm_weight, weights.norm_bias, settings.eps)
+        return a, tuple(stats)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = wide.square().mean(1).add_(settings.eps).rsqrt_()
+    a = (x * rstd[:, None]).mul_(weights.norm_weight)
+    a = a if weights.norm_bias is None else a.add_(weights.norm_bias)
+    return a.to(x.dtype), (rstd,)
 
 
 def product(left: Tensor, right: Tensor, factor: float) -> Tensor:
