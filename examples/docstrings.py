@@ -1,6 +1,7 @@
-"""A labelled text data set that every Python has: the standard library's docstrings and the modules they come from.
+"""Two labelled text data sets that every Python has: the standard library's docstrings, and where they come from.
 
-The sources are parsed, never imported. A docstring's own module is struck out of its text, so the label cannot be read
+The label is the top-level module ("module"), or what is documented ("kind": a module, class, function or method). The
+sources are parsed, never imported. A docstring's own module is struck out of its text, so that label cannot be read
 off, and near-duplicates (inherited, copied or boilerplate docstrings) are dropped, so none is in both splits.
 """
 
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 SHORTEST = 3  # words: "Return self." tells nothing about where it comes from
 SHINGLE = 3  # words in a row, the unit in which two texts are compared
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+KINDS = {ast.Module: "module", ast.ClassDef: "class", ast.FunctionDef: "function", ast.AsyncFunctionDef: "function"}
 TESTS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo", "__phello__"}
 
 
@@ -30,55 +31,60 @@ class Data(NamedTuple):
     names: list[str]  # of the labels
 
 
-def load(modules: int = 8, per_module: int = 1000, test_share: float = 0.25, seed: int = 0) -> Data:
-    """At most ``per_module`` docstrings of each of the best documented modules; the same split every time."""
-    by_module = read(Path(sysconfig.get_path("stdlib")))
-    names = sorted(sorted(by_module, key=lambda name: (-len(by_module[name]), name))[:modules])
+def load(
+    label: str = "module", classes: int = 8, per_class: int = 1000, test_share: float = 0.25, seed: int = 0
+) -> Data:
+    """At most ``per_class`` docstrings of each of the classes that have most of them; the same split every time."""
+    by_class = read(Path(sysconfig.get_path("stdlib")), label)
+    names = sorted(sorted(by_class, key=lambda name: (-len(by_class[name]), name))[:classes])
     if len(names) < 2:
         raise FileNotFoundError(f"no documented Python sources in {sysconfig.get_path('stdlib')}")
     train, test = Split([], []), Split([], [])
-    for label, name in enumerate(names):
-        texts = sorted(by_module[name])
+    for number, name in enumerate(names):
+        texts = sorted(by_class[name])
         random.Random(f"{seed} {name}").shuffle(texts)
-        texts = texts[:per_module]
+        texts = texts[:per_class]
         held_out = round(len(texts) * test_share)
         for split, part in ((test, texts[:held_out]), (train, texts[held_out:])):
             split.texts.extend(part)
-            split.labels.extend([label] * len(part))
+            split.labels.extend([number] * len(part))
     return Data(train, test, names)
 
 
-def read(library: Path) -> dict[str, list[str]]:
-    """Docstrings by top-level module, without near-duplicates, private modules and tests."""
-    by_module, seen = defaultdict(list), Seen()
+def read(library: Path, label: str = "module") -> dict[str, list[str]]:
+    """Docstrings by their label, without near-duplicates, private modules and tests."""
+    by_class, seen = defaultdict(list), Seen()
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         module = parts[0].removeprefix("_py")  # _pydecimal holds decimal's docstrings, _pyio those of io
         if module.startswith("_") or TESTS.intersection(parts):
             continue
-        for docstring in docstrings(path):
+        for kind, docstring in docstrings(path):
             text = without_name(docstring, module)
             if len(text.split()) >= SHORTEST and seen.add(text):
-                by_module[module].append(text)
-    return by_module
+                by_class[{"module": module, "kind": kind}[label]].append(text)
+    return by_class
 
 
-def docstrings(path: Path) -> list[str]:
-    """Of the module, its classes, functions and methods."""
+def docstrings(path: Path) -> list[tuple[str, str]]:
+    """Of the module, its classes, functions and methods: what is documented, and its docstring."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # some files are broken on purpose, or written for Python 2
         return []
-    found = (ast.get_docstring(node) for node in statements(tree) if isinstance(node, DOCUMENTED))
-    return [docstring for docstring in found if docstring]
+    found = ((kind, ast.get_docstring(node)) for kind, node in documented(tree))
+    return [(kind, docstring) for kind, docstring in found if docstring]
 
 
-def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and the statements in it; unlike ast.walk it leaves expressions alone, which are most of a tree."""
-    yield node
+def documented(node: ast.AST, owner: ast.AST | None = None) -> Iterator[tuple[str, ast.AST]]:
+    """What can have a docstring, by its kind. Unlike ast.walk it leaves expressions alone, which are most of a tree."""
+    kind = KINDS.get(type(node))
+    if kind is not None:
+        yield "method" if kind == "function" and isinstance(owner, ast.ClassDef) else kind, node
+        owner = node
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt):
-            yield from statements(child)
+            yield from documented(child, owner)
 
 
 def without_name(text: str, module: str) -> str:

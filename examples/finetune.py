@@ -56,7 +56,7 @@ def compare(options: argparse.Namespace) -> None:
     reserve(options.out)
     torch.manual_seed(options.seed)
     tokenizer, encoder = load_tokenizer(options.model), load_encoder(options.model)
-    data = docstrings.load(options.modules, options.per_module)
+    data = docstrings.load("module", options.classes, options.per_class)
     train_set = Texts(tokenizer, *data.train, options.max_length, options.device)
     test_set = Texts(tokenizer, *data.test, options.max_length, options.device)
     print(f"{len(train_set)} docstrings to learn from, {len(test_set)} to test on, {len(data.names)} modules:")
@@ -231,9 +231,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="a few steps on a few texts, to see that everything works")
     options = parser.parse_args(arguments)
-    options.modules, options.per_module, options.plain_steps = 8, 1000, 10
+    options.classes, options.per_class, options.plain_steps = 8, 1000, 10
     if options.quick:
-        options.modules, options.per_module, options.plain_steps, options.steps = 4, 24, 3, 6
+        options.classes, options.per_class, options.plain_steps, options.steps = 4, 24, 3, 6
     try:
         lora(options, options.dropout)
     except ValueError as error:

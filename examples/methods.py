@@ -1,10 +1,14 @@
 """Every way of adapting a pretrained encoder, on one task: accuracy, parameters, time, memory (make demo-methods).
 
-The task and the encoder are those of the first demo (finetune.py). Each method starts from the same weights, under the
-converged head of its frozen start (Kumar et al., "Fine-Tuning can Distort Pretrained Features", 2022), so what it gains
-is its own: that is the frozen encoder's head, but for prompts and prefixes, whose first values already move the
-features. It learns from the same batches, and where PEFT has the method too, PEFT's takes its steps in turn with ours. A method is one line of METHODS. ``--tune`` judges learning rates on a fifth of the training texts that it
-holds out; no test text is seen.
+Encoder and texts are those of the first demo (finetune.py). The task is what a docstring documents: a module, a class,
+a function or a method. Topics, as in the first demo, are what the frozen encoder separates by itself; how a text is put
+is not, so there is more to learn.
+
+Each method starts from the same weights, under the converged head of its frozen start (Kumar et al., "Fine-Tuning can
+Distort Pretrained Features", 2022), so what it gains is its own: that is the frozen encoder's head, except for prompts
+and prefixes, whose first values already move the features. It learns from the same batches, and where PEFT has the
+method too, PEFT's takes its steps in turn with ours. A method is one line of METHODS. ``--tune`` judges learning rates
+on a fifth of the training texts that it holds out; no test text is seen.
 """
 
 import argparse
@@ -62,8 +66,8 @@ METHODS = {
     "double_seq_bn": Method(lambda texts: Bottleneck(preset="double_seq_bn"), 1e-2),
     "par_bn": Method(lambda texts: Bottleneck(preset="par_bn"), 3e-3),
     "prompt": Method(
-        lambda texts: PromptTuning(length=20, init="vocabulary"),
-        3e-3,
+        lambda texts: PromptTuning(length=20, init="text", text=[texts.tokenizer.pad_token_id]),
+        1e-2,
         lambda: peft.PromptTuningConfig(num_virtual_tokens=20, **TASK),
     ),
     "prefix": Method(
@@ -139,9 +143,9 @@ def task(options: argparse.Namespace) -> tuple[Classifier, Texts, Texts]:
     """The model at its start, texts to learn from and texts to test on."""
     torch.manual_seed(options.seed)
     tokenizer, encoder = load_tokenizer(options.model), load_encoder(options.model)
-    data = docstrings.load(options.modules, options.per_module)
+    data = docstrings.load("kind", per_class=options.per_class)
     sets = [Texts(tokenizer, *split, options.max_length, options.device) for split in (data.train, data.test)]
-    print(f"{len(sets[0])} docstrings to learn from, {len(sets[1])} to test on, {len(data.names)} modules")
+    print(f"{len(sets[0])} docstrings to learn from, {len(sets[1])} to test on, {len(data.names)} kinds of object")
     return Classifier(encoder, len(data.names)).to(options.device), *sets
 
 
@@ -212,7 +216,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", type=finetune.device, default="cpu", help="cpu (default), cuda, ...")
     add("--out", type=Path, default=Path("demo-output"), help="folder for the results (default: demo-output)")
     add("--method", action="append", choices=tuple(METHODS), help="only this one; may be repeated")
-    add("--steps", type=finetune.positive, default=300, help="training steps of each method (default: 300)")
+    add("--steps", type=finetune.positive, default=400, help="training steps of each method (default: 400)")
     add("--batch-size", type=finetune.positive, default=16)
     add("--max-length", type=finetune.positive, default=32, help="tokens of a text (default: 32)")
     add("--head-lr", type=float, default=3e-4, help="of the head beside each method (default: 3e-4)")
@@ -221,9 +225,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--quick", action="store_true", help="a few steps on a few texts, to see that everything works")
     options = parser.parse_args(arguments)
-    options.modules, options.per_module, options.method = 8, 1000, options.method or list(METHODS)
+    options.per_class, options.method = 2000, options.method or list(METHODS)
     if options.quick:
-        options.modules, options.per_module, options.steps = 4, 24, 3
+        options.per_class, options.steps = 24, 3
     return options
 
 

@@ -27,7 +27,7 @@ def tenants(count: int) -> dict[str, Text]:
     library = Path(sysconfig.get_path("stdlib"))
     sizes = {folder.name: sum(p.stat().st_size for p in sources(folder)) for folder in library.iterdir()}
     largest = sorted(sizes, key=lambda name: (-sizes[name], name))[: count - 1]
-    found = (text for path in sorted(library.glob("*.py")) for text in docstrings.docstrings(path))
+    found = (text for path in sorted(library.glob("*.py")) for _, text in docstrings.docstrings(path))
     texts = {"docstrings": split("\n\n".join(found)[:LONGEST])}
     for name in largest:
         read = (path.read_text("utf-8", "replace") for path in sources(library / name))

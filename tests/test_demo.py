@@ -54,6 +54,18 @@ def tiny_bert(tmp_path_factory) -> Path:
 def test_docstrings_are_found_without_importing(tmp_path):
     source = f'raise SystemExit\nclass A:\n    if True:\n        async def f(self):\n            """{TEXT}"""\n'
     assert docstrings.read(write(tmp_path, a=source)) == {"a": [TEXT]}
+    assert docstrings.read(tmp_path, "kind") == {"method": [TEXT]}
+
+
+def test_what_is_documented(tmp_path):
+    words = ("zero", "one", "two", "three", "four")
+    texts = [f"{word} comes {word} times before {word} and {word} follows {word}." for word in words]
+    source = (
+        '"""{}"""\nclass A:\n    """{}"""\n    def f(self):\n        """{}"""\n        def g():\n            """{}"""\n'
+    )
+    source += 'async def h():\n    """{}"""\n'
+    found = docstrings.read(write(tmp_path, a=source.format(*texts)), "kind")
+    assert found == {"module": texts[:1], "class": texts[1:2], "method": texts[2:3], "function": texts[3:]}
 
 
 def test_labels_do_not_leak(tmp_path):
@@ -83,8 +95,8 @@ def test_split_is_the_same_every_time_and_disjoint(tmp_path, monkeypatch):
     functions = [f'def f{i}():\n    """{text}"""\n' for i, text in enumerate(texts)]
     write(tmp_path, a="".join(functions[:24]), b="".join(functions[24:]), c='"""Once."""')
     monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda name: str(tmp_path))
-    data = docstrings.load(modules=2, per_module=20)
-    assert data == docstrings.load(modules=2, per_module=20)
+    data = docstrings.load(classes=2, per_class=20)
+    assert data == docstrings.load(classes=2, per_class=20)
     assert data.names == ["a", "b"]
     assert [split.labels.count(label) for split in (data.train, data.test) for label in (0, 1)] == [15, 12, 5, 4]
     assert len({*data.train.texts, *data.test.texts}) == 36

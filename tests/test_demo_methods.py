@@ -65,11 +65,12 @@ def test_tuning_sees_no_test_text_and_judges_what_was_not_learnt(tiny_bert, monk
     assert methods.main([*options, "--steps", "20"]) == 0
     options = methods.parse(options)
     _, train_set, test_set = methods.task(options)
-    for_the_head, held_out, learnt, held_out_again = seen
+    for_the_head, held_out, again_for_the_head, learnt, held_out_again = seen
     tests = {tuple(ids) for ids in test_set.ids}
     assert len(held_out) <= len(train_set) // 5
     assert not held_out & tests
     assert held_out == held_out_again
+    assert for_the_head == again_for_the_head
     assert not held_out & for_the_head
     assert not {tuple(t for t in ids if t) for ids in learnt} & {tuple(t for t in ids if t) for ids in held_out}
     assert "best 0.1" in capsys.readouterr().out
