@@ -45,8 +45,7 @@ def choose(values: Iterable[float], fit: Callable, features: Tensor, labels: Ten
     held_out, rest = order[: len(order) // 5], order[len(order) // 5 :]
 
     def loss(value: float) -> float:
-        with torch.no_grad():
-            return cross_entropy(fit(rest, value)(features[held_out]), labels[held_out]).item()
+        return cross_entropy(fit(rest, value)(features[held_out]), labels[held_out]).item()
 
     return min(values, key=loss)
 
