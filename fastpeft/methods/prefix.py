@@ -32,8 +32,9 @@ class PrefixTuning:
         length: tokens of the prefix [num_virtual_tokens].
         projection: hidden units of an MLP that makes the keys and values; None: they are trained themselves
             [prefix_projection, encoder_hidden_size].
-        init: "random"; "zero" keys and values, which still take their share of the attention [init_weights]; "text",
-            what the model's cache holds after ``text``, so that it starts as if the text stood in front of the input.
+        init: "random", normal with standard deviation 1; "zero" keys and values, which still take their share of the
+            attention [init_weights]; "text", what the model's cache holds after ``text``, so that it starts as if the
+            text stood in front of the input.
         text: ``length`` token ids, of a model that generates, without projection.
         dtype: of the parameters; None: float32 where the model is 16 bits wide, else the model's.
 

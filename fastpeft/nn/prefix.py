@@ -49,10 +49,10 @@ class PrefixAdapter(nn.Module):
         self.sizes, self.length = sizes, length
         wide, narrow = 2 * sizes.layers * sizes.heads * sizes.width, sizes.heads * sizes.width
         columns = wide if projection is None else narrow
-        self.embedding = nn.Parameter(torch.empty(length, columns, dtype=dtype, device=device).normal_(std=0.02))
+        # Deviation 1, as PEFT draws it: about that of a pretrained model's own keys and values.
+        self.embedding = nn.Parameter(torch.randn(length, columns, dtype=dtype, device=device))
         self.transform = None
         if projection is not None:
-            nn.init.normal_(self.embedding)
             made = {"dtype": dtype, "device": device}
             self.transform = nn.Sequential(
                 nn.Linear(narrow, projection, **made), nn.Tanh(), nn.Linear(projection, wide, **made)
