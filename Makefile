@@ -9,7 +9,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
 
-# Every method on the demo's task, beside PEFT's: one table, one plot.
+# Every method on one task, beside PEFT's: one table, one plot.
 demo-methods: .venv/demo
 	$(PY) -m fastpeft.cli demo --methods
 

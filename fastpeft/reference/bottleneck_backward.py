@@ -37,8 +37,8 @@ def run(
             a, stats = normalised(x.to(dz.dtype), weights, settings)  # again: that is one pass over x
             ddown = dz.T @ a if need_down else None
             if need_x or need_norm or need_norm_bias:
-                needs = need_x, need_norm, need_norm_bias
-                dx, dnorm, dnorm_bias = _through_norm(dz @ weights.down, x, stats, weights, settings, needs)
+                wanted = need_x, need_norm, need_norm_bias
+                dx, dnorm, dnorm_bias = _through_norm(dz @ weights.down, x, stats, weights, settings, wanted)
                 dx = None if dx is None else (dx.add_(dy) if settings.own else dx).to(x.dtype)
     return dx, ddown, ddown_bias, *found, dnorm, dnorm_bias
 
