@@ -97,10 +97,10 @@ void run_lora_linear_backward(int64_t dy, int64_t stride_dy, int64_t w, int64_t 
                               int64_t K, int64_t R, int64_t seed, uint32_t threshold, float inverse_keep, int dtype,
                               int config, int device, int64_t stream) {
   const OnDevice on(device);
-  OnDevice::raise(fastpeft_lora_linear_backward(
-      pointer<const void>(dy), stride_dy, pointer<const void>(w), stride_w, pointer<const void>(ds), stride_ds,
-      pointer<const void>(a), stride_a, pointer<void>(dx), stride_dx, M, N, K, R, pointer<const int64_t>(seed),
-      threshold, inverse_keep, dtype, config, pointer<void>(stream)));
+  OnDevice::raise(fastpeft_lora_linear_backward(pointer<const void>(dy), stride_dy, pointer<const void>(w), stride_w,
+                                                pointer<const void>(ds), stride_ds, pointer<const void>(a), stride_a,
+                                                pointer<void>(dx), stride_dx, M, N, K, R, pointer<const int64_t>(seed),
+                                                threshold, inverse_keep, dtype, config, pointer<void>(stream)));
 }
 
 void run_lora_linear_down(int64_t x, int64_t stride_x, int64_t w, int64_t stride_w, int64_t a, int64_t stride_a,
@@ -109,11 +109,11 @@ void run_lora_linear_down(int64_t x, int64_t stride_x, int64_t w, int64_t stride
                           uint32_t threshold, float inverse_keep, int64_t workspace, int dtype, int device,
                           int64_t stream) {
   const OnDevice on(device);
-  OnDevice::raise(fastpeft_lora_linear_down(
-      pointer<const void>(x), stride_x, pointer<const void>(w), stride_w, pointer<const void>(a), stride_a,
-      pointer<const void>(b), stride_b, pointer<const void>(bias), pointer<void>(s), stride_s, pointer<void>(y),
-      stride_y, M, N, K, R, scale, pointer<const int64_t>(seed), threshold, inverse_keep, pointer<void>(workspace),
-      dtype, pointer<void>(stream)));
+  OnDevice::raise(fastpeft_lora_linear_down(pointer<const void>(x), stride_x, pointer<const void>(w), stride_w,
+                                            pointer<const void>(a), stride_a, pointer<const void>(b), stride_b,
+                                            pointer<const void>(bias), pointer<void>(s), stride_s, pointer<void>(y),
+                                            stride_y, M, N, K, R, scale, pointer<const int64_t>(seed), threshold,
+                                            inverse_keep, pointer<void>(workspace), dtype, pointer<void>(stream)));
 }
 
 /// (devices, why none can be used): the second is empty where all is well.

@@ -6,10 +6,9 @@
 // launched in the ordinary way (the base's GEMM, say) must lie between that writer and this launch, and the kernel
 // ahead must not itself be an early one that the writer directly precedes. Otherwise what is read may be stale. Off
 // unless asked for.
-#include "multi_lora.h"
-
 #include "common.cuh"
 #include "multi_lora.cuh"
+#include "multi_lora.h"
 
 namespace multi_lora {
 
