@@ -101,7 +101,7 @@ def test_main_loop(compiled, name):
     for body in loops:
         assert count(body, "HGMMA") == 4
         assert len(body) <= LOOP
-        assert count(body, "BAR.SYNC") == 0
+        assert count(body, "BAR.SYNC") == count(body, "MEMBAR") == 0
         assert [text for _, text in body if "WARPGROUP.DEPBAR" in text] == ["WARPGROUP.DEPBAR.LE gsb0, 0x1"]
 
 
