@@ -13,8 +13,8 @@
 // grid is persistent: a cluster takes every gridDim / 2-th tile.
 //
 //     full[stage]    the stage's bytes have arrived            1 arrival (the producer's, which names the bytes)
-//     empty[stage]   nobody reads the stage any more           4 arrivals (2 consumers in each of the 2 blocks, because
-//                                                              the other block's half lands here too)
+//     empty[stage]   nobody reads the stage any more           16 arrivals (4 warps of 2 consumers in each of the 2
+//                                                              blocks, because the other block's half lands here too)
 //
 // lora_linear_produce.cuh, _consume.cuh and _down.cuh hold what each kind of warp does.
 // Tiles are swizzled by 128 bytes: TMA writes and wgmma reads them so; the output's staging buffer is swizzled by hand.
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     for (const CUtensorMap* map : {&maps.x, &maps.w, &maps.s, &maps.p, &maps.out}) ptx::tma_prefetch(map);
     for (int stage = 0; stage < Config::STAGES; ++stage) {
       ptx::mbarrier_init(&shared.full[stage], 1);
-      ptx::mbarrier_init(&shared.empty[stage], CONSUMERS * CLUSTER);
+      ptx::mbarrier_init(&shared.empty[stage], 4 * CONSUMERS * CLUSTER);
     }
     ptx::mbarrier_fence_init();
   }

@@ -40,9 +40,10 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  /// Both blocks may fill the stage again.
+  /// This warp no longer reads the stage, in either block: a wait for wgmma speaks for the warp that waited alone.
   __device__ __forceinline__ void release(int stage) {
-    if (thread < CLUSTER) ptx::mbarrier_arrive_cluster(&shared.empty[stage], thread);
+    const int lane = thread % 32;
+    if (lane < CLUSTER) ptx::mbarrier_arrive_cluster(&shared.empty[stage], lane);
   }
 
   /// The next tile of the ring: multiplies it while the one before may still run, then gives that one back.

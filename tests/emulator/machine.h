@@ -6,15 +6,14 @@
 //                 them only when nobody can go on without; and a store reads its source as late as its thread allows
 //                 (wait_group, or the kernel's end)
 //   mbarrier      phases, arrivals, byte counts; arriving too often, or in an unknown or finished place, is a fault
-//   wgmma         through its shared-memory descriptors, both operand orders; done as late as wait_group allows
+//   wgmma         through its shared-memory descriptors, both operand orders; done warp by warp, each as late as its own
+//                 wait_group allows: a warp knows nothing of the other three
 //   mma.sync, stmatrix, named barriers, clusters, distributed shared memory, setmaxnreg's register budget
 //   proxy fence   shared memory written by stmatrix and stored by TMA without fence.proxy.async is a fault
 //   griddepcontrol  the kernel ahead is over only when all threads wait for it
 //   residency     run_grid can keep most clusters waiting until the first have left (`resident`)
 //
 // Assumed:
-//   - a wgmma group completes for all 128 threads of a warpgroup at once, and so wgmma_wait is a barrier among them
-//     (an arrival by one thread for its warpgroup rests on this, in CUTLASS too);
 //   - products are summed in float, in order of k; the tensor core's own order and truncation differ;
 //   - memory is sequentially consistent and flags take effect at once.
 // Not seen: missing memory fences or too weak an order between threads other than by ThreadSanitizer (which takes each
@@ -24,6 +23,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -44,12 +44,25 @@ struct Mbarrier {
   Queue queue;
 };
 
-/// One wgmma instruction, as each of the 128 threads issued it.
+/// One wgmma instruction, as one thread issued it.
 struct WgmmaCall {
-  void (*run)(const std::vector<WgmmaCall*>& threads);
+  void (*run)(uint32_t warp, const std::vector<WgmmaCall*>& lanes);
   float* d;
   uint64_t a, b;
   bool accumulate;
+};
+
+/// Four warps, which must issue the same wgmma in the same order, however far one is ahead of another.
+struct Warpgroup {
+  std::vector<std::tuple<uint64_t, uint64_t, bool>> calls;
+  size_t done[4] = {};  // of the calls, by each warp
+
+  void compare(uint32_t warp, const WgmmaCall& call) {
+    const std::tuple issued = {call.a, call.b, call.accumulate};
+    if (done[warp] == calls.size()) calls.push_back(issued);
+    if (calls[done[warp]++] != issued) throw Fault("wgmma: the warpgroup has diverged");
+  }
+  bool together() const { return std::all_of(done, done + 4, [&](size_t n) { return n == calls.size(); }); }
 };
 
 struct Cluster;
@@ -67,6 +80,7 @@ struct Block {
   std::map<int, Barrier> barriers;         // named
   std::vector<uint32_t> unfenced;          // for every 16 bytes, who wrote them without a proxy fence since (+ 1)
   std::vector<Thread*> threads;
+  std::vector<Warpgroup> warpgroups;
   std::vector<int> registers;  // by warpgroup, after setmaxnreg
   void* copies = nullptr;      // ThreadSanitizer's name for this block's asynchronous copies
 
@@ -131,7 +145,7 @@ inline Queue behind;  // who waits for the kernel ahead
 
 inline Thread& self() { return *static_cast<Thread*>(scheduler.current->user); }
 
-/// The kernel's own barrier for `count` threads, or a warp's or a warpgroup's.
+/// The kernel's own barrier for `count` threads, or a warp's.
 inline void arrive_and_wait(Barrier& barrier, uint32_t count, const char* what,
                             const std::function<void()>& last = {}) {
   const uint32_t generation = barrier.generation;
@@ -149,7 +163,7 @@ inline void arrive_and_wait(Barrier& barrier, uint32_t count, const char* what,
   happens_after(&barrier);
 }
 
-enum : int { WARPS = 1000, WARPGROUPS = 2000 };  // the names of barriers that PTX does not name
+enum : int { WARPS = 1000 };  // the names of barriers that PTX does not name: a warp each from here on
 
 inline void warp_sync(const char* what) { arrive_and_wait(self().block->barriers[WARPS + self().warp()], 32, what); }
 
@@ -203,7 +217,9 @@ inline void finish_thread(Thread& me) {
   if (!me.open.empty() || !me.groups.empty()) throw Fault("exit: wgmma still unfinished");
   if (!me.stores.empty() || !me.batches.empty()) throw Fault("exit: bulk stores still read shared memory");
   if (!me.copies.empty()) throw Fault("exit: asynchronous copies still unfinished");
-  --me.block->threads_alive;
+  if (!--me.block->threads_alive)
+    for (const Warpgroup& warpgroup : me.block->warpgroups)
+      if (!warpgroup.together()) throw Fault("wgmma: the warpgroup has diverged");
   --me.block->cluster->threads_alive;
 }
 
@@ -223,6 +239,7 @@ std::unique_ptr<Cluster> start_cluster(uint32_t first, uint32_t blocks, uint32_t
     block->base = block->storage.get() + ((address + 1023) / 1024 * 1024 - address);
     memset(block->base + Block::START, 0xff, bytes);  // NaN
     block->unfenced.assign(bytes / 16 + 2, 0);
+    block->warpgroups.resize((threads + 127) / 128);
     block->registers.assign((threads + 127) / 128, 0);
     block->copies = tsan_create();
     cluster->blocks.push_back(std::move(block));

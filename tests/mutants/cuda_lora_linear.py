@@ -51,6 +51,10 @@ MUTANTS = {
         "only the last step accumulates": ("accumulate || step > 0)", "accumulate || step > 1)"),
         "staging without its swizzle": ("(j * 2 + lane / 16) ^ (row & 7)", "(j * 2 + lane / 16)"),
         "the stage before is not released": ("    if (previous >= 0) release(previous);\n", ""),
+        "one warp releases for four": (
+            "    if (lane < CLUSTER) ptx::mbarrier_arrive_cluster(&shared.empty[stage], lane);",
+            "    for (int i = 0; thread < CLUSTER && i < 4; ++i) ptx::mbarrier_arrive_cluster(&shared.empty[stage], lane);",
+        ),
         "released while it is read": (
             "if (previous >= 0) release(previous);",
             "if (previous >= 0) release(ring.stage);",
@@ -139,7 +143,7 @@ MUTANTS = {
         ),
     },
     "csrc/lora_linear.cuh": {
-        "empty counts one block": ("empty[stage], CONSUMERS * CLUSTER)", "empty[stage], CONSUMERS)"),
+        "empty counts one block": ("empty[stage], 4 * CONSUMERS * CLUSTER)", "empty[stage], 4 * CONSUMERS)"),
         "leaves before its peer is done": (
             "  ptx::cluster_sync();  // a block that leaves",
             "  // a block that leaves",
