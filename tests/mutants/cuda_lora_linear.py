@@ -52,8 +52,8 @@ MUTANTS = {
         "staging without its swizzle": ("(j * 2 + lane / 16) ^ (row & 7)", "(j * 2 + lane / 16)"),
         "the stage before is not released": ("    if (previous >= 0) release(previous);\n", ""),
         "one warp releases for four": (
-            "    if (lane < CLUSTER) ptx::mbarrier_arrive_cluster(&shared.empty[stage], lane);",
-            "    for (int i = 0; thread < CLUSTER && i < 4; ++i) ptx::mbarrier_arrive_cluster(&shared.empty[stage], lane);",
+            "if (lane < CLUSTER) ptx::mbarrier_arrive",
+            "for (int i = 0; thread < CLUSTER && i < 4; ++i) ptx::mbarrier_arrive",
         ),
         "released while it is read": (
             "if (previous >= 0) release(previous);",
