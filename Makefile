@@ -27,16 +27,16 @@ test-oldest: .venv/oldest
 # Against AdapterHub's library, which pins an older transformers.
 test-adapters: .venv/adapters
 	PYTHONPATH=$(CURDIR)/.venv/adapters $(PY) -c "import adapters"
-	PYTHONPATH=$(CURDIR)/.venv/adapters $(PYTEST) tests/test_adapters_library.py
+	PYTHONPATH=$(CURDIR)/.venv/adapters $(PYTEST) tests/integrations/adapters/test_library.py
 
 # Breaks the package in one place at a time; a test must fail each time. `make test` runs a sample.
 mutants: .venv/ready
-	$(PY) tests/mutants/run.py
+	$(PY) tests/tools/mutants/run.py
 
 # PEFT's own tests with our layer in place of theirs: make peft-suite PEFT=folder of a PEFT source tree.
 peft-suite: .venv/ready
 	$(if $(PEFT),,$(error peft-suite: PEFT is not given, expected the folder of a PEFT source tree))
-	$(PY) tests/peft_suite/run.py $(PEFT)
+	$(PY) tests/integrations/peft_suite/run.py $(PEFT)
 
 bench: .venv/ready
 	$(PY) -m pytest bench --benchmark-autosave --benchmark-compare --benchmark-group-by=group \

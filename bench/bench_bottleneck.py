@@ -1,6 +1,6 @@
 """bottleneck beside eager PyTorch, torch.compile and the layer of AdapterHub's library `adapters`.
 
-    python bench/bench_bottleneck.py --device cpu --out rows.jsonl [--quick] [--form plain] [--gate-only]
+    python -m bench.bench_bottleneck --device cpu --out rows.jsonl [--quick] [--form plain] [--gate-only]
 
 One sequential adapter, its residual its input, a sixteenth as wide as the model. Forms: "plain" (relu), "norm" (a
 LayerNorm in front, gelu) and "dropout" (relu, dropout 0.1). Backward is to x and to every parameter. `adapters` pins an
@@ -13,19 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-import command
-import harness
-import machine
-import peers
 import torch
 import torch.nn.functional as F
-from clock import SEED
-from harness import FORWARD, Call, Variant
-from report import ADAPTERHUB, EAGER
 from torch import Tensor, nn
 
 from fastpeft.ops import bottleneck
 from fastpeft.testing import eager_bottleneck
+
+from . import command, harness, machine, peers
+from .clock import SEED
+from .harness import FORWARD, Call, Variant
+from .report import ADAPTERHUB, EAGER
 
 FORMS = {"plain": ("relu", False, 0.0), "norm": ("gelu", True, 0.0), "dropout": ("relu", False, 0.1)}
 CPU, GPU = ((384, 512), (384, 2048), (768, 512)), ((4096, 8192), (4096, 512), (768, 8192))  # features, rows

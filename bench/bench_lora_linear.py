@@ -1,6 +1,6 @@
 """lora_linear and lora_linear_shared beside the frozen linear, PEFT and the addmm form.
 
-    python bench/bench_lora_linear.py --device cpu --out rows.jsonl [--quick] [--shape 768x3072] [--shape 768x768+768]
+    python -m bench.bench_lora_linear --device cpu --out rows.jsonl [--quick] [--shape 768x3072] [--shape 768x768+768]
     pytest bench --benchmark-autosave --benchmark-compare      # one pytest-benchmark case for each provider
 
 A shape is KxN, or KxN1+N2+... for projections that share their input. The ratio tables come from the first form, which
@@ -14,21 +14,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 
-import command
-import harness
-import history
-import machine
-import peers
 import torch
 import torch.nn.functional as F
-from harness import FROZEN, PEER
-from lora import SCALE, Arguments, Problem, Provider
 
 from fastpeft import _backend
 from fastpeft.cuda import lora_linear as cuda
 from fastpeft.ops import lora_linear, lora_linear_shared
 from fastpeft.ops.lora_linear import REASONS
 from fastpeft.reference import inverse_keep
+
+from . import command, harness, history, machine, peers
+from .harness import FROZEN, PEER
+from .lora import SCALE, Arguments, Problem, Provider
 
 CPU_SHAPES = ("768x768", "768x3072", "2048x2048", "768x768+768+768", "768x3072+3072")
 GPU_SHAPES = ("4096x4096", "4096x1024", "4096x14336", "14336x4096", "8192x8192")

@@ -1,6 +1,6 @@
 """multi_lora beside PEFT's mixed batch, gather and bmm, grouped_mm and the kernels of vLLM and SGLang.
 
-    python bench/bench_multi_lora.py --device cpu --out rows.jsonl [--quick] [--shape 4096x4096] [--adapters zipf]
+    python -m bench.bench_multi_lora --device cpu --out rows.jsonl [--quick] [--shape 4096x4096] [--adapters zipf]
     pytest bench --benchmark-autosave --benchmark-compare      # one pytest-benchmark case for each provider
 
 What is timed is a linear layer with its adapters: the base GEMM, then the low-rank terms. On a GPU that is done at 32
@@ -15,19 +15,17 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 
-import command
-import engines
-import harness
-import history
 import torch
 import torch.nn.functional as F
-from harness import FORWARD, FROZEN, PEER, Call, Variant
-from mixed_batch import POPULARITIES, Mix, Problem, Site
 
 from fastpeft import reference
 from fastpeft.cuda import multi_lora as cuda
 from fastpeft.ops import multi_lora_, route
 from fastpeft.ops.multi_lora import REASONS
+
+from . import command, engines, harness, history
+from .harness import FORWARD, FROZEN, PEER, Call, Variant
+from .mixed_batch import POPULARITIES, Mix, Problem, Site
 
 SITES = 32  # on a GPU: layers in one graph
 CPU = (("768x768", 32), ("768x3072", 32), ("768x768", 512))

@@ -1,6 +1,6 @@
 """prompt_gather and prefix attention beside eager PyTorch, torch.compile and PEFT's way.
 
-    python bench/bench_prompt.py --device cpu --out rows.jsonl [--quick] [--op prefix_attention] [--gate-only]
+    python -m bench.bench_prompt --device cpu --out rows.jsonl [--quick] [--op prefix_attention] [--gate-only]
 
 prompt_gather: token ids to padded embeddings with each row's prompt in front, mask, positions and labels to match. A
 batch is "one prompt" for all rows, which PEFT can do too, or "tenants": prompts of 8 to 56 tokens, and none for one row
@@ -14,21 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-import command
-import harness
-import machine
-import peers
-import prompt_peers
 import torch
 import torch.nn.functional as F
-from clock import SEED
-from harness import FORWARD, FROZEN, PEER, Call, Variant
-from report import EAGER
 from torch import Tensor
 
 from fastpeft.nn.prefix_attention import prefix_attention
 from fastpeft.ops import prompt_gather
 from fastpeft.testing import PromptProblem
+
+from . import command, harness, machine, peers, prompt_peers
+from .clock import SEED
+from .harness import FORWARD, FROZEN, PEER, Call, Variant
+from .report import EAGER
 
 VOCABULARY = 32000
 MIXES = ("one prompt", "tenants")

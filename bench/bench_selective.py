@@ -1,6 +1,6 @@
 """Chosen rows and columns, chosen tokens and the last blocks, beside whole-weight training and PEFT's ways.
 
-    python bench/bench_selective.py --device cpu --out rows.jsonl [--quick] [--case rows] [--shape 384x1536]
+    python -m bench.bench_selective --device cpu --out rows.jsonl [--quick] [--case rows] [--shape 384x1536]
 
 A step is forward, backward and AdamW. Cases: "rows" (a linear layer; the yardstick trains its whole weight: PEFT has
 nothing structured), "tokens" (an embedding of 32,000 tokens; PEFT's is TrainableTokens), and "blocks" (the last 2 of 8
@@ -14,16 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
-import command
-import harness
 import torch
 import torch.nn.functional as F
-from harness import BOTH, FROZEN, PEER, Call, Case, Variant
-from report import WHOLE
 from torch import Tensor, nn
 
 import fastpeft
 from fastpeft.nn import RowSparseLinear, TokenRows
+
+from . import command, harness
+from .harness import BOTH, FROZEN, PEER, Call, Case, Variant
+from .report import WHOLE
 
 SHARE = 0.05  # of the rows or columns
 CPU_SHAPES, GPU_SHAPES = ("384x1536", "1536x384", "384x384", "768x3072"), ("4096x4096", "4096x14336", "14336x4096")

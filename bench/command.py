@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import harness
-import report
 import torch
+
+from . import harness, report
 
 QUICK = 5, 5.0  # rounds, seconds
 

@@ -95,7 +95,7 @@ race() { # name, seconds at most, script, arguments...: a benchmark, which begin
     done
     seconds=$(((deadline - SECONDS) * mine / (sum ? sum : 1)))
     seconds=$((seconds < most ? seconds : most))
-    step "$name" $((seconds * 5 / 4)) bench.log "$python" "bench/$script" --out "$out/rows.jsonl" \
+    step "$name" $((seconds * 5 / 4)) bench.log "$python" "${safe[@]}" -m "bench.$script" --out "$out/rows.jsonl" \
         --total $((seconds * 3 / 4)) "$@"
 }
 
@@ -110,7 +110,7 @@ deadline=$proofs
 
 if [[ $dry ]]; then
     check=(--help)
-    tests=(tests/test_layout.py -k law)
+    tests=(tests/tools/test_layout.py -k law)
     bench=(--device cpu --quick --shape 128x96 --rows 64 --threads 1)
     serving=(--device cpu --quick --shape 128x96 --tokens 16)
     selective=(--device cpu --quick --case rows --shape 128x96 --rows 64)
@@ -125,8 +125,8 @@ else
     check=(--device cuda)
     # What needs no GPU ran elsewhere, so only files that choose a device run here.
     tests=(-m "gpu or not slow" --maxfail=30)
-    for file in $(grep -lE '\bDEVICE\b|\bbackends\b|cuda\.is_available' tests/test_*.py); do
-        [[ $file =~ _(bench|cli|cuda_build|demo|mutants|packaging|targets)|_sass ]] || tests+=("$file")
+    for file in $(grep -lE '\bDEVICE\b|\bbackends\b|cuda\.is_available' -r tests --include=test_*.py); do
+        [[ $file =~ tools/|/test_(build|sass) ]] || tests+=("$file")
     done
     bench=(--device cuda --seconds 8)
     serving=(--device cuda --seconds 8)
@@ -154,8 +154,8 @@ csrc=
 sees='from fastpeft import _C; _C.devices()[0] or exit(1)'
 if [[ ! $dry ]] && timeout 60 "$python" "${safe[@]}" -c "$sees" 2>/dev/null; then
     csrc=1
-    linear=(bench/bench_lora_linear.py --device cuda --gate-only --compile no)
-    decode=(bench/bench_multi_lora.py --device cuda --gate-only --sites 1 --variant "ours, cuda")
+    linear=("${safe[@]}" -m bench.bench_lora_linear --device cuda --gate-only --compile no)
+    decode=("${safe[@]}" -m bench.bench_multi_lora --device cuda --gate-only --sites 1 --variant "ours, cuda")
     linear+=(--variant "frozen, csrc" --variant "ours, cuda" --variant "ours, cuda, S inside")
     first() { # command...: csrc/ is taken out once it hangs, since every step after this would hang too
         [[ $csrc ]] || return 0
@@ -189,9 +189,9 @@ if [[ ! $dry && -x $sanitizer ]]; then
         step sanitizer "$limit" sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             "$sanitizer" --tool "$tool" --error-exitcode 9 --report-api-errors no "$python" "$@"
     }
-    guard memcheck 70 bench/bench_lora_linear.py --device cuda --gate-only --compile no --rows 130 --rank 5 \
+    guard memcheck 70 "${safe[@]}" -m bench.bench_lora_linear --device cuda --gate-only --compile no --rows 130 --rank 5 \
         --shape 200x136 --shape 136x200+72 --variant ours --variant "ours, base dtype"
-    guard memcheck 40 bench/bench_multi_lora.py --device cuda --gate-only --shape 200x136 --tokens 70 --variant ours
+    guard memcheck 40 "${safe[@]}" -m bench.bench_multi_lora --device cuda --gate-only --shape 200x136 --tokens 70 --variant ours
     for tool in ${csrc:+memcheck synccheck}; do
         guard "$tool" 40 "${decode[@]}" --shape 200x136 --tokens 20 --rank mixed
         guard "$tool" 40 "${linear[@]}" --shape 200x136 --rows 130 --rank 8
@@ -204,17 +204,17 @@ fi
 
 deadline=$end
 if [[ ! $csrc ]]; then races=${races/gemm:2 decode:2 /}; fi
-race bench 170 bench_lora_linear.py "${bench[@]}" "${more[@]}"
-race serving 90 bench_multi_lora.py "${serving[@]}"
-race bottleneck 70 bench_bottleneck.py "${bottleneck[@]}"
-race prompts 60 bench_prompt.py "${prompts[@]}"
+race bench 170 bench_lora_linear "${bench[@]}" "${more[@]}"
+race serving 90 bench_multi_lora "${serving[@]}"
+race bottleneck 70 bench_bottleneck "${bottleneck[@]}"
+race prompts 60 bench_prompt "${prompts[@]}"
 if [[ $csrc ]]; then
     # What the kernels of csrc/ have to beat, at the sizes their estimates are for; decoding in a graph of a whole
     # model.
     compared=(--variant "frozen linear" --variant "frozen, csrc" --variant "addmm form" --variant "ours, base dtype")
     compared+=(--variant "ours, cuda" --variant "ours, cuda, S inside")
     for rows in 4096 8192; do
-        race gemm 30 bench_lora_linear.py --device cuda --compile no --shape "${rows}x$rows" --rows "$rows" \
+        race gemm 30 bench_lora_linear --device cuda --compile no --shape "${rows}x$rows" --rows "$rows" \
             --rank 16 "${compared[@]}"
     done
     # PEFT decides on the host in every call, and is in the step serving: a model of its layers takes longer to make
@@ -224,18 +224,18 @@ if [[ $csrc ]]; then
         "vLLM's kernels" "SGLang's kernels"; do
         served+=(--variant "$name")
     done
-    race decode 50 bench_multi_lora.py --device cuda --sites 128 --shape 4096x4096 --tokens 16 \
+    race decode 50 bench_multi_lora --device cuda --sites 128 --shape 4096x4096 --tokens 16 \
         --adapters identical --adapters uniform --adapters distinct "${served[@]}"
 fi
-race selective 60 bench_selective.py "${selective[@]}"
+race selective 60 bench_selective "${selective[@]}"
 if [[ " $absent " == *" matplotlib "* ]]; then
     note plot "skipped: no matplotlib" 0
 else
-    step plot 30 bench.log "$python" bench/plot.py "$out/rows.jsonl" "$out/overhead.png" "${figure[@]}"
+    step plot 30 bench.log "$python" "${safe[@]}" -m bench.plot "$out/rows.jsonl" "$out/overhead.png" "${figure[@]}"
 fi
 
 # Not from the benchmarks' own words, which one that was stopped may not have said.
-[[ -f $out/rows.jsonl ]] && timeout 30 "$python" bench/report.py "$out/rows.jsonl"
+[[ -f $out/rows.jsonl ]] && timeout 30 "$python" "${safe[@]}" -m bench.report "$out/rows.jsonl"
 printf '\n'
 cat "$out/summary.txt"
 exit $failed

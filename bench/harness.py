@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-import machine
 import torch
-from clock import SEED, Times, at_most, interleave
 from torch import Tensor
 
 from fastpeft.testing import Ratios, error_vs_eager
+
+from . import machine
+from .clock import SEED, Times, at_most, interleave
 
 FROZEN, PEER = "frozen linear", "PEFT"  # the variants that the ratios of a row refer to
 FORWARD, BOTH = "fwd", "fwd+bwd"

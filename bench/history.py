@@ -6,8 +6,9 @@ pytest is not installed.
 
 from itertools import cycle
 
-import harness
 import torch
+
+from . import harness
 
 
 def device() -> torch.device:

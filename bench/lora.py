@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-import harness
-import peers
 import torch
-from harness import FORWARD, Call, Variant
 from torch import Tensor
+
+from . import harness, peers
+from .harness import FORWARD, Call, Variant
 
 SCALE = 2.0
 

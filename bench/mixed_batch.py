@@ -6,9 +6,10 @@ Popularity of the adapters as Punica has it (identical, distinct, uniform, zipf)
 import math
 from dataclasses import dataclass
 
-import harness
 import torch
 from torch import Tensor
+
+from . import harness
 
 POPULARITIES = ("uniform", "distinct", "identical", "zipf", "skewed", "half base", "base only")
 

@@ -1,6 +1,6 @@
 """Draws rows as a picture: time over the frozen linear's, for every variant and shape, forward and forward+backward.
 
-    python bench/plot.py rows.jsonl overhead.png [--rank 16] [--rows 8192] [--op lora_linear]
+    python -m bench.plot rows.jsonl overhead.png [--rank 16] [--rows 8192] [--op lora_linear]
 
 The frozen linear is the line at 1: what the same layer costs without an adapter. Whiskers are p20-p80.
 """

@@ -1,6 +1,6 @@
 """Rows for people: a table of every variant, and a short one of the ratios that decide.
 
-python bench/report.py rows.jsonl        # the short one, of whatever the file holds
+python -m bench.report rows.jsonl        # the short one, of whatever the file holds
 """
 
 import argparse
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from harness import BOTH, CASE, FORWARD, FROZEN, PASSES, PEER
+from .harness import BOTH, CASE, FORWARD, FROZEN, PASSES, PEER
 
 ADAPTERHUB, WHOLE, EAGER = "adapters", "whole weight", "eager"
 # What our variants are set beside, the first that was timed; every other op is set beside the frozen linear.

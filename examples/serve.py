@@ -24,8 +24,8 @@ from serve_race import BANK, MIXED, SERVER, TURNS, Ask
 from serve_training import Size
 from torch import nn
 
-from fastpeft.serving.server import background
-from fastpeft.serving.service import Limits, Service
+from fastpeft.serving.http.server import background
+from fastpeft.serving.http.service import Limits, Service
 
 RANKS = (4, 8, 16, 32)
 BASE = "base"

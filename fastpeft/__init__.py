@@ -33,9 +33,9 @@ _HOME = {
     "Selective": "methods",
     "load_selective": "methods",
     "select": "methods",
-    "accelerate": "integrations.accelerate",
+    "accelerate": "integrations.models",
     "register": "integrations.peft",
-    "restore": "integrations.accelerate",
+    "restore": "integrations.models",
     "explain": "ops",
 }
 

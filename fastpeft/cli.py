@@ -69,7 +69,7 @@ def _add_checkpoints(commands) -> None:
 
 
 def _inspect(directory: str) -> int:
-    from .methods.inspection import inspect_checkpoints
+    from .methods.formats.inspection import inspect_checkpoints
 
     try:
         found = inspect_checkpoints(directory)
@@ -81,7 +81,7 @@ def _inspect(directory: str) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from .methods.conversion import convert
+    from .methods.formats.conversion import convert
 
     try:
         print(convert(options.source, options.destination, options.to))
@@ -129,7 +129,7 @@ def _positive(text: str) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     try:
-        from .serving import start
+        from .serving.http import start
     except ImportError as error:
         print(f"fastpeft serve: {error}", file=sys.stderr)
         return 2

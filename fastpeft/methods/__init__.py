@@ -1,17 +1,17 @@
 """What a user attaches to a model: one config and the functions that act on the model with it."""
 
 from .attach import attach, detach
-from .bottleneck import Bottleneck
+from .bottleneck.config import Bottleneck
 from .checkpoint import adapter_state_dict, load, save
-from .lisa import LisaSchedule
-from .lora import Lora
+from .lora.config import Lora
 from .per_row import per_row
-from .prefix import PrefixTuning
-from .prompt import PromptTuning
+from .prefix.method import PrefixTuning
+from .prompt.method import PromptTuning
 from .report import LayerReport, Report, report
-from .selection import Selection, select
-from .selective import Selective
-from .selective_files import load_selective
+from .selective.config import Selective
+from .selective.files import load_selective
+from .selective.lisa import LisaSchedule
+from .selective.selection import Selection, select
 from .switch import disable_adapter, merge, set_adapter, unmerge
 
 __all__ = [

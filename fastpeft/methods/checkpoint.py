@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .attach import apply_all, resolve_all, take_back
 from .attachment import Attachment, attachment_of, holder_of
-from .files import safetensors
+from .formats.files import safetensors
+from .formats.peft_files import CONFIG, read_config
 from .method import Method
-from .peft_files import CONFIG, read_config
 from .registry import METHODS, method_named, method_of
-from .selective_files import add_to_lora, is_input_tokens, tokens_beside_lora
+from .selective.files import add_to_lora, is_input_tokens, tokens_beside_lora
 from .switch import refuse_merged
 
 

@@ -1,11 +1,11 @@
 """All methods, in the order in which they are applied."""
 
-from .bottleneck_method import BottleneckMethod
-from .lora_method import LoraMethod
+from .bottleneck.method import BottleneckMethod
+from .lora.method import LoraMethod
 from .method import Method
-from .prefix import PrefixMethod
-from .prompt import PromptMethod
-from .selective_method import SelectiveMethod
+from .prefix.method import PrefixMethod
+from .prompt.method import PromptMethod
+from .selective.method import SelectiveMethod
 
 METHODS: tuple[Method, ...] = (LoraMethod(), BottleneckMethod(), PromptMethod(), PrefixMethod(), SelectiveMethod())
 

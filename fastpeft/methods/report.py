@@ -8,7 +8,7 @@ from torch import nn
 from .. import ops
 from ..nn.bottleneck import BottleneckAdapter
 from .attachment import attachment_of
-from .bottleneck_holder import backend_of
+from .bottleneck.holder import backend_of
 from .layer_report import LayerReport
 from .registry import methods_of
 

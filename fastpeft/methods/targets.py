@@ -14,7 +14,7 @@ from ..nn.base_layer import is_conv1d, not_linear_reason
 from ..nn.lora import LoraLinear
 from ..nn.trained_copy import TrainedCopy
 from .attachment import original_child
-from .lora import Lora
+from .lora.config import Lora
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")

@@ -1,10 +1,10 @@
 """Many adapters on one model in one batch: a bank of slots, and a batcher that requests join and leave."""
 
-from .bank import AdapterBank
-from .batcher import Batcher
+from .bank.bank import AdapterBank
+from .bank.lease import Lease
+from .engine.batcher import Batcher
+from .engine.request import Request
 from .errors import BadCheckpoint, BankError, BankFull, QueueFull, UnknownAdapter
-from .lease import Lease
-from .request import Request
 
 __all__ = [
     "AdapterBank",

@@ -1,0 +1,208 @@
+"""The bottleneck config: which adapter, and where. Checked when made, so that no model is touched with a bad one."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from ... import _check
+from ...nn.bottleneck import INITS, SCALES
+from ...ops.bottleneck_arguments import ACTIVATIONS, NORMS
+
+PLACES = ("attention", "mlp", "cross")
+_DEFAULTS = {
+    "places": ("mlp",),
+    "reduction_factor": 16,
+    "activation": "relu",
+    "scale": 1.0,
+    "parallel": False,
+    "original_norm_before": False,
+    "original_norm_after": True,
+    "residual_before_norm": True,
+    "init": "bert",
+    "stochastic_depth": 0.0,
+}
+_PARALLEL = {"parallel": True, "reduction_factor": 2, "scale": 4.0, "init": "mam"}
+# By the names that AdapterHub's library has for them; what is not given is as in _DEFAULTS.
+PRESETS: dict[str, dict] = {
+    "seq_bn": {"original_norm_before": True},
+    "double_seq_bn": {"places": ("attention", "mlp"), "activation": "silu"},
+    "par_bn": _PARALLEL,
+    "scaled_par_bn": {**_PARALLEL, "scale": "learned"},
+    "adapter_plus": {
+        "original_norm_before": True,
+        "original_norm_after": False,
+        "residual_before_norm": False,
+        "reduction_factor": 96,
+        "activation": "gelu",
+        "scale": "channel",
+        "init": "houlsby",
+        "stochastic_depth": 0.1,
+    },
+}
+PRESETS |= {"pfeiffer": PRESETS["seq_bn"], "houlsby": PRESETS["double_seq_bn"], "parallel": PRESETS["par_bn"]}
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Bottleneck adapters for ``fastpeft.attach``: ``y = residual + scale · (act(norm(x) Dᵀ + d) Uᵀ + u)``.
+
+    Names in [brackets] are those of AdapterHub's library ``adapters``. What is None is as the preset has it.
+
+    Args:
+        preset: "seq_bn" (Pfeiffer: after the MLP), "double_seq_bn" (Houlsby: after attention and MLP), "par_bn" (He:
+            beside the MLP, scale 4), "scaled_par_bn" (its scale learned), "adapter_plus" (Steitz and Roth); also
+            "pfeiffer", "houlsby", "parallel".
+        places: any of "attention", "mlp", "cross" (after cross-attention) [mh_adapter, output_adapter, cross_adapter].
+        size: width of the bottleneck; or reduction_factor: the model's width over it, at least 1 wide; a dict gives one
+            for each layer number, and for the key "default" [reduction_factor].
+        activation: "relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "identity" [non_linearity].
+        scale: a number, "learned" (one parameter) or "channel" (one a feature) [scaling].
+        parallel: fed with the input of the sub-block's residual connection instead of its output [is_parallel].
+        norm: of the adapter's own, before it: "layer" [ln_before] or "rms". norm_after: LayerNorm after it [ln_after];
+            residual_first: whether the residual is added before that norm [adapter_residual_before_ln].
+        original_norm_before: feed it with the sub-block's output after the model's own residual connection, and norm
+            where there is one [original_ln_before]. original_norm_after: apply these after it as well
+            [original_ln_after]. residual_before_norm: take the adapter's residual before them (True), after them
+            (False) or between them ("post_add") [residual_before_ln]. Of sequential adapters only.
+        gating: multiply by a learned gate, averaged over the sequence [use_gating].
+        dropout: of its output; stochastic_depth: of the whole adapter for a sample. In training only.
+        init: "bert", "mam" (starts as the frozen model) or "houlsby" [init_weights].
+        leave_out: numbers of layers without adapters [leave_out].
+        targets: where to put them instead of places, on any model: a regular expression for whole paths, a list of
+            paths or their ends, or a function of (path, module). The adapter follows the module (``parallel``: stands
+            beside it), its residual is the module's output, and the ``original_norm`` settings have no meaning.
+        features: width of the modules in targets, where it cannot be read off.
+        dtype: of the adapters; None is the model's, or float32 where that is 16 bits wide.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it is and what was expected.
+    """
+
+    preset: str = "seq_bn"
+    places: Sequence[str] | None = None
+    size: int | None = None
+    reduction_factor: float | Mapping[str, float] | None = None
+    activation: str | None = None
+    scale: float | str | None = None
+    parallel: bool | None = None
+    norm: str | None = None
+    norm_after: bool = False
+    residual_first: bool = False
+    original_norm_before: bool | None = None
+    original_norm_after: bool | None = None
+    residual_before_norm: bool | str | None = None
+    gating: bool = False
+    dropout: float = 0.0
+    stochastic_depth: float | None = None
+    init: str | None = None
+    leave_out: Sequence[int] = ()
+    targets: str | Sequence[str] | Callable[[str, nn.Module], bool] | None = None
+    features: int | None = None
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
+            raise ValueError(f"Bottleneck: preset is {self.preset!r}, expected one of {', '.join(PRESETS)}")
+        if self.size is not None and self.reduction_factor is not None:
+            raise ValueError(
+                f"Bottleneck: size is {self.size!r} beside reduction_factor={self.reduction_factor!r}, expected one"
+            )
+        for name, value in {**_DEFAULTS, **PRESETS[self.preset]}.items():
+            if getattr(self, name) is None and not (name == "reduction_factor" and self.size is not None):
+                object.__setattr__(self, name, value)
+        self._check_numbers()
+        self._check_words()
+        self._check_targets()
+        self._check_residual()
+
+    def _check_numbers(self):
+        for name in ("size", "features"):
+            if getattr(self, name) is not None:
+                _check.positive("Bottleneck", name, getattr(self, name))
+        factors = self.reduction_factor if isinstance(self.reduction_factor, Mapping) else {"": self.reduction_factor}
+        for key, value in factors.items() if self.reduction_factor is not None else ():
+            label = f"reduction_factor[{key!r}]" if key else "reduction_factor"
+            if _check.finite("Bottleneck", label, value) <= 0:
+                raise ValueError(f"Bottleneck: {label} is {value!r}, expected a number above 0")
+        if isinstance(self.scale, str):
+            _one_of("scale", self.scale, SCALES)
+        else:
+            _check.finite("Bottleneck", "scale", self.scale)
+        for name in ("dropout", "stochastic_depth"):
+            _check.probability("Bottleneck", name, getattr(self, name))
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"Bottleneck: dtype is {self.dtype!r}, expected a floating-point torch.dtype or None")
+
+    def _check_words(self):
+        _one_of("activation", self.activation, ACTIVATIONS)
+        _one_of("init", self.init, INITS)
+        _one_of("norm", self.norm, (None, *NORMS))
+        for name in ("parallel", "norm_after", "residual_first", "original_norm_before", "original_norm_after"):
+            _flag(name, getattr(self, name))
+        _flag("gating", self.gating)
+        _one_of("residual_before_norm", self.residual_before_norm, (True, False, "post_add"))
+        places = (self.places,) if isinstance(self.places, str) else tuple(self.places)
+        for place in places:
+            _one_of("places", place, PLACES)
+        object.__setattr__(self, "places", tuple(place for place in PLACES if place in places))
+        leave_out = tuple(self.leave_out) if isinstance(self.leave_out, Sequence) else (self.leave_out,)
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in leave_out):
+            raise ValueError(f"Bottleneck: leave_out is {self.leave_out!r}, expected layer numbers of at least 0")
+        object.__setattr__(self, "leave_out", leave_out)
+
+    def _check_targets(self):
+        if self.targets is None:
+            if not self.places:
+                raise ValueError(f"Bottleneck: places is {self.places!r}, expected some of {', '.join(PLACES)}")
+        elif isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise ValueError(
+                    f"Bottleneck: targets is {self.targets!r}, expected a regular expression ({error})"
+                ) from None
+        elif not callable(self.targets):
+            words = tuple(self.targets) if isinstance(self.targets, Sequence) else (None,)
+            if not words or not all(isinstance(word, str) and word for word in words):
+                raise TypeError(f"Bottleneck: targets is {self.targets!r}, expected names, a pattern or a function")
+            object.__setattr__(self, "targets", words)
+
+    def _check_residual(self):
+        if self.parallel or self.targets is not None or self.original_norm_after:
+            return
+        if not self.original_norm_before or self.residual_before_norm is not False:
+            raise ValueError(
+                "Bottleneck: original_norm_after=False would lose the model's residual connection, expected "
+                "original_norm_before=True and residual_before_norm=False beside it"
+            )
+
+    def size_of(self, features: int, layer: int | None) -> int:
+        """Width of the bottleneck in a layer of this width; the rule is that of ``adapters``."""
+        if self.size is not None:
+            return self.size
+        factor = self.reduction_factor
+        if isinstance(factor, Mapping):
+            found = factor.get(str(layer), factor.get(layer, factor.get("default")))
+            if found is None:
+                raise ValueError(
+                    f"Bottleneck: reduction_factor has no entry for layer {layer}, expected one or 'default'"
+                )
+            factor = found
+        return max(1, int(features // factor))
+
+    def as_dict(self) -> dict:
+        """Every field by its name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"Bottleneck: {name} is {value!r}, expected True or False")
+
+
+def _one_of(name: str, value: object, expected: Sequence) -> None:
+    if not any(value is e or (isinstance(e, str) and value == e) for e in expected):
+        raise ValueError(f"Bottleneck: {name} is {value!r}, expected one of {', '.join(map(str, expected))}")

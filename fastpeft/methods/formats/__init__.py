@@ -1,0 +1,1 @@
+"""Checkpoints' files: PEFT's, AdapterHub's and our own; read, written, inspected and converted."""

@@ -1,0 +1,110 @@
+"""PEFT's ``adapter_config.json`` to and from ``Lora``. Fields that mean something we do not do are refused by name."""
+
+import re
+from collections.abc import Sequence
+
+from ..lora.config import BIASES, Lora
+from ..targets import ALL_LINEAR
+
+# Fields of PEFT's config that are ours, by our name.
+_FIELDS = {
+    "r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
+    "layers_pattern": "layers_pattern",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "use_rslora": "rslora",
+    "bias": "bias",
+    "lora_bias": "lora_bias",
+    "modules_to_save": "modules_to_save",
+}
+_REQUIRED = ("peft_type", "r", "target_modules")
+# Fields that do not change what a trained adapter computes, or that the model itself tells (fan_in_fan_out).
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+_INITS = {"kaiming": True, "gaussian": "gaussian", "random": False}
+# These start A and B differently but leave the frozen weights alone, so a trained adapter is an ordinary one.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def to_peft(
+    config: Lora, linears: Sequence[str], paths: Sequence[str], fan_in_fan_out: bool, base_model: str | None
+) -> dict:
+    """The fields of PEFT's LoraConfig for ``config``.
+
+    "all-linear" and ``layers`` become the paths of the adapted layers, ``linears``: which layers the former means, and
+    which paths the latter finds, has changed between versions of PEFT. ``paths`` are those of all modules.
+    """
+    fields = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
+    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    if config.targets == ALL_LINEAR or config.layers is not None:
+        fields.update(target_modules=_exactly(linears, paths), layers_to_transform=None, layers_pattern=None)
+    fields.update(
+        rank_pattern=dict(config.rank_pattern),
+        alpha_pattern=dict(config.alpha_pattern),
+        modules_to_save=fields["modules_to_save"] or None,
+        # PEFT refuses lora_bias beside "gaussian"; how a trained adapter once started does not matter.
+        init_lora_weights=True if config.lora_bias else _INITS[config.init],
+        fan_in_fan_out=fan_in_fan_out,
+        peft_type="LORA",
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+        task_type=None,
+    )
+    return dict(sorted(fields.items()))
+
+
+def _exactly(linears: Sequence[str], paths: Sequence[str]) -> list[str] | str:
+    """The paths, or a regular expression for them where PEFT would take one for the end of another module's."""
+    ends, adapted = tuple(f".{path}" for path in linears), set(linears)
+    if any(path.endswith(ends) and path not in adapted for path in paths):
+        return f"({'|'.join(map(re.escape, sorted(linears)))})"
+    return sorted(linears)
+
+
+def from_peft(op: str, fields: object) -> Lora:
+    """The config that PEFT's fields describe.
+
+    Raises:
+        ValueError: not a LoRA config of PEFT, or a field asks for what is not served here (DoRA, other variants, ...).
+    """
+    if not isinstance(fields, dict) or any(fields.get(name) is None for name in _REQUIRED):
+        raise ValueError(f"{op}: adapter_config.json is no LoRA config, expected the fields {', '.join(_REQUIRED)}")
+    if fields["peft_type"] != "LORA":
+        raise ValueError(f"{op}: adapter_config.json has peft_type={fields['peft_type']!r}, expected 'LORA'")
+    for name, value in fields.items():
+        if value and name not in _FIELDS and name not in _WITHOUT_EFFECT:
+            raise ValueError(f"{op}: adapter_config.json has {name}={value!r}, which is not served")
+    init = fields.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise ValueError(f"{op}: adapter_config.json has init_lora_weights={init!r}, which changes the frozen weights")
+    settings = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None}
+    if settings.get("bias", "none") not in BIASES:
+        raise ValueError(
+            f"{op}: adapter_config.json has bias={settings['bias']!r}, expected one of {', '.join(BIASES)}"
+        )
+    targets = settings.get("targets")
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        settings["targets"] = ALL_LINEAR
+    for name in ("exclude", "layers_pattern", "layers"):
+        if name in settings and settings[name] in ("", []):
+            del settings[name]
+    known = {value: name for name, value in _INITS.items()}
+    return Lora(**settings, init=known.get(init, "kaiming"))

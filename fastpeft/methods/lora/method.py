@@ -1,0 +1,241 @@
+"""LoRA, as ``attach`` drives it: LoraLinear around linear layers, copies of whole modules, the model's own biases."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ...nn.base_layer import is_conv1d
+from ...nn.lora import LoraLinear
+from ...nn.sharing import share_inputs, unshare_inputs
+from ...nn.trained_copy import TrainedCopy
+from ..attachment import attachment_of, original_names, replace_module
+from ..bypasses import restore_bypasses, stop_bypasses
+from ..formats.files import write_json, write_tensors
+from ..formats.peft_files import CONFIG, PREFIX, WEIGHTS, read_tensors
+from ..formats.peft_format import from_peft, to_peft
+from ..method import Method
+from ..targets import Targets, resolve, walk
+from . import keys as lora_keys
+from .config import Lora
+from .record import LoraRecord, note_biases, switch_biases
+
+
+class LoraMethod(Method):
+    name, config, title = "lora", Lora, "LoRA"
+    unmergeable = None
+
+    def new_record(self) -> LoraRecord:
+        return LoraRecord()
+
+    def resolve(self, op: str, model: nn.Module, config: Lora, name: str, strict: bool = True) -> tuple[Lora, Targets]:
+        record = self.record(model)
+        known = tuple(f"{path}." for path in (*record.linears, *record.copies)) if record else ()
+        for path, module in model.named_modules():
+            if isinstance(module, LoraLinear | TrainedCopy) and not f"{path}.".startswith(known):
+                raise ValueError(f"{op}: {path} has adapters of its own, expected a model without")
+        if record is not None:
+            both = [*self.configs(model).items(), (name, config)]
+            biased = [other for other, c in both if c.bias != "none"]
+            if biased and len(both) > 1:
+                raise ValueError(
+                    f"{op}: adapter {biased[0]!r} trains the model's biases, expected bias='none' with two adapters"
+                )
+        targets = resolve(op, model, config, strict)
+        for path in targets.copies:
+            for inner, module in model.get_submodule(path).named_modules():
+                if getattr(type(module), "fastpeft_added", False) and not inner.startswith("fastpeft_"):
+                    raise ValueError(f"{op}: modules_to_save names {path}, but an adapter was added to a module inside")
+        return config, targets
+
+    def apply(self, model: nn.Module, plan: tuple[Lora, Targets], name: str) -> None:
+        (config, targets), record = plan, self.record(model)
+        modules = {path: model.get_submodule(path) for path in (*targets.linears, *targets.copies)}
+        try:
+            # Memory may run out up to here; only then is the model changed.
+            built = {path: _adapted(modules[path], path, config, name) for path in targets.linears}
+            built.update((path, _copied(modules[path], name)) for path in targets.copies)
+        except BaseException:
+            _take_back(modules.values(), name)
+            raise
+        for path, module in built.items():
+            if module is not modules[path]:
+                replace_module(model, path, module)
+                (record.linears if isinstance(module, LoraLinear) else record.copies).append(path)
+                if isinstance(module, LoraLinear):
+                    module.set_adapter([])
+        note_biases(model, record, config)
+        stop_bypasses(model, record.attributes, lambda module: isinstance(module, LoraLinear))
+        _share_inputs(model, self.configs(model))
+
+    def discard(self, model: nn.Module, name: str) -> None:
+        record = self.record(model)
+        _take_back([model.get_submodule(path) for path in (*record.linears, *record.copies)], name)
+        for paths, added, original in (
+            (record.linears, "adapters", "base_layer"),
+            (record.copies, "copies", "original_module"),
+        ):
+            for path in list(paths):
+                module = model.get_submodule(path)
+                if not len(getattr(module, added)):
+                    replace_module(model, path, getattr(module, original))
+                    paths.remove(path)
+        if not record.linears and not record.copies:
+            self.remove(model)
+        else:
+            _share_inputs(model, {other: c for other, c in self.configs(model).items() if other != name})
+
+    def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
+        record = self.record(model)
+        if not keep_merged:
+            self.unmerge(model)
+            switch_biases(model, record, trained=False)
+        for path in record.linears:
+            replace_module(model, path, model.get_submodule(path).base_layer)
+        for path in record.copies:
+            module = model.get_submodule(path)
+            kept = module.copies[module.active] if keep_merged and module.active else module.original_module
+            replace_module(model, path, kept)
+        restore_bypasses(model, record.attributes)
+        unshare_inputs(model)
+
+    def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:
+        for path in self.record(model).copies:
+            if len([name for name in names if name in model.get_submodule(path).copies]) > 1:
+                raise ValueError(f"{op}: {list(names)} all have a copy of {path}, expected one active copy")
+
+    def set_active(self, model: nn.Module, names: Sequence[str], trainable: bool = True) -> None:
+        record = self.record(model)
+        for layer in layers_of(model, record):
+            layer.set_adapter([name for name in names if name in layer.adapters], trainable)
+        for path in record.copies:
+            wrapper = model.get_submodule(path)
+            wrapper.set_active(next((name for name in names if name in wrapper.copies), None), trainable)
+        if record.biases:
+            active = any(c.bias != "none" for name, c in self.configs(model).items() if name in names)
+            switch_biases(model, record, trained=active)
+            parameters = original_names(model, attachment_of(model))
+            for bias in record.biases:
+                parameters[bias].requires_grad_(active and trainable)
+
+    def disable(self, model: nn.Module) -> Callable[[], None]:
+        record = self.record(model)
+        modules = [model.get_submodule(path) for path in (*record.linears, *record.copies)]
+        modules = [module for module in modules if not module.disabled]
+        merged = [layer for layer in layers_of(model, record) if layer.merged]
+        trained = bool(record.biases) and record.trained is None
+        for layer in merged:
+            layer.unmerge()
+        if trained:
+            switch_biases(model, record, trained=False)
+        for module in modules:
+            module.disabled = True
+
+        def enable() -> None:
+            for module in modules:
+                module.disabled = False
+            if trained:
+                switch_biases(model, record, trained=True)
+            for layer in merged:
+                layer.merge()
+
+        return enable
+
+    def merged(self, model: nn.Module) -> bool:
+        return any(layer.merged for layer in layers_of(model, self.record(model)))
+
+    def prepare_merge(self, model: nn.Module) -> Callable[[], None] | None:
+        owners: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        ready = []
+        for path in self.record(model).linears:
+            layer = model.get_submodule(path)
+            if not layer.active:
+                continue
+            tied = owners[id(layer.weight)]
+            if len(tied) > 1:
+                raise ValueError(
+                    f"merge: the weight of {path} is also {next(n for n in tied if not n.startswith(path))}"
+                )
+            try:
+                ready.append((layer, layer.merged_tensors()))
+            except ValueError as error:
+                raise ValueError(f"merge: {path}: {error}") from None
+        return (lambda: [layer.merge(tensors) for layer, tensors in ready]) if ready else None
+
+    def unmerge(self, model: nn.Module) -> None:
+        for layer in layers_of(model, self.record(model)):
+            if layer.merged:
+                layer.unmerge()
+
+    def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        return lora_keys.parameters(model, self.record(model), self.configs(model)[name], name)
+
+    def expected(self, model: nn.Module, config: Lora, plan: tuple[Lora, Targets]) -> dict[str, tuple[int, ...]]:
+        return lora_keys.expected(model, config, plan[1])
+
+    def recognises(self, fields: Mapping) -> bool:
+        return fields.get("peft_type") == "LORA"
+
+    def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Lora, dict[str, Tensor]]:
+        return from_peft(op, fields), read_tensors(op, directory)
+
+    def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
+        linears = [path for path in self.record(model).linears if name in model.get_submodule(path).adapters]
+        conv1d = any(is_conv1d(model.get_submodule(path).base_layer) for path in linears)
+        paths = [path for path, _ in walk(model)]
+        base = getattr(model, "name_or_path", None) or None
+        fields = to_peft(self.configs(model)[name], linears, paths, conv1d, base)
+        write_tensors(op, directory / WEIGHTS, {self.checkpoint_key(key): value for key, value in tensors.items()})
+        write_json(directory / CONFIG, fields)
+
+    def checkpoint_key(self, key: str) -> str:
+        return PREFIX + key
+
+    def ignores(self, key: str) -> bool:
+        # PEFT saves biases of a copied module three times when it trains all; the copy's own are the ones it reads.
+        # Token rows beside LoRA are read by the method that trains them.
+        return bool({"original_module", "modules_to_save", "token_adapter"} & {*key.split(".")})
+
+    def must_be_float(self, key: str) -> bool:
+        return ".lora_" in key
+
+
+def layers_of(model: nn.Module, record: LoraRecord) -> list[LoraLinear]:
+    return [model.get_submodule(path) for path in record.linears]
+
+
+def _adapted(module: nn.Module, path: str, config: Lora, name: str) -> LoraLinear:
+    settings = {
+        "r": config.rank_of(path),
+        "alpha": config.alpha_of(path),
+        "dropout": config.dropout,
+        "rslora": config.rslora,
+        "lora_bias": config.lora_bias,
+        "init": config.init,
+        "dtype": config.dtype,
+    }
+    if isinstance(module, LoraLinear):
+        module.add_adapter(name, **settings)
+        return module
+    return LoraLinear(module, name, **settings)
+
+
+def _copied(module: nn.Module, name: str) -> TrainedCopy:
+    wrapper = module if isinstance(module, TrainedCopy) else TrainedCopy(module)
+    wrapper.add_copy(name)
+    return wrapper
+
+
+def _take_back(modules: Iterable[nn.Module], name: str) -> None:
+    for module in modules:
+        added = getattr(module, "adapters" if isinstance(module, LoraLinear) else "copies", None)
+        if isinstance(module, LoraLinear | TrainedCopy) and name in added:
+            del added[name]
+
+
+def _share_inputs(model: nn.Module, configs: Mapping[str, Lora]) -> None:
+    unshare_inputs(model)
+    if all(config.share_inputs for config in configs.values()):
+        share_inputs(model, lambda module: isinstance(module, LoraLinear))

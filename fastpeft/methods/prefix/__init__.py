@@ -1,0 +1,1 @@
+"""Prefix tuning: its config and what it does to a model."""

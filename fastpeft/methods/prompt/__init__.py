@@ -1,0 +1,1 @@
+"""Prompt tuning: its config and what it does to a model."""

@@ -1,0 +1,145 @@
+"""LISA: of a stack of blocks only a few train at a time, and which ones changes every so many steps.
+
+Source: Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning" (2024).
+"""
+
+import random
+
+from torch import nn
+
+from ... import _check
+from .blocks import blocks_of
+from .grad_entry import GradEntry
+from .selection import Selection, selection_of
+
+
+class LisaSchedule:
+    """Rotates the blocks that train. Call ``step`` before each training step, or pass it to a Trainer as a callback.
+
+    >>> schedule = LisaSchedule(model, n_active=2, every=20)
+    >>> optimizer = torch.optim.AdamW(schedule.parameters())     # all that will ever train
+    >>> for batch in batches:
+    ...     schedule.step(optimizer)
+    ...     model(**batch).loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    Until the first step everything that the schedule ever trains asks for gradients, so that an optimizer that is built
+    in between (a Trainer's too) knows it all. Which blocks are active is a function of the seed and the step's number,
+    so a resumed run draws the same.
+
+    Args:
+        model: a model, whose other parameters are frozen; or a ``Selection``, whose blocks rotate while the rest of it
+            always trains.
+        n_active: blocks that train at a time. every: steps between draws. seed: of the draws.
+        train_embeddings, train_head: whether the input embedding and the output head of a model always train. Tied,
+            they are one.
+        keep_state: keep the optimizer's state of blocks that rest. By default it is dropped, which saves its memory;
+            a block then starts anew each time, as in the paper.
+        blocks: path of the ModuleList; None is the longest one of modules of one type.
+
+    Raises:
+        TypeError, ValueError: naming what is wrong; nothing has been changed then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Selection,
+        n_active: int = 2,
+        every: int = 20,
+        seed: int = 0,
+        train_embeddings: bool = False,
+        train_head: bool = True,
+        keep_state: bool = False,
+        blocks: str | None = None,
+    ):
+        if not isinstance(model, nn.Module | Selection):
+            raise TypeError(f"LisaSchedule: model is {type(model).__name__}, expected a torch.nn.Module or a Selection")
+        _check.positive("LisaSchedule", "n_active", n_active)
+        self.every, self.seed, self.keep_state = _check.positive("LisaSchedule", "every", every), seed, keep_state
+        selected = dict(model.named_parameters()) if isinstance(model, Selection) else None
+        self.model = model.model if isinstance(model, Selection) else model
+        if selected is None and selection_of(model) is not None:
+            raise ValueError("LisaSchedule: model has a selection, expected that Selection, or a model without")
+        prefixes = [f"{path}." for path in blocks_of("LisaSchedule", self.model, blocks)]
+        members = dict(self.model.named_parameters()) if selected is None else selected
+        found = [[p for name, p in members.items() if name.startswith(prefix)] for prefix in prefixes]
+        self.blocks = [block for block in found if block]
+        if n_active > len(self.blocks):
+            raise ValueError(f"LisaSchedule: n_active is {n_active}, expected at most {len(self.blocks)} blocks")
+        self.n_active, self.steps, self.active = n_active, 0, ()
+        if selected is None:
+            self.always = self._ends(train_embeddings, train_head)
+            self._entry = GradEntry(self.model)
+        else:
+            self.always = [p for name, p in selected.items() if not name.startswith(tuple(prefixes))]
+            self._entry = None
+        self._flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        self.model.requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is ever trained, for an optimizer."""
+        return [p for block in self.blocks for p in block] + self.always
+
+    def step(self, optimizer=None) -> tuple[int, ...]:
+        """Before a training step: the numbers of the blocks that train in it.
+
+        Args:
+            optimizer: whose state of blocks that come to rest is dropped (unless ``keep_state``).
+        """
+        active = self.drawn(self.steps)
+        if active != self.active:
+            self._activate(active, optimizer)
+        self.steps += 1
+        return active
+
+    def drawn(self, step: int) -> tuple[int, ...]:
+        """The blocks that train in a step, counted from 0."""
+        draw = random.Random(f"{self.seed} {step // self.every}")
+        return tuple(sorted(draw.sample(range(len(self.blocks)), self.n_active)))
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs: how many steps have been begun."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]
+
+    def close(self) -> None:
+        """Give every parameter the requires_grad it had."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
+        if self._entry is not None:
+            self._entry.remove()
+
+    def on_step_begin(self, args, state, control, optimizer=None, **_):
+        """transformers' callback: the Trainer counts the steps, so that resuming needs nothing else."""
+        self.steps = state.global_step
+        self.step(optimizer)
+        return control
+
+    def __getattr__(self, name):
+        if name.startswith("on_"):  # the other events of a TrainerCallback
+            return lambda args, state, control, **_: control
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _activate(self, active: tuple[int, ...], optimizer) -> None:
+        for number, block in enumerate(self.blocks):
+            for parameter in block:
+                parameter.requires_grad_(number in active)
+                if number in active:
+                    continue
+                parameter.grad = None  # or the optimizer would go on updating it
+                if optimizer is not None and not self.keep_state:
+                    optimizer.state.pop(parameter, None)
+        self.active = active
+
+    def _ends(self, train_embeddings: bool, train_head: bool) -> list[nn.Parameter]:
+        found = []
+        for wanted, name in ((train_embeddings, "get_input_embeddings"), (train_head, "get_output_embeddings")):
+            try:
+                module = getattr(self.model, name)() if wanted and hasattr(self.model, name) else None
+            except (AttributeError, NotImplementedError):
+                module = None
+            found += [] if module is None else module.parameters()
+        return list(dict.fromkeys(found))

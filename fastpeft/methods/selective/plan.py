@@ -1,0 +1,260 @@
+"""What a ``Selective`` config means on a model. Reads the model, never changes it."""
+
+import random
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ...nn.base_layer import is_conv1d, not_linear_reason
+from ...nn.branch import own_path_reason
+from ...nn.live_slice import LiveSlice, index_of
+from ...nn.token_rows import no_embedding_reason
+from ..attachment import attachment_of, original_child, original_names
+from ..targets import walk
+from .blocks import blocks_of, chosen, near
+from .config import Selective
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows or columns of a linear layer, or tokens of an embedding and the output layers tied to it."""
+
+    path: str
+    kind: str  # rows, columns or tokens
+    index: Tensor
+    tied: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.path}.{self.kind}"
+
+
+@dataclass
+class Plan:
+    """What is trained: whole parameters by name, with the selector that meant them; new biases; slices."""
+
+    whole: dict[str, str] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+    slices: list[Slice] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def explicit(self) -> Selective:
+        """The config that means exactly this on any model with these names."""
+        by_kind = {
+            k: {s.path: s.index.tolist() for s in self.slices if s.kind == k} for k in ("rows", "columns", "tokens")
+        }
+        return Selective(params=list(self.whole), add_missing_bias=self.biases or False, **by_kind)
+
+
+def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters, by the names they had before anything was attached."""
+    state = attachment_of(model)
+    if state is None:
+        return dict(model.named_parameters())
+    return {name: p for name, p in original_names(model, state).items() if name in state.flags}
+
+
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's own modules, by path; a LoRA layer stands for its linear layer."""
+    return {p: m.base_layer if isinstance(m, LiveSlice) else m for p, m in walk(model)}
+
+
+def original_at(model: nn.Module, path: str) -> nn.Module:
+    """The model's own module at a path, also where another stands for it."""
+    return _innermost(own_modules(model)[path])
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while original_child(module) is not None:
+        module = getattr(module, original_child(module))
+    return module
+
+
+def resolve(op: str, model: nn.Module, config: Selective) -> Plan:
+    """Find and check everything; raises whatever can be wrong and touches nothing.
+
+    Raises:
+        ValueError: a selector matches nothing (with near misses), or two of them mean the same weight.
+        TypeError: a module that was named cannot be sliced.
+    """
+    parameters, modules, plan = own_parameters(model), own_modules(model), Plan()
+    scope = None
+    if config.layers is not None:
+        paths = chosen(op, config.layers, blocks_of(op, model, config.blocks))
+        scope = tuple(f"{path}." for path in paths)
+        if not config.within:
+            plan.whole.update((name, "layers") for name in parameters if name.startswith(scope))
+
+    def in_scope(name: str) -> bool:
+        return scope is None or name.startswith(scope)
+
+    for word in config.params:
+        found = [name for name in _named(word, parameters, modules) if in_scope(name)]
+        if not found and not (word == "bias" and config.add_missing_bias):
+            where = "" if scope is None else f" in layers={config.layers!r}"
+            raise ValueError(f"{op}: params has {word!r}, which is no parameter{where}{near(word, parameters)}")
+        plan.whole.update((name, word if word in ("bias", "norm") else "params") for name in found)
+    _add_modules(op, config, parameters, modules, plan)
+    _add_biases(op, config, model, modules, in_scope, plan)
+    for kind in ("rows", "columns"):
+        for pattern, part in getattr(config, kind).items():
+            plan.slices += _slices(op, kind, pattern, part, config.seed, model, modules, in_scope)
+    _add_tokens(op, config, model, modules, plan)
+    _check_disjoint(op, parameters, modules, plan)
+    _note_ties(model, plan)
+    return plan
+
+
+def matches(pattern: str, names: Iterable[str]) -> list[str]:
+    """The name itself; else the names that end with it, or that it describes as a regular expression."""
+    names = list(names)
+    if pattern in names:
+        return [pattern]
+    ends = [name for name in names if name.endswith(f".{pattern}")]
+    if ends:
+        return ends
+    try:
+        return [name for name in names if re.fullmatch(pattern, name)]
+    except re.error:
+        return []
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A normalisation layer by its looks: its name says so, it holds no modules, and its parameters are vectors."""
+    own = list(module.parameters())
+    return (
+        "norm" in type(module).__name__.lower()
+        and bool(own)
+        and not len(module._modules)
+        and all(p.dim() < 2 for p in own)
+    )
+
+
+def _named(word, parameters, modules) -> list[str]:
+    if word == "bias":
+        return [name for name in parameters if name.rpartition(".")[2] == "bias" or name.endswith("_bias")]
+    if word == "norm":
+        norms = {path for path, module in modules.items() if is_norm(module)}
+        return [name for name in parameters if name.rpartition(".")[0] in norms]
+    return matches(word, parameters)
+
+
+def _add_modules(op, config, parameters, modules, plan):
+    for name in config.modules:
+        paths = matches(name, [path for path in modules if path])
+        prefixes = tuple(f"{path}." for path in paths)
+        owned = {id(p) for path in paths for p in modules[path].parameters()}
+        found = [n for n, p in parameters.items() if n.startswith(prefixes) or id(p) in owned] if paths else []
+        if not found:
+            what = "has no parameters" if paths else f"is no module{near(name, (path for path in modules if path))}"
+            raise ValueError(f"{op}: modules has {name!r}, which {what}")
+        plan.whole.update((n, "modules") for n in found)
+
+
+def _add_biases(op, config, model, modules, in_scope, plan):
+    if not config.add_missing_bias:
+        return
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears = {path: _innermost(module) for path, module in modules.items() if path}
+    linears = {path: m for path, m in linears.items() if not_linear_reason(m) is None}
+    if config.add_missing_bias is True:
+        plan.biases += [p for p, m in linears.items() if m.bias is None and m is not head and in_scope(f"{p}.")]
+        if not plan.biases and not plan.whole:
+            raise ValueError(f"{op}: add_missing_bias is True, but no linear layer lacks a bias")
+        return
+    for path in config.add_missing_bias:
+        if path not in linears or linears[path].bias is not None:
+            what = "has a bias" if path in linears else f"is no linear layer{near(path, linears)}"
+            raise ValueError(f"{op}: add_missing_bias has {path!r}, which {what}")
+        if not in_scope(f"{path}."):
+            raise ValueError(f"{op}: add_missing_bias has {path!r}, which is not in layers={config.layers!r}")
+        plan.biases.append(path)
+
+
+def _slices(op, kind, pattern, part, seed, model, modules, in_scope) -> list[Slice]:
+    found = [path for path in matches(pattern, (p for p in modules if p)) if in_scope(f"{path}.")]
+    if not found:
+        linears = [path for path, module in modules.items() if not_linear_reason(module) is None]
+        raise ValueError(f"{op}: {kind} has {pattern!r}, which is no linear layer{near(pattern, linears)}")
+    slices = []
+    for path in found:
+        module = modules[path]
+        reason = not_linear_reason(module) or own_path_reason(module)
+        if reason is not None:
+            raise TypeError(f"{op}: {kind} names {path}, which is {reason}, expected a plain nn.Linear or Conv1D")
+        size = module.weight.shape[(kind == "columns") != is_conv1d(module)]
+        numbers = part
+        if isinstance(part, float):
+            numbers = random.Random(f"{seed} {path}").sample(range(size), max(1, round(part * size)))
+        slices.append(Slice(path, kind, index_of(op, f"{kind}[{pattern!r}]", numbers, size)))
+    return slices
+
+
+def _add_tokens(op, config, model, modules, plan):
+    tables = config.tokens
+    if not isinstance(tables, Mapping):
+        tables = {_input_embedding(op, model, modules): tables} if tables else {}
+    for name, ids in tables.items():
+        embeddings = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
+        paths = matches(name, (path for path in modules if path))
+        if len(paths) != 1:
+            raise ValueError(f"{op}: tokens names {name!r}, which is {len(paths)} modules{near(name, embeddings)}")
+        module = modules[paths[0]]
+        reason = no_embedding_reason(module) or own_path_reason_but_hooks(module)
+        if reason is not None:
+            raise TypeError(f"{op}: tokens names {paths[0]}, which is {reason}, expected a plain nn.Embedding")
+        index = index_of(op, "tokens", ids, module.num_embeddings)
+        if module.padding_idx is not None and module.padding_idx in index.tolist():
+            raise ValueError(f"{op}: tokens has {module.padding_idx}, the padding, which gets no gradient")
+        tied = [p for p, m in modules.items() if m is not module and getattr(m, "weight", None) is module.weight]
+        for path in tied:
+            if not_linear_reason(modules[path]) is not None:
+                raise TypeError(f"{op}: {path} is tied to {paths[0]}, expected a plain nn.Linear")
+        plan.slices.append(Slice(paths[0], "tokens", index, tuple(tied)))
+
+
+def own_path_reason_but_hooks(module: nn.Module) -> str | None:
+    """Hooks move along with an embedding; another forward on the instance cannot."""
+    return "an Embedding with another forward on the instance" if "forward" in module.__dict__ else None
+
+
+def _input_embedding(op, model, modules) -> str:
+    table = None
+    if hasattr(model, "get_input_embeddings"):
+        try:
+            table = model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            table = None
+    for path, module in modules.items():
+        if table is not None and module is table:
+            return path
+    tables = {path: module.num_embeddings for path, module in modules.items() if isinstance(module, nn.Embedding)}
+    if not tables:
+        raise ValueError(f"{op}: tokens is given, but the model has no nn.Embedding")
+    return max(tables, key=tables.get)
+
+
+def _check_disjoint(op, parameters, modules, plan):
+    taken = {id(parameters[name]): name for name in plan.whole}
+    for part in plan.slices:
+        weight = modules[part.path].weight
+        if id(weight) in taken:
+            raise ValueError(f"{op}: {part.kind} and {taken[id(weight)]} mean the same weight, expected one of them")
+        taken[id(weight)] = f"{part.kind} of {part.path}"
+        sharers = [path for path, m in modules.items() if getattr(m, "weight", None) is weight and path != part.path]
+        if part.kind != "tokens" and sharers:
+            raise ValueError(f"{op}: {part.kind} names {part.path}, whose weight is also {sharers[0]}'s; use tokens")
+
+
+def _note_ties(model, plan):
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for names in owners.values():
+        trained = next((name for name in names if name in plan.whole), None)
+        if trained is not None and len(names) > 1:
+            plan.notes.append(f"{trained} is tied to {', '.join(n for n in names if n != trained)}")
+    for part in plan.slices:
+        plan.notes += [f"{path} is tied to {part.path}" for path in part.tied]

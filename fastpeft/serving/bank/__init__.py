@@ -1,0 +1,1 @@
+"""The adapters of many tenants in the slots of one model."""

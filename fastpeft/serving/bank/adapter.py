@@ -1,0 +1,196 @@
+"""An adapter in host memory, read from a PEFT checkpoint. Everything is checked here, before a bank changes."""
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ...methods.formats.peft_files import read_config, read_tensors, without_prefix
+from ...methods.formats.peft_format import from_peft
+from ...methods.lora.config import Lora
+from ...methods.targets import ALL_LINEAR, names
+from ..errors import BadCheckpoint
+from .sites import Site, unserved_reason
+
+_KEY = re.compile(r"(?P<path>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
+_SHOWN = 6
+
+
+class Adapter:
+    """One adapter's tensors on the host, and where it stands in the bank.
+
+    Attributes:
+        tensors: for each adapted layer ``A [r, K]`` and ``B [N, r]``; an embedding's A is ``[V, r]``.
+        ranks, scales: int32 and float32, one for each layer of the bank; 0 where the adapter has nothing. On a CPU
+            ranks are rounded up, and the tensors padded with zeros.
+        slot: of the device, or None; leases: how many batches and requests hold it; used: when, for the LRU order;
+            retired: unloaded or replaced while it was held; ready: the event after which its slot can be read.
+    """
+
+    def __init__(self, name: str, tensors: dict[Site, tuple[Tensor, Tensor]], ranks: Tensor, scales: Tensor):
+        self.name, self.tensors, self.ranks, self.scales = name, tensors, ranks, scales
+        self.slot: int | None = None
+        self.leases = self.used = 0
+        self.pinned = self.retired = False
+        self.ready = None
+
+
+def read_adapter(
+    op: str, name: str, source: object, config: object, model: nn.Module, sites: Sequence[Site], max_rank: int
+) -> Adapter:
+    """Read and check a folder, or a state dict with its config.
+
+    Raises:
+        BadCheckpoint: why it cannot be served. FileNotFoundError: a file is missing. TypeError: source or config is of
+            another kind.
+    """
+    fields = None if config is None else _fields(op, config)
+    if not isinstance(source, str | os.PathLike | Mapping):
+        raise TypeError(f"{op}: source is {type(source).__name__}, expected a folder or a state dict")
+    if fields is None and isinstance(source, Mapping):
+        raise TypeError(f"{op}: config is None, expected adapter_config.json's fields beside a state dict")
+    try:
+        fields, tensors = _read(op, source, fields)
+        lora = fields if isinstance(fields, Lora) else from_peft(op, fields)
+    except (ValueError, TypeError) as error:
+        raise BadCheckpoint(str(error)) from None
+    for field, unserved in (("bias", lora.bias != "none"), ("lora_bias", lora.lora_bias)):
+        if unserved:
+            raise BadCheckpoint(f"{op}: {name!r} has {field}={getattr(lora, field)!r}, expected no trained biases")
+    if lora.modules_to_save:
+        raise BadCheckpoint(f"{op}: {name!r} has modules_to_save={list(lora.modules_to_save)}, which are not served")
+    pairs = _pairs(op, name, model, {site.path: site for site in sites}, tensors)
+    _check_pairs(op, name, lora, sites, pairs, max_rank)
+    pin = sites[0].device.type == "cuda"
+    padded = sites[0].device.type == "cpu"
+    ranks, scales = torch.zeros(len(sites), dtype=torch.int32), torch.zeros(len(sites))
+    host = {}
+    for site, (a, b) in pairs.items():
+        r = lora.rank_of(site.path)
+        served = _rank_class(r, max_rank) if padded else r
+        a, b = pad(a, (0, 0, 0, served - r)), pad(b, (0, served - r))
+        host[site] = tuple(_host(op, name, site, t, pin) for t in (a.T if site.embedding else a, b))
+        ranks[site.index] = served
+        scale = lora.alpha_of(site.path) / (math.sqrt(r) if lora.rslora else r) * site.factor
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise BadCheckpoint(f"{op}: {name!r} has scale {scale} at {site.path}, expected a number of float32")
+        scales[site.index] = scale
+    return Adapter(name, host, ranks.pin_memory() if pin else ranks, scales.pin_memory() if pin else scales)
+
+
+def _rank_class(rank: int, max_rank: int) -> int:
+    """64, 256, ...: a CPU takes adapters of one rank together, and fewer calls are worth more than zeros cost."""
+    served = 64
+    while served < rank:
+        served *= 4
+    return min(served, max_rank)
+
+
+def _read(op: str, source: object, fields: object) -> tuple[object, dict[str, Tensor]]:
+    if not isinstance(source, Mapping):
+        directory = Path(source)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{op}: source {str(source)!r} is no folder")
+        return read_config(op, directory) if fields is None else fields, read_tensors(op, directory)
+    wrong = next((key for key, value in source.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        raise ValueError(f"{op}: source has {type(source[wrong]).__name__} under {wrong!r}, expected tensors")
+    return fields, without_prefix(op, "source", source)
+
+
+def _fields(op: str, config: object) -> object:
+    if isinstance(config, Lora):
+        return config
+    fields = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(fields, Mapping):
+        raise TypeError(f"{op}: config is {type(config).__name__}, expected a dict or peft.LoraConfig")
+    return {key: list(value) if isinstance(value, set) else value for key, value in fields.items()}
+
+
+def _pairs(
+    op: str, name: str, model: nn.Module, sites: Mapping[str, Site], tensors: Mapping[str, Tensor]
+) -> dict[Site, dict[str, Tensor]]:
+    """A and B of each layer; anything else is refused, but for the model's own embeddings, which PEFT saves."""
+    modules, found, foreign, unserved = dict(model.named_modules()), {}, [], []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            if not _same_as_model(modules, key, tensor):
+                unserved.append(f"{key}, which {_meaning(key)}")
+        elif match["path"] not in modules:
+            foreign.append(match["path"])
+        elif match["path"] not in sites:
+            reason = unserved_reason(match["path"], modules) or "not among the bank's targets"
+            unserved.append(f"{match['path']}, which is {reason}")
+        elif sites[match["path"]].embedding != (match["embedding"] is not None):
+            unserved.append(f"{key}, but the layer is a {type(modules[match['path']]).__name__}")
+        else:
+            found.setdefault(sites[match["path"]], {})[match["embedding"] or match["linear"]] = tensor
+    if foreign:
+        raise BadCheckpoint(
+            f"{op}: {name!r} is for another model: {type(model).__name__} has no {_some(dict.fromkeys(foreign))}"
+        )
+    if unserved:
+        raise BadCheckpoint(f"{op}: {name!r} has {_some(dict.fromkeys(unserved))}")
+    halves = [site.path for site, pair in found.items() if len(pair) < 2]
+    if halves:
+        raise BadCheckpoint(f"{op}: {name!r} has A without B, or B without A, of {_some(halves)}")
+    return {site: (pair["A"], pair["B"]) for site, pair in found.items()}
+
+
+def _same_as_model(modules: Mapping[str, nn.Module], key: str, tensor: Tensor) -> bool:
+    # PEFT saves the frozen weight of an embedding or a head beside its LoRA.
+    path = key.removesuffix(".weight").removesuffix(".base_layer")
+    weight = getattr(modules.get(path), "weight", None)
+    if not key.endswith(".weight") or weight is None or weight.shape != tensor.shape:
+        return False
+    return torch.equal(tensor.to(weight.device, weight.dtype), weight.detach())
+
+
+def _meaning(key: str) -> str:
+    if "lora_magnitude_vector" in key:
+        return "is DoRA's, which is not served"
+    if key.endswith(".bias"):
+        return "is a trained bias, which is not served"
+    return "is no LoRA weight (modules_to_save, a changed embedding or another variant), which is not served"
+
+
+def _check_pairs(
+    op: str, name: str, lora: Lora, sites: Sequence[Site], pairs: Mapping[Site, tuple[Tensor, Tensor]], max_rank: int
+) -> None:
+    missing, problems = [], []
+    for site in sites:
+        meant = site.plain_linear if lora.targets == ALL_LINEAR else True
+        if site not in pairs:
+            missing += [site.path] if meant and names(site.path, lora) else []
+            continue
+        (a, b), r = pairs[site], lora.rank_of(site.path)
+        if r > max_rank:
+            problems.append(f"rank {r} at {site.path}, expected at most the bank's max_rank={max_rank}")
+        for part, tensor, shape in (("A", a, (r, site.in_features)), ("B", b, (site.out_features, r))):
+            if tuple(tensor.shape) != shape:
+                problems.append(f"{part} {list(tensor.shape)} at {site.path}, expected {list(shape)}")
+            elif not tensor.is_floating_point():
+                problems.append(f"{part} of {tensor.dtype} at {site.path}, expected floating point")
+    if missing:
+        raise BadCheckpoint(f"{op}: {name!r} has no weights for {_some(missing)}, which its config names")
+    if problems:
+        raise BadCheckpoint(f"{op}: {name!r} has {_some(problems)}")
+
+
+def _host(op: str, name: str, site: Site, tensor: Tensor, pin: bool) -> Tensor:
+    """A copy of its own, in the bank's dtype; finite, which a large value in float16 is not."""
+    copy = torch.empty(tensor.shape, dtype=site.dtype, pin_memory=pin).copy_(tensor.detach())
+    if not torch.isfinite(copy).all():
+        raise BadCheckpoint(f"{op}: {name!r} has values at {site.path} that are not finite in {site.dtype}")
+    return copy
+
+
+def _some(items) -> str:
+    items = list(items)
+    return ", ".join(items[:_SHOWN]) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")

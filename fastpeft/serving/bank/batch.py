@@ -1,0 +1,82 @@
+"""The rows of a running batch and their adapters: what every adapted layer asks for while the batch runs."""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...ops.routing import Routing
+
+_KEPT = 8  # routings of recent shapes; a decode step needs two, a prompt that grows without a cache one a step
+
+
+class Batch:
+    """Rows side by side: row i's tokens use slot ``slots[i]``, or none where it is -1.
+
+    Args:
+        lengths: None for tensors ``[rows, ...]``, every row with as many tokens as the next; else the number of tokens
+            of each row, in tensors that hold the rows one after the other, as in ``[1, T, K]``.
+        picked: with lengths, the places of the tokens that alone reach the head, if some do.
+        slot_count: slots of the bank.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int] | None,
+        picked: Sequence[int] | None,
+        slot_count: int,
+        device: torch.device,
+    ):
+        self.rows = len(slots)
+        self.mask = 0  # bit s: a row uses slot s
+        for slot in slots:
+            self.mask |= 1 << slot if slot >= 0 else 0
+        self.total = None if lengths is None else sum(lengths)
+        self.shared = {}  # what siblings of one input left for each other
+        self.plans = {}
+        self._slot_count = slot_count
+        self._routings = {}
+        self._slots = torch.tensor(slots, dtype=torch.int32, device=device)
+        if lengths is not None:
+            counts = torch.tensor(lengths, device=device)
+            self._slots = torch.repeat_interleave(self._slots, counts, output_size=self.total)
+        self._picked = None if picked is None else torch.tensor(picked, device=device)
+
+    def routing(self, shape: torch.Size) -> Routing:
+        """Of the tokens of a tensor with these leading dimensions; made once for all layers and steps."""
+        found = self._routings.get(shape)
+        if found is None:
+            if len(self._routings) >= _KEPT:
+                self._routings.clear()
+            found = self._routings[shape] = ops.route(self.token_slots(shape), self._slot_count)
+        return found
+
+    def token_slots(self, shape: torch.Size) -> Tensor:
+        """int32, one slot for each token of a tensor with these leading dimensions.
+
+        Raises:
+            ValueError: the tensor's tokens cannot be told apart by row.
+        """
+        tokens = shape.numel()
+        if self.total is not None:
+            if self._picked is not None and tokens == len(self._picked) != self.total:
+                return self._slots[self._picked]
+            if tokens != self.total:
+                raise ValueError(
+                    f"use: a layer received {tokens} tokens {list(shape)}, expected the {self.total} of lengths"
+                )
+            return self._slots
+        if not shape or shape[0] % self.rows:
+            given = f"a tensor of {list(shape)} tokens, whose first dimension is no multiple of the rows"
+            raise ValueError(f"use: adapters has {self.rows} rows, but a layer received {given}")
+        # Beams and returned sequences repeat each row in place; a flattened [rows * L] holds each row's tokens in turn.
+        return self._slots.repeat_interleave(tokens // self.rows)
+
+
+class Running(threading.local):
+    """The batch that the current thread runs, or None."""
+
+    batch: Batch | None = None

@@ -1,0 +1,231 @@
+"""The layers of a model that a bank can adapt, each with its slots' tables, and what they do while a batch runs.
+
+A layer keeps its module, class, parameters and names: only ``forward`` is replaced, on the instance. It calls the
+layer's own forward and adds the rows' adapters to the result. Tables are made when the first adapter needs them.
+"""
+
+from collections.abc import Mapping
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...methods.lora.config import Lora
+from ...methods.targets import ALL_LINEAR, names
+from ...nn.base_layer import is_conv1d
+from ...nn.lora import LoraLinear
+from ...nn.sharing import SIBLINGS
+from .batch import Batch, Running
+
+_BYPASS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+class Site:
+    """One adapted layer.
+
+    Attributes:
+        lora_a, lora_b: ``[slots, R, K]`` and ``[slots, N, R]``, or None before an adapter needs them; an embedding's A
+            is ``[slots, V, R]``. ranks, scales: ``[slots]``, rows of the bank's tables.
+        mask: bit s: slot s has something for this layer.
+        siblings: the group of layers that may receive the same tensor, or None.
+    """
+
+    def __init__(self, index: int, path: str, module: nn.Module, dtype: torch.dtype | None, head: bool):
+        self.index, self.path, self.module = index, path, module
+        self.embedding = isinstance(module, nn.Embedding)
+        self.plain_linear = not self.embedding and not head
+        self.in_features, self.out_features = _sizes(module)
+        weight = module.weight
+        self.dtype = dtype or (weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype())
+        self.device = weight.device
+        self.factor = float(getattr(module, "embed_scale", 1.0)) if self.embedding else 1.0
+        self.mask = 0
+        self.lora_a = self.lora_b = self.ranks = self.scales = self.siblings = None
+
+    def __getstate__(self):
+        return {"module": self.module, "_own": self._own}
+
+    def __setstate__(self, state):
+        # In a copy of the model, which has no bank: the layer's own forward, on the copied module.
+        self.__dict__.update(state, mask=0, siblings=None, _running=Running())
+        self.base = self._own or MethodType(type(self.module).forward, self.module)
+
+    def attach(self, running: Running) -> None:
+        """Replace the module's forward."""
+        self._running = running
+        self._own = self.module.__dict__.get("forward")
+        self.base = self.module.forward
+        self.module.forward = self._embed if self.embedding else self._forward
+
+    def detach(self) -> None:
+        """Put the module's forward back; the tables go."""
+        self.module.__dict__.pop("forward", None)
+        if self._own is not None:
+            self.module.forward = self._own
+        self.lora_a = self.lora_b = self.ranks = self.scales = self.siblings = None
+
+    def make_tables(self, slots: int, rank: int) -> None:
+        """Allocate the slots; what no adapter has written is never read."""
+        # An embedding's A is looked up by token, and its S then meets B as any layer's x would meet B A.
+        shape = (slots, self.in_features, rank) if self.embedding else (slots, rank, self.in_features)
+        lora_a = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.lora_b = torch.empty(slots, self.out_features, rank, dtype=self.dtype, device=self.device)
+        if self.embedding:
+            self._eye = torch.eye(rank, dtype=self.dtype, device=self.device).expand(slots, rank, rank)
+        self.lora_a = lora_a
+
+    def write(self, slot: int, a: Tensor, b: Tensor) -> None:
+        """Copy an adapter's tensors into a slot."""
+        r = b.shape[1]
+        if self.embedding:
+            self.lora_a[slot, :, r:].zero_()
+            self.lora_a[slot, :, :r].copy_(a, non_blocking=True)
+        else:
+            self.lora_a[slot, :r].copy_(a, non_blocking=True)
+        self.lora_b[slot, :, :r].copy_(b, non_blocking=True)
+
+    def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        batch = self._running.batch
+        if batch is None or self._idle(batch):
+            return self.base(x, *args, **kwargs)
+        if self.siblings is not None and not args and not kwargs and self.siblings.shares(x):
+            return self.siblings.forward(self, x, batch)
+        y = _writable(self.base(x, *args, **kwargs))
+        routing = batch.routing(x.shape[:-1])
+        return ops.multi_lora_(y, x, self.lora_a, self.lora_b, routing, self.scales, self.ranks)
+
+    def _idle(self, batch: Batch) -> bool:
+        """Whether the batch's adapters leave this layer alone. A compiled graph is one for all adapters."""
+        if torch.compiler.is_compiling():
+            return self.lora_a is None
+        return not self.mask & batch.mask
+
+    def _embed(self, ids: Tensor, *args, **kwargs) -> Tensor:
+        batch = self._running.batch
+        y = self.base(ids, *args, **kwargs)
+        if batch is None or self._idle(batch):
+            return y
+        slots = batch.token_slots(ids.shape).clamp(min=0).long().view(ids.shape)
+        s = nn.functional.embedding(ids + slots * self.in_features, self.lora_a.flatten(0, 1)).to(y.dtype)
+        routing = batch.routing(ids.shape)
+        return ops.multi_lora_(_writable(y), s, self._eye, self.lora_b, routing, self.scales, self.ranks)
+
+
+class Siblings:
+    """Layers that usually receive one tensor (q, k and v; gate and up): the first that is called computes all.
+
+    The others hand out what it left if they are called with the very same, unchanged tensor. A group whose results were
+    not asked for is no group, and stays apart from then on.
+    """
+
+    def __init__(self, members: list[Site]):
+        self.members = members
+        self._apart = False
+
+    def shares(self, x: Tensor) -> bool:
+        """Whether this call may be shared. Without a version, as in inference mode, x cannot be known as unchanged."""
+        return not (self._apart or torch.compiler.is_compiling() or x.is_inference())
+
+    def forward(self, site: Site, x: Tensor, batch: Batch) -> Tensor:
+        left = batch.shared.get(self)
+        if left is not None:
+            same, version, outputs = left
+            if same is x and version == x._version and site in outputs:
+                y = outputs.pop(site)
+                if not outputs:
+                    del batch.shared[self]
+                return y
+            self._apart = True
+            del batch.shared[self]
+        members, *tables = self._plan(batch)
+        # A layer that was called leaves its output complete: the model may go on with it before it calls the next.
+        outputs = {member: _writable(member.base(x)) for member in (members if not self._apart else ())}
+        if site not in outputs:
+            return site._forward(x)
+        ops.multi_lora_(list(outputs.values()), x, tables[0], tables[1], batch.routing(x.shape[:-1]), *tables[2:])
+        y = outputs.pop(site)
+        if outputs:
+            batch.shared[self] = x, x._version, outputs
+        return y
+
+    def _plan(self, batch: Batch) -> tuple:
+        """The members that have something for this batch, and their tables as multi_lora_ takes them."""
+        plan = batch.plans.get(self)
+        if plan is None:
+            members = [member for member in self.members if member.mask & batch.mask]
+            scales, ranks = (torch.stack([getattr(m, name) for m in members]) for name in ("scales", "ranks"))
+            columns = [m.lora_a for m in members], [m.lora_b for m in members]
+            plan = batch.plans[self] = (members, *columns, scales, ranks)
+        return plan
+
+
+def find_sites(op: str, model: nn.Module, targets: object, dtype: torch.dtype | None) -> list[Site]:
+    """Every layer of the model that can be adapted and that ``targets`` means, in the model's order.
+
+    Raises:
+        ValueError: there is none, or they do not lie on one device.
+    """
+    config = Lora(targets=targets)  # which checks them
+    modules, head, sites = dict(model.named_modules()), _head(model), []
+    for path, module in modules.items():
+        if path and unserved_reason(path, modules) is None and (targets == ALL_LINEAR or names(path, config)):
+            sites.append(Site(len(sites), path, module, dtype, module is head))
+    if not sites:
+        raise ValueError(f"{op}: targets={targets!r} matches no layer of {type(model).__name__} that can be adapted")
+    devices = {site.device for site in sites}
+    if len(devices) > 1 or devices == {torch.device("meta")}:
+        given = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"{op}: model's layers are on {given}, expected one device that holds values")
+    by_module = {site.module: site for site in sites}
+    for parent in modules.values():
+        for group in SIBLINGS:
+            members = [by_module[child] for name in group if (child := getattr(parent, name, None)) in by_module]
+            if 1 < len(members) <= 4 and len({(m.dtype, m.in_features) for m in members}) == 1:
+                siblings = Siblings(members)
+                for member in members:
+                    member.siblings = member.siblings or siblings
+    return sites
+
+
+def refuse_adapted(op: str, model: nn.Module) -> None:
+    """A bank goes around a plain model: raises ValueError for another."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear) or (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
+            raise ValueError(f"{op}: {path} of model has adapters of its own, expected a model without")
+        site = getattr(module.__dict__.get("forward"), "__self__", None)
+        if isinstance(site, Site) and hasattr(site, "lora_a"):
+            raise ValueError(f"{op}: model has a bank already (at {path}), expected a model without")
+
+
+def unserved_reason(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why the layer at ``path`` cannot be adapted, or None."""
+    module, parents = modules[path], path.split(".")[:-1]
+    if "experts" in parents:
+        return "an expert, which sees tokens without their rows"
+    if any(isinstance(modules[".".join(parents[: i + 1])], _BYPASS) for i in range(len(parents))):
+        return "inside a PyTorch layer that may read its weight without calling it"
+    if isinstance(module, nn.Embedding):
+        return None if module.max_norm is None else "an embedding with max_norm"
+    if isinstance(getattr(module, "weight", None), Tensor) and (isinstance(module, nn.Linear) or is_conv1d(module)):
+        return None
+    return f"a {type(module).__name__}"
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if is_conv1d(module):
+        return tuple(module.weight.shape)
+    return module.in_features, module.out_features
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # what models without one raise
+        return None
+
+
+def _writable(y: Tensor) -> Tensor:
+    return y if y.dim() <= 2 or y.is_contiguous() else y.contiguous()

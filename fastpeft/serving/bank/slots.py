@@ -1,0 +1,94 @@
+"""Which adapter is in which slot: least recently used adapters make room, leased and pinned ones stay.
+
+The bank's lock is held around every call.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import BankFull
+from .adapter import Adapter
+from .device import Copies
+from .sites import Site
+
+
+class Slots:
+    """``count`` slots of all layers; each holds one adapter or none."""
+
+    def __init__(self, count: int, sites: Sequence[Site], max_rank: int):
+        device = sites[0].device
+        self.held: list[Adapter | None] = [None] * count
+        self.copies = Copies(device, count)
+        self._sites, self._max_rank, self._clock = sites, max_rank, 0
+        with torch.inference_mode(False):
+            self._ranks = torch.zeros(len(sites), count, dtype=torch.int32, device=device)
+            # The op takes float64 scales beside float64 adapters.
+            sums = {torch.promote_types(site.dtype, torch.float32) for site in sites}
+            self._scales = {dtype: torch.zeros(len(sites), count, dtype=dtype, device=device) for dtype in sums}
+        for site in sites:
+            scales = self._scales[torch.promote_types(site.dtype, torch.float32)]
+            site.ranks, site.scales = self._ranks[site.index], scales[site.index]
+
+    def make_tables(self, adapter: Adapter) -> list[Site]:
+        """Allocate what the adapter's layers lack; returns those layers. All or none."""
+        made = []
+        try:
+            with self.copies.into(None):
+                for site in adapter.tensors:
+                    if site.lora_a is None:
+                        made.append(site)
+                        site.make_tables(len(self.held), self._max_rank)
+        except BaseException:
+            self.drop_tables(made)
+            raise
+        return made
+
+    def drop_tables(self, sites: Sequence[Site]) -> None:
+        """Take back ``make_tables``."""
+        for site in sites:
+            site.lora_a = site.lora_b = None
+
+    def bring(self, op: str, wanted: Sequence[Adapter]) -> None:
+        """Have every adapter in a slot, as the most recently used ones.
+
+        Raises:
+            BankFull: not enough slots can be freed; nothing has changed then.
+        """
+        absent = [adapter for adapter in wanted if adapter.slot is None]
+        others = [a for a in self.held if a is not None and a not in wanted]
+        free = [slot for slot, adapter in enumerate(self.held) if adapter is None]
+        evictable = sorted((a for a in others if not a.pinned and not a.leases), key=lambda a: a.used)
+        if len(absent) > len(free) + len(evictable):
+            leased = sum(1 for a in others if a.leases)
+            pinned = sum(1 for a in others if a.pinned and not a.leases)
+            raise BankFull(
+                f"{op}: {len(wanted)} different adapters need a slot, but of {len(self.held)} slots {leased} are in "
+                f"use by running batches and {pinned} others are pinned"
+            )
+        for adapter in absent:
+            slot = free.pop(0) if free else self.vacate(evictable.pop(0))
+            self._copy(adapter, slot)
+        for adapter in wanted:
+            self._clock += 1
+            adapter.used = self._clock
+
+    def vacate(self, adapter: Adapter) -> int:
+        """Take the adapter out of its slot, which is returned."""
+        slot, adapter.slot, adapter.ready = adapter.slot, None, None
+        self.held[slot] = None
+        for site in adapter.tensors:
+            site.mask &= ~(1 << slot)
+        return slot
+
+    def _copy(self, adapter: Adapter, slot: int) -> None:
+        with self.copies.into(slot):
+            for site, (a, b) in adapter.tensors.items():
+                site.write(slot, a, b)
+            self._ranks[:, slot].copy_(adapter.ranks, non_blocking=True)
+            for table in self._scales.values():
+                table[:, slot].copy_(adapter.scales, non_blocking=True)
+            adapter.ready = self.copies.copied()
+        for site in adapter.tensors:
+            site.mask |= 1 << slot
+        adapter.slot, self.held[slot] = slot, adapter

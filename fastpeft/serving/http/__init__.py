@@ -1,0 +1,1 @@
+"""The server: OpenAI's completions and chat endpoints over HTTP."""

@@ -1,0 +1,62 @@
+"""What a server counts, in Prometheus' text format."""
+
+import time
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..engine.batcher import Batcher
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+DISCONNECTED = 499  # the status of a request whose client went away first
+
+
+class Metrics:
+    """The registry of one server. Adapter labels are known names only, so no client can make new ones."""
+
+    def __init__(self, batcher: Batcher):
+        self.registry = CollectorRegistry()
+        made = {"registry": self.registry}
+        self.requests = Counter("fastpeft_requests", "Requests that ended", ["adapter", "status"], **made)
+        self.prompt = Counter("fastpeft_prompt_tokens", "Tokens of prompts", ["adapter"], **made)
+        self.generated = Counter("fastpeft_generated_tokens", "Tokens generated", ["adapter"], **made)
+        self.latency = Histogram("fastpeft_request_seconds", "From request to last token", buckets=_SECONDS, **made)
+        self.first = Histogram(
+            "fastpeft_time_to_first_token_seconds", "From request to first token", buckets=_SECONDS, **made
+        )
+        bank = batcher.bank
+        for name, what, value in (
+            ("queue_length", "Requests that wait for a row", lambda: batcher.waiting),
+            ("running_rows", "Requests in the batch", lambda: batcher.running),
+            ("resident_adapters", "Adapters in slots on the device", lambda: len(bank.resident())),
+            ("known_adapters", "Adapters loaded", lambda: len(bank.names())),
+        ):
+            Gauge(f"fastpeft_{name}", what, **made).set_function(value)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class Measured:
+    """One request: begins when made, is counted once by ``end``."""
+
+    def __init__(self, metrics: Metrics):
+        self._metrics, self._start = metrics, time.perf_counter()
+        self.adapter, self._tokens, self._ended = "unknown", 0, False
+
+    def prompt(self, tokens: int) -> None:
+        self._metrics.prompt.labels(self.adapter).inc(tokens)
+
+    def token(self) -> None:
+        if not self._tokens:
+            self._metrics.first.observe(time.perf_counter() - self._start)
+        self._tokens += 1
+        self._metrics.generated.labels(self.adapter).inc()
+
+    def end(self, status: int) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self._metrics.requests.labels(self.adapter, str(status)).inc()
+        if self._tokens:
+            self._metrics.latency.observe(time.perf_counter() - self._start)

@@ -1,0 +1,56 @@
+"""fastpeft serve: from the command line's options to a running server."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from . import server
+from .service import Limits, Service
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Load the model and its adapters, say which are served and which not, and serve; returns the exit code."""
+    try:
+        service = _service(options)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:  # no such model, no memory, no such device
+        print(f"fastpeft serve: {error}", file=sys.stderr)
+        return 1
+    for name, reason in service.folder.errors.items():
+        print(f"fastpeft serve: {name} is not served: {reason}", file=sys.stderr)
+    print(f"fastpeft serve: adapters: {', '.join(service.bank.names()) or 'none'}", file=sys.stderr)
+    key = options.api_key or os.environ.get("FASTPEFT_API_KEY") or None
+    try:
+        return server.run(service, options.host, options.port, key)
+    except OSError as error:
+        print(f"fastpeft serve: --host {options.host} --port {options.port}: {error}", file=sys.stderr)
+        return 1
+
+
+def _service(options: argparse.Namespace) -> Service:
+    import transformers
+
+    if not Path(options.adapters).is_dir():
+        raise NotADirectoryError(f"--adapters {options.adapters}: no such folder")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    # safetensors only: nothing is unpickled, and no code of the checkpoint runs.
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, use_safetensors=True)
+    # A folder's name, not where it is: clients see it.
+    name = options.served_model_name or (
+        Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
+    )
+    limits = Limits(
+        slots=options.slots,
+        max_rank=options.max_rank,
+        max_rows=options.max_rows,
+        queue=options.queue,
+        max_body_bytes=options.max_body_bytes,
+        max_tokens=options.max_tokens,
+        max_cached=options.max_cached,
+        drain_seconds=options.drain_seconds,
+    )
+    return Service(model.to(device).eval(), tokenizer, options.adapters, name, limits)

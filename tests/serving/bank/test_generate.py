@@ -1,0 +1,151 @@
+"""model.generate with an adapter for each row: left padding, beams, sampling, streamers, and torch.compile."""
+
+import pytest
+import torch
+
+from fastpeft.serving import AdapterBank
+
+pytest.importorskip("peft", reason="PEFT is not installed")
+from tests.support.small_llama import SETTINGS, VOCAB, checkpoints, greedy_alone, llama, prompts, same_or_tied
+
+ROWS = ["alice", None, "dave", "bob", "carol"]
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    model = llama()
+    with AdapterBank(model, slots=len(SETTINGS), max_rank=12) as bank:
+        for name, folder in checkpoints(model, tmp_path_factory.mktemp("adapters")).items():
+            bank.load(name, folder)
+        yield bank
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_greedy_equals_each_adapter_alone(bank, cache):
+    ids = prompts(len(ROWS), 9)
+    out = bank.generate(ids, adapters=ROWS, max_new_tokens=12, do_sample=False, use_cache=cache)
+    ties = [
+        same_or_tied(bank, row.tolist(), name, tokens[9:].tolist(), greedy_alone(bank, row.tolist(), name, 12))
+        for row, name, tokens in zip(ids, ROWS, out, strict=True)
+    ]
+    assert sum(ties) <= 1
+    assert len({tuple(row) for row in out[:, 9:].tolist()}) == len(ROWS), "adapters make no difference"
+
+
+def test_left_padding(bank):
+    lengths = [3, 9, 1, 6, 8]
+    ids = prompts(len(ROWS), 9)
+    mask = torch.tensor([[0] * (9 - n) + [1] * n for n in lengths])
+    out = bank.generate(ids * mask, attention_mask=mask, adapters=ROWS, max_new_tokens=8, do_sample=False)
+    for row, n, name, tokens in zip(ids, lengths, ROWS, out, strict=True):
+        own = row[9 - n :].tolist()
+        same_or_tied(bank, own, name, tokens[9:].tolist(), greedy_alone(bank, own, name, 8))
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_beams_follow_their_row(bank, settings):
+    ids = prompts(3)
+    rows = ["alice", None, "bob"]
+    out = bank.generate(ids, adapters=rows, max_new_tokens=6, do_sample=False, **settings)
+    each = [
+        bank.generate(ids[i : i + 1], adapters=[rows[i]], max_new_tokens=6, do_sample=False, **settings)
+        for i in (0, 1, 2)
+    ]
+    assert torch.equal(out, torch.cat(each))
+
+
+def test_sampling(bank):
+    """Several sequences a row, drawn with PyTorch's generator."""
+    settings = {"max_new_tokens": 6, "do_sample": True, "num_return_sequences": 3, "temperature": 0.7, "top_k": 0}
+    outs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        outs.append(bank.generate(prompts(2), adapters=["alice", "carol"], **settings))
+    assert outs[0].shape == (6, 13)
+    assert torch.equal(*outs)
+    cold = bank.generate(prompts(2), adapters=["alice", "carol"], **{**settings, "temperature": 1e-4})
+    assert torch.equal(cold[0], cold[2])
+    assert cold[0, 7:].tolist() == greedy_alone(bank, prompts(2)[0].tolist(), "alice", 6)
+
+
+def test_streamer(bank):
+    class Streamer:
+        def __init__(self):
+            self.seen = []
+
+        def put(self, value):
+            self.seen += value.view(-1).tolist()
+
+        def end(self):
+            self.seen.append("end")
+
+    streamer, ids = Streamer(), prompts(1)
+    bank.generate(ids, adapters=["bob"], max_new_tokens=5, do_sample=False, streamer=streamer)
+    assert streamer.seen == [*ids[0].tolist(), *greedy_alone(bank, ids[0].tolist(), "bob", 5), "end"]
+
+
+def test_embeddings_as_input(bank):
+    """A prompt of vectors: there are ids from the first new token on."""
+    ids = prompts(2)
+    with torch.no_grad(), bank.use(["alice", "dave"]):
+        embeds = bank.model.get_input_embeddings()(ids)
+    out = bank.generate(inputs_embeds=embeds, adapters=["alice", "dave"], max_new_tokens=5, do_sample=False)
+    expected = bank.generate(ids, adapters=["alice", "dave"], max_new_tokens=5, do_sample=False)
+    assert torch.equal(out, expected[:, 7:])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes(bank, mode):
+    """In inference mode nothing is shared between siblings, and nothing that is loaded there stays there."""
+    ids = prompts(len(ROWS))
+    with bank.use(ROWS):
+        expected = bank.model(ids).logits
+    with mode(), bank.use(ROWS):
+        logits = bank.model(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert not expected.requires_grad
+
+
+def test_siblings_share_one_call(bank, monkeypatch):
+    """q, k and v in one, gate and up in one; another tensor for a sibling ends the sharing and nothing else."""
+    from fastpeft import ops
+
+    calls, run = [], ops.multi_lora_
+    monkeypatch.setattr(
+        ops, "multi_lora_", lambda y, *a: calls.append(len(y) if isinstance(y, list) else 1) or run(y, *a)
+    )
+    attention = bank.model.model.layers[0].self_attn
+    x, other = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    with bank.use(["alice", "bob"]):
+        bank.model(prompts(2))
+        assert calls == [3, 1, 2, 1] * 2
+        q, k = attention.q_proj(x), attention.k_proj(x)
+        x.mul_(2)  # v was computed for what x was
+        v = attention.v_proj(x)
+        assert torch.equal(v, attention.v_proj(x.clone()))
+        torch.testing.assert_close(attention.q_proj(x), 2 * q)
+        torch.testing.assert_close(attention.k_proj(x), 2 * k)
+        assert not torch.equal(attention.v_proj(other), v)
+
+
+def test_compile(bank):
+    """The whole model in one graph, the same for all adapters, gives every batch its own."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(bank.model, backend=graphs, fullgraph=True)
+    ids = prompts(2)
+    for rows in (["alice", None], ["bob", "carol"], [None, None], ["dave", "alice"], ["bob", "bob"], ["carol", "dave"]):
+        with bank.use(rows):
+            for _ in range(2):
+                torch.testing.assert_close(compiled(ids).logits, bank.model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert graphs.frame_count <= 3  # with a routing made there, with one that was there, and without adapters
+    torch._dynamo.reset()
+
+
+def test_unused_vocabulary_is_no_row(bank):
+    with pytest.raises(ValueError, match="generate: input_ids is missing, but adapters has 1"):
+        bank.generate(adapters=["alice"], max_new_tokens=2)
+    with pytest.raises(ValueError, match="input_ids is of 3 rows, but adapters has 2"):
+        bank.generate(torch.full((3, 2), VOCAB - 1), adapters=["alice", None], max_new_tokens=2)

@@ -1,0 +1,126 @@
+"""The bank's slots: the least recently used adapter makes room, leased and pinned ones stay, no old contents leak."""
+
+import pytest
+import torch
+
+from fastpeft.serving import AdapterBank, BankError, BankFull
+
+pytest.importorskip("peft", reason="PEFT is not installed")
+from tests.support.small_llama import SETTINGS, checkpoints, llama, prompts
+
+NAMES = list(SETTINGS)
+MIXED = ["alice", None, "dave", "bob", "carol", "alice", None, "bob"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def folders(model, tmp_path_factory):
+    return checkpoints(model, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture
+def bank(model, folders):
+    with AdapterBank(model, slots=4, max_rank=16) as bank:
+        for name, folder in folders.items():
+            bank.load(name, folder)
+        yield bank
+
+
+def test_a_cpu_takes_all_ranks_together(model, folders):
+    """Padded with zeros up to 64 or the bank's largest, whatever the adapters' own ranks."""
+    with AdapterBank(model, slots=4, max_rank=16) as bank:
+        for name in NAMES:
+            bank.load(name, folders[name])
+        ranks = {rank for site in bank._sites for rank in site.ranks.tolist()}
+        assert ranks == {0, 16}
+
+
+def test_least_recently_used_makes_room(model, folders):
+    with AdapterBank(model, slots=2, max_rank=16) as bank:
+        for name in NAMES:
+            bank.load(name, folders[name])
+        assert bank.names() == NAMES
+        assert bank.resident() == ["alice", "bob"]
+        with bank.use(["alice"]):
+            pass
+        with bank.use(["carol", None]):
+            assert bank.resident() == ["alice", "carol"]
+        bank.pin("alice")
+        with bank.use(["dave"]):
+            assert bank.resident() == ["alice", "dave"]
+        bank.unpin("alice")
+        with bank.use(["bob"]):
+            assert bank.resident() == ["dave", "bob"]
+        assert "alice" in bank
+        bank.unload("alice")
+        assert "alice" not in bank
+
+
+def test_a_lease_keeps_its_adapter(model, folders):
+    """Loaded anew under the same name or unloaded: who holds the old one keeps it, whoever comes gets the new one."""
+    ids = prompts(1)
+    with AdapterBank(model, slots=2, max_rank=16) as bank:
+        bank.load("a", folders["alice"])
+        bank.load("b", folders["bob"])
+        with bank.use(["a"]):
+            alice = model(ids).logits
+        with bank.use(["b"]):
+            bob = model(ids).logits
+        bank.unload("b")
+        lease = bank.lease("a")
+        with bank.use(["a"]):
+            bank.load("a", folders["bob"])
+            assert torch.equal(model(ids).logits, alice)
+            with bank.use(["a"]):
+                assert torch.equal(model(ids).logits, bob)
+            assert torch.equal(model(ids).logits, alice)
+        with bank.use([lease]):
+            bank.unload("a")
+            assert torch.equal(model(ids).logits, alice)
+        with pytest.raises(BankError, match="close: adapters are in use: a"):
+            bank.close()
+        lease.release()
+        lease.release()
+        assert bank.names() == []
+        with pytest.raises(ValueError, match="a lease on 'a' that was released"), bank.use([lease]):
+            pass
+
+
+def test_bank_full(model, folders):
+    with AdapterBank(model, slots=2, max_rank=16) as bank:
+        for name in NAMES:
+            bank.load(name, folders[name])
+        with pytest.raises(BankFull, match="use: 3 different adapters need a slot, but of 2 slots 0 are in"):
+            bank.use(["alice", "bob", "carol"]).__enter__()
+        bank.pin("alice")
+        with bank.use(["bob"]):
+            with pytest.raises(BankFull, match="1 are in use by running batches and 1 others are pinned"):
+                bank.use(["carol"]).__enter__()
+            with pytest.raises(BankFull, match="load: "):
+                bank.load("eve", folders["carol"], pin=True)
+            assert "eve" not in bank
+            with bank.use(["alice", "bob", "alice", None]):
+                assert bank.resident() == ["alice", "bob"]
+        with bank.use(["carol"]):
+            assert bank.resident() == ["alice", "carol"]
+
+
+@torch.no_grad()
+def test_what_evicted_slots_held_is_never_read(bank, model, folders):
+    """NaN in every free slot, beyond every true rank and in every untouched layer."""
+    ids, rows = prompts(len(MIXED)), MIXED
+    with bank.use(rows):
+        expected = model(ids).logits
+    for name in NAMES:
+        bank.unload(name)
+    for site in bank._sites:
+        for table in (site.lora_a, site.lora_b):
+            table.fill_(float("nan"))
+    for name in reversed(NAMES):
+        bank.load(name, folders[name])
+    with bank.use(rows):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)

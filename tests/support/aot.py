@@ -1,0 +1,270 @@
+"""Compiles every kernel that the launchers launch, for GPUs that are not here, and reads what the compiler made of it.
+
+    python -m tests.support.aot                     a table: registers, stack, spills, shared memory, dot product
+    python -m tests.support.aot --arch 90 --json    one JSON object a line, for tests/tools/test_targets.py
+
+The launchers run on meta tensors, and each launch is compiled as it stands (dtypes, constants, divisibility of
+strides, warps, stages), so what is examined is what a GPU would be given. Needs no GPU; not under TRITON_INTERPRET.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction, MockTensor
+
+from tests.support.aot_bottleneck import BOTTLENECK, bottleneck
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 89, 90, 100, 120)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# (x's dtype, the adapters', ranks of the branches, dropout, M, K, N): every BLOCK_R, and both gradients of B.
+_LARGE = (8192, 4096, 4096)
+LORA_LINEAR = (
+    *(
+        (BF16, dtype, ranks, dropout, *size)
+        for dtype in (BF16, FP32)
+        for ranks, dropout, size in (
+            ((8,), 0.0, _LARGE),
+            ((16,), 0.1, _LARGE),
+            ((32,), 0.0, _LARGE),
+            ((64,), 0.1, _LARGE),
+            ((256,), 0.0, _LARGE),
+            ((16, 16, 16), 0.1, _LARGE),  # q, k and v
+            ((17,), 0.1, (127, 1001, 1003)),  # nothing divisible by anything
+        )
+    ),
+    (FP16, FP16, (16,), 0.1, *_LARGE),
+    (FP32, FP32, (16,), 0.1, *_LARGE),
+    (FP32, FP32, (64,), 0.0, *_LARGE),
+)
+# (dtype, the adapters', ranks of the slices, dropout, tile, T, K, N): both tiles, one plane and several.
+MULTI_LORA = (
+    *(
+        (BF16, dtype, ranks, dropout, tile, *size)
+        for dtype in (BF16, FP32)
+        for ranks, dropout, tile, size in (
+            ((16,), 0.0, 16, (64, 4096, 4096)),
+            ((64,), 0.0, 16, (64, 14336, 4096)),
+            ((16, 16, 16), 0.0, 16, (64, 4096, 1024)),
+            ((256,), 0.0, 64, _LARGE),
+            ((16, 16), 0.1, 64, _LARGE),
+            ((17,), 0.1, 16, (127, 1001, 1003)),
+        )
+    ),
+    (FP16, FP16, (16,), 0.0, 16, 64, 4096, 4096),
+    (FP32, FP32, (16, 16, 16), 0.1, 16, 64, 768, 768),
+    (FP32, FP32, (64,), 0.0, 64, *_LARGE),
+)
+
+# (x's dtype, the trained part's, (how many rows,), no dropout, M, K, N); columns too.
+ROW_LINEAR = (
+    *((BF16, dtype, (rows,), 0.0, *_LARGE) for dtype in (BF16, FP32) for rows in (16, 32, 204)),
+    (BF16, BF16, (17,), 0.0, 127, 1001, 1003),
+    (FP16, FP16, (204,), 0.0, *_LARGE),
+    (FP32, FP32, (16,), 0.0, *_LARGE),
+    (FP32, FP32, (204,), 0.0, *_LARGE),
+)
+# (the embeddings' dtype, the prompts', their lengths, no dropout, rows, tokens, D): ids and embeddings of each.
+PROMPT_GATHER = (
+    *((BF16, dtype, (20, 100), 0.0, 64, 2048, 4096) for dtype in (BF16, FP32)),
+    (FP16, FP16, (20,), 0.0, 32, 512, 768),
+    (FP32, FP32, (7, 3), 0.0, 5, 127, 1001),
+    (FP32, FP32, (20,), 0.0, 32, 128, 384),
+)
+
+
+class _Driver:
+    """A GPU as far as a compilation asks. The device's number is the architecture: compiled kernels are kept apart."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self):
+        return self.architecture
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling(architecture: int, record):
+    """Inside, every launch compiles for ``architecture`` instead, and ``record(name, kernel, seconds)`` is called."""
+    from fastpeft.kernels import bottleneck, bottleneck_backward, launch, lora_linear, multi_lora, row_linear
+
+    modules = (bottleneck, bottleneck_backward, launch, lora_linear, multi_lora, row_linear)
+    users = [module for module in modules if hasattr(module, "capability")]
+    run, capability = JITFunction.run, launch.capability
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        def fake(value):
+            if isinstance(value, tuple):
+                return tuple(map(fake, value))
+            return MockTensor(value.dtype) if isinstance(value, torch.Tensor) else value
+
+        kwargs = {name: fake(value) for name, value in kwargs.items()}
+        began = time.perf_counter()
+        kernel = run(self, *map(fake, args), grid=grid, warmup=True, **kwargs)
+        record(self.__name__, kernel, time.perf_counter() - began)
+        return kernel
+
+    triton.runtime.driver.set_active(_Driver(architecture))
+    JITFunction.run = compile_only
+    for module in users:
+        module.capability = lambda _: architecture
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+        for module in users:
+            module.capability = capability
+
+
+def lora_linear(x_dtype, dtype, ranks, dropout, m, k, n) -> None:
+    """Launch all that a forward and backward of ``lora_linear`` launches."""
+    from fastpeft.kernels import lora_linear as kernels
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    lora_as = [new(r, k) for r in ranks]
+    seeds = new(len(ranks), dtype=torch.int64) if dropout else new(0, dtype=x_dtype)
+    dropouts = [dropout] * len(ranks)
+    x, dy = new(m, k, dtype=x_dtype), new(m, n, dtype=x_dtype)
+    s = kernels.down(x, lora_as, [2.0] * len(ranks), dropouts, seeds)
+    s_0 = s.split(list(ranks), 1)[0]
+    kernels.up(s_0, new(n, ranks[0]), new(n, dtype=x_dtype), x_dtype)
+    kernels.up_backward(dy, s_0, new(n, ranks[0]), 2.0, True, True)
+    kernels.down_backward(s, x, lora_as, dropouts, seeds, True, True)
+
+
+def multi_lora(x_dtype, dtype, ranks, dropout, tile, tokens, k, n) -> None:
+    """Launch all that routing, and a forward and backward of ``multi_lora_shared``, launches."""
+    from fastpeft.kernels import multi_lora as kernels
+    from fastpeft.kernels import routing
+
+    from fastpeft.reference import Routing, Slots
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    slots, p = 32, len(ranks)
+    tables = routing.route(new(tokens, dtype=torch.int32), slots, tile, 40)
+    dropouts = (new(slots, dtype=torch.int32), new(p, slots, dtype=torch.int64)) if dropout else (None, None)
+    slot = Slots(new(slots, dtype=FP32), new(p, slots, dtype=torch.int32), *dropouts)
+    routing = Routing(*tables, slots, tile)
+    x, dys = new(tokens, k, dtype=x_dtype), [new(tokens, n, dtype=x_dtype) for _ in ranks]
+    lora_as, lora_bs = [new(slots, r, k) for r in ranks], [new(slots, n, r) for r in ranks]
+    s = kernels.shrink(x, lora_as, routing, slot)
+    kernels.expand_(dys, s, lora_bs, routing, slot)
+    ds, _ = kernels.expand_backward(dys, s, lora_bs, routing, slot, True, True)
+    kernels.shrink_backward(ds, x, lora_as, routing, slot, True, True)
+
+
+def row_linear(x_dtype, dtype, rows, dropout, m, k, n) -> None:
+    """Launch the gradients of so many rows, and of so many columns."""
+    from fastpeft.kernels import row_linear as kernels
+
+    (count,) = rows
+    x, dy = (torch.empty(m, size, dtype=x_dtype, device="meta") for size in (k, n))
+    kernels.row_gradient(dy, x, torch.empty(count, dtype=torch.int64, device="meta"), dtype)
+    kernels.column_gradient(dy, torch.empty(m, count, dtype=x_dtype, device="meta"), dtype)
+
+
+def prompt_gather(x_dtype, dtype, lengths, dropout, rows, tokens, columns) -> None:
+    """Launch all that a forward and backward of ``prompt_gather`` launches, with ids and with embeddings."""
+    from fastpeft.kernels import prompt_gather as kernels
+
+    def new(*shape, dtype=x_dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    prompts, which = new(sum(lengths), columns, dtype=dtype), new(rows, dtype=torch.int64)
+    ids, mask, labels, positions = (new(rows, tokens, dtype=torch.int64) for _ in range(4))
+    width = tokens + max(lengths)
+    kernels.gather(prompts, lengths, which, new(32000, columns), ids, mask, labels, positions, width, True, -100)
+    x = new(rows, tokens, columns)
+    y, *_, spans = kernels.gather(prompts, lengths, which, x, None, None, None, None, width, False, -100)
+    kernels.prompt_backward(y, spans, lengths, dtype)
+    kernels.source_backward(y, spans, lengths, tokens)
+
+
+def examine(kernel) -> dict:
+    """What ptxas made of a compiled kernel: registers, stack and spill instructions, shared memory, dot instruction."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        sass = _tool("nvdisasm", "-c", file.name) if stack else ""  # spills live on the stack
+    dots = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", kernel.asm["ptx"])
+    return {
+        "registers": registers,
+        "stack": stack,
+        "spills": len(re.findall(r"\b(STL|LDL)\b", sass)),
+        "shared": kernel.metadata.shared,
+        "dot": dots[0] if dots else "",
+    }
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def rows(architecture: int):
+    """One dict for each distinct kernel that the cases launch, as soon as it is compiled."""
+    seen, found, case = set(), [], ()
+
+    def record(name, kernel, seconds):
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            found.append(
+                {"arch": architecture, "kernel": name, "case": case, "seconds": round(seconds, 2), **examine(kernel)}
+            )
+
+    cases = [(lora_linear, *case) for case in LORA_LINEAR] + [(multi_lora, *case) for case in MULTI_LORA]
+    cases += [(row_linear, *case) for case in ROW_LINEAR] + [(prompt_gather, *case) for case in PROMPT_GATHER]
+    cases += [(bottleneck, *case) for case in BOTTLENECK]
+    with compiling(architecture, record):
+        for op, x_dtype, dtype, ranks, dropout, *sizes in cases:
+            names = [str(d).removeprefix("torch.") for d in (x_dtype, dtype)]
+            case = (*dict.fromkeys(names), op.__name__, "r=" + "+".join(map(str, ranks)), f"p={dropout}", f"{sizes}")
+            op(x_dtype, dtype, ranks, dropout, *sizes)
+            yield from found
+            found.clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, action="append", help="e.g. 90; may be repeated (default: all)")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    for architecture in options.arch or ARCHITECTURES:
+        for row in rows(architecture):
+            if options.json:
+                print(json.dumps(row), flush=True)
+                continue
+            numbers = (f"{name} {row[name]:<6}" for name in ("registers", "stack", "spills", "shared"))
+            print(
+                f"sm_{architecture:<4} {row['kernel']:20} {' '.join(row['case']):46}", *numbers, row["dot"], flush=True
+            )
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache
+        main()

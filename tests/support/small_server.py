@@ -1,0 +1,75 @@
+"""A server around the small model, whose tokens are single characters, and what its clients say."""
+
+import contextlib
+import json
+import time
+
+import httpx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastpeft.serving.http.server import background
+from fastpeft.serving.http.service import Limits, Service
+from tests.support.small_llama import VOCAB, llama
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def tokenizer(template=TEMPLATE):
+    """Ids are the printable characters of ASCII, and one that is not."""
+    vocabulary = {chr(31 + i): i for i in range(VOCAB)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    made = PreTrainedTokenizerFast(tokenizer_object=made)
+    made.chat_template = template
+    return made
+
+
+@contextlib.contextmanager
+def serving(adapters, api_key=None, template=TEMPLATE, step_seconds=0.0, **limits):
+    """Yields the service and a client. Every forward takes ``step_seconds`` longer than it would."""
+    model = llama()
+    if step_seconds:
+        model.register_forward_pre_hook(lambda *_: time.sleep(step_seconds))
+    service = Service(model, tokenizer(template), adapters, "base", Limits(**{"max_rank": 16, **limits}))
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    with background(service, api_key) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+        yield service, client
+
+
+def complete(client, model="base", prompt="abc", **fields):
+    return client.post("/v1/completions", json={"model": model, "prompt": prompt, "temperature": 0, **fields})
+
+
+def chat(client, model="base", content="abc", **fields):
+    messages = [{"role": "user", "content": content}]
+    return client.post("/v1/chat/completions", json={"model": model, "messages": messages, "temperature": 0, **fields})
+
+
+def events(response):
+    """The JSON of each event; the stream must be exactly `data: ...` and blank lines, and end with [DONE]."""
+    blocks = response.text.split("\n\n")
+    assert blocks.pop() == ""
+    assert blocks.pop() == "data: [DONE]"
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+def error(response, status, code=None):
+    """The error's message; its form is OpenAI's."""
+    assert response.status_code == status, response.text
+    body = response.json()["error"]
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["message"]
+    assert body["code"] == code
+    return body["message"]
+
+
+def until(condition, seconds=10.0):
+    """Wait for it."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.005)

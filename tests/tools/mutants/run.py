@@ -1,0 +1,193 @@
+"""Breaks the package in one place at a time and demands that a test fails.
+
+    python tests/tools/mutants/run.py                  every mutant, two at a time; exit code 1 if one survives
+    python tests/tools/mutants/run.py --only "dX"      those whose name holds "dX"
+    python tests/tools/mutants/run.py --shard 1/6      every sixth, from the second on
+
+A file beside this one holds the mutants of one op, and the tests that can see them::
+
+    MUTANTS = {file: {what is wrong: (the text as it is, occurring once; the mutant's[; a test to begin with])}}
+    TESTS = (pytest ids, in the order in which they run: those that kill most, fastest, first)
+
+Each mutant gets its own copy of the package. The tests run in a fork of a process that has torch and Triton loaded, in
+Triton's interpreter. A crash counts as a death. So does a test that runs out of time, as where an edit makes a loop
+endless, if the same test without the edit needs a sixth of that time; running out of memory does not.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+SECONDS = 60  # for one test
+
+
+class Mutant(NamedTuple):
+    """One edit of one file, and the pytest ids of the tests that can see it, in their order."""
+
+    file: str
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.name}"
+
+
+class Clock:
+    """A pytest plugin: the process ends where a test takes too long, also inside C, where no Python handler would run.
+
+    Memory that was overwritten can end in an endless loop in malloc.
+    """
+
+    def __init__(self, seconds: int):
+        self.seconds = seconds
+
+    def pytest_runtest_logstart(self, nodeid):
+        Path("test.txt").write_text(nodeid)
+        signal.alarm(self.seconds)
+
+
+def load() -> list[Mutant]:
+    """Every mutant of every file here."""
+    found = []
+    for path in sorted(HERE.glob("*.py")):
+        if path == Path(__file__).resolve():
+            continue
+        spec = importlib.util.spec_from_file_location(f"mutants_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for file, edits in module.MUTANTS.items():
+            for name, (old, new, *first) in edits.items():
+                found.append(Mutant(file, name, old, new, (*first, *module.TESTS)))
+    return found
+
+
+def copy_package(copy: Path) -> None:
+    for part in ("fastpeft", "kernels", "csrc", "tests"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+
+
+def break_copy(copy: Path, mutant: Mutant) -> None:
+    source = (copy / mutant.file).read_text()
+    if source.count(mutant.old) != 1 or mutant.old == mutant.new:
+        raise SystemExit(f"{mutant}: the text occurs {source.count(mutant.old)} times, expected once:\n{mutant.old}")
+    (copy / mutant.file).write_text(source.replace(mutant.old, mutant.new))
+
+
+def start(copy: Path, tests: tuple[str, ...], seconds: int) -> int:
+    """Fork a process that tests the copy; its exit code is pytest's, its output a file in the copy."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    os.chdir(copy)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.path.insert(0, str(copy))
+    os.environ["PYTHONPATH"] = str(copy)
+    import pytest
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    # Without --keep-duplicates pytest drops the test to begin with where a later id covers it too.
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--keep-duplicates"]
+    os._exit(int(pytest.main([*options, *tests], plugins=[Clock(seconds)])))
+
+
+def finish(pid: int) -> int:
+    """Wait for the process, end what its tests left running, return its status."""
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    os.killpg(pid, signal.SIGKILL)  # the process itself is dead, and its number not yet free
+    return os.waitpid(pid, 0)[1]
+
+
+def verdict(status: int, copy: Path) -> tuple[bool, str]:
+    """Whether the mutant is dead, and what killed it."""
+    test = (copy / "test.txt").read_text() if (copy / "test.txt").exists() else "before any test"
+    test = test.removeprefix("tests/")
+    if os.WIFSIGNALED(status):
+        if os.WTERMSIG(status) == signal.SIGKILL:
+            return False, f"SURVIVED: out of memory in {test}"
+        if os.WTERMSIG(status) == signal.SIGALRM:
+            return True, f"killed (timeout) {test}"
+        return True, f"killed (signal {os.WTERMSIG(status)}) {test}"
+    output = (copy / "output.txt").read_text()
+    failed = [line for line in output.splitlines() if line.startswith("FAILED")]
+    if os.waitstatus_to_exitcode(status) == 1 and failed:
+        return True, f"killed {test}"
+    if os.waitstatus_to_exitcode(status) == 0:
+        return False, "SURVIVED"
+    raise SystemExit(f"the tests did not run:\n{output}")
+
+
+def demand_speed(test: str, folder: Path) -> None:
+    """A timeout says something about the mutant only where the test without it is far from one."""
+    copy = Path(tempfile.mkdtemp(dir=folder))
+    copy_package(copy)
+    if finish(start(copy, (test,), SECONDS // 6)):
+        output = (copy / "output.txt").read_text()
+        raise SystemExit(f"{test} does not pass in {SECONDS // 6} s without a mutant: no verdict\n{output}")
+
+
+def run(mutants: list[Mutant], processes: int) -> list[str]:
+    """Run the mutants, print a line for each, return the survivors."""
+    if "fastpeft" in sys.modules:
+        raise RuntimeError("run: fastpeft is imported, so every fork would test that instead of its mutant")
+    waiting, running, survivors = list(mutants), {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                mutant = waiting.pop(0)
+                copy = Path(tempfile.mkdtemp(dir=folder))
+                copy_package(copy)
+                break_copy(copy, mutant)
+                running[start(copy, mutant.tests, SECONDS)] = (mutant, copy, time.monotonic())
+            pid = next((pid for pid in running if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)), None)
+            if pid is None:
+                time.sleep(0.05)
+                continue
+            status = finish(pid)
+            mutant, copy, began = running.pop(pid)
+            dead, why = verdict(status, copy)
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+                demand_speed((copy / "test.txt").read_text(), folder)
+            survivors += [] if dead else [str(mutant)]
+            print(f"{time.monotonic() - began:5.1f} s  {mutant!s:75}  {why}", flush=True)
+            shutil.rmtree(copy)
+    return survivors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="only mutants whose file or name holds this text")
+    parser.add_argument("--shard", default="0/1", help="I/N: every Nth mutant, counted from the Ith")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    first, step = map(int, options.shard.split("/"))
+    mutants = [mutant for mutant in load() if options.only in str(mutant)][first::step]
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    sys.dont_write_bytecode = True
+    import hypothesis  # noqa: F401  what the forks share is loaded here
+    import torch._dynamo
+    import triton.language  # noqa: F401
+
+    torch.set_num_threads(1)
+    survivors = run(mutants, options.processes)
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants killed")
+    print(*(f"SURVIVED {name}" for name in survivors), sep="\n")
+    return 1 if survivors or not mutants else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

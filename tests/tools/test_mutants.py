@@ -1,0 +1,98 @@
+"""Every mutant of the kernels, the reference and the ops must fail some test: a sample here, all by `make mutants`.
+
+The mutants are in tests/tools/mutants/, one file an op, and tests/tools/mutants/run.py is what runs them.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parent / "mutants" / "run.py"
+SAMPLE = ("unsigned lane", "first column ignored", "wrong order")  # those that die within seconds
+
+
+@pytest.fixture(scope="module")
+def runner():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("mutants_run", RUN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_mutant_is_one_edit(runner):
+    mutants = runner.load()
+    assert len({str(mutant) for mutant in mutants}) == len(mutants)
+    for mutant in mutants:
+        found = (runner.ROOT / mutant.file).read_text().count(mutant.old)
+        assert found == 1, f"{mutant}: the text occurs {found} times"
+        assert mutant.old != mutant.new
+
+
+def test_the_tests_that_mutants_run_exist(runner):
+    """A test that is renamed must not drop out of a list unseen: pytest refuses an id that it does not find."""
+    tests = sorted({test for mutant in runner.load() for test in mutant.tests})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runner.ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_of_the_mutants_dies(name):
+    command = [sys.executable, RUN, "--only", name, "--processes", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# What follows forks, so it needs a process that has not imported fastpeft.
+PROLOGUE = f"""
+import os, pathlib, sys
+sys.path.insert(0, {str(RUN.parent)!r})
+import run
+os.environ |= {{"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}}
+CHECK = "    if a.shape[0] == 0:\\n"
+def survivors(new):
+    tests = ("tests/ops/lora_linear/test_errors.py::test_rank_0",)
+    return run.run([run.Mutant("fastpeft/ops/lora_linear.py", "test", CHECK, new, tests)], 1)
+"""
+
+
+def in_a_process(source: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", PROLOGUE + source], capture_output=True, text=True)
+
+
+def test_a_mutant_that_changes_nothing_survives():
+    """The runner can tell: a comment is no mutant; where its line accepts what it refused, it is one."""
+    done = in_a_process("""
+assert survivors("    # here\\n" + CHECK) == ["fastpeft/ops/lora_linear.py: test"]
+assert survivors("    if a.shape[0] < 0:\\n") == []
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].endswith("SURVIVED")
+    assert done.stdout.splitlines()[1].endswith("killed ops/lora_linear/test_errors.py::test_rank_0")
+
+
+@pytest.mark.slow
+def test_an_endless_loop_is_a_death():
+    done = in_a_process("""
+run.SECONDS = 12
+assert survivors("    while a.shape[0] == 0:\\n        pass\\n" + CHECK) == []
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("killed (timeout) ops/lora_linear/test_errors.py::test_rank_0\n")
+
+
+def test_a_timeout_of_a_test_that_is_slow_by_itself_is_no_verdict(tmp_path):
+    test = "tests/ops/lora_linear/test_memory.py::test_offsets_are_64_bit[reference]"
+    done = in_a_process(f"run.SECONDS = 6\nrun.demand_speed({test!r}, pathlib.Path({str(tmp_path)!r}))")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{test} does not pass in 1 s without a mutant: no verdict")
+
+
+def test_a_process_that_has_the_package_tests_no_mutant():
+    done = in_a_process("import fastpeft\nsurvivors(CHECK)")
+    assert "RuntimeError: run: fastpeft is imported" in done.stderr

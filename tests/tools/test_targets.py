@@ -1,0 +1,66 @@
+"""Every launch of every kernel, compiled for every architecture: no register spills, fits, uses tensor cores.
+
+tests/support/aot.py does the compiling, in processes without TRITON_INTERPRET.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.oldest, pytest.mark.slow]
+
+# Bytes of shared memory that a block may ask for (CUDA C++ Programming Guide, "Compute Capabilities").
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+KERNELS = {
+    *("_down_kernel", "_up_kernel", "_up_backward_kernel", "_outer_kernel"),
+    *("_sort_kernel", "_tile_kernel", "_shrink_kernel", "_expand_kernel"),
+    "_gathered_outer_kernel",
+    *("_fused_kernel", "_hidden_kernel", "_hidden_up_kernel"),
+    *("_hidden_backward_kernel", "_dx_kernel", "_weight_gradient_kernel"),
+    *("_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"),
+}
+SORTING = {"_sort_kernel", "_tile_kernel"}
+COPYING = {"_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"}
+PROJECT = {"_down_kernel", "_shrink_kernel", "_fused_kernel", "_hidden_kernel", "_hidden_backward_kernel"}
+
+
+@functools.cache
+def compiled(architecture: int) -> list[dict]:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.aot", "--json", "--arch", str(architecture)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def say(rows: list[dict]) -> str:
+    return "\n".join(map(str, rows))
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+def test_compiles_without_spills_and_fits(architecture):
+    rows = compiled(architecture)
+    assert {row["kernel"] for row in rows} == KERNELS
+    spilled = [row for row in rows if row["stack"] or row["spills"]]
+    assert not spilled, f"{len(spilled)} of {len(rows)} kernels spill registers:\n{say(spilled)}"
+    large = [row for row in rows if row["shared"] > SHARED[architecture]]
+    assert not large, f"more shared memory than sm_{architecture} has:\n{say(large)}"
+    # 16-bit products on tensor cores; 16-bit times float32 as three TF32 terms. Products of float32 are true float32.
+    slow = [
+        row
+        for row in rows
+        if "float32" not in row["case"] and row["kernel"] not in SORTING | COPYING and not row["dot"]
+    ]
+    slow += [row for row in rows if row["kernel"] in PROJECT and row["case"][0] != "float32" and not row["dot"]]
+    assert not slow, f"no tensor-core instruction:\n{say(slow)}"
+    generation = {90: "wgmma", 100: "tcgen05"}.get(architecture, "mma.sync")
+    old = [row for row in rows if row["kernel"] == "_down_kernel" and "float32" not in row["case"]]
+    old = [row for row in old if generation not in row["dot"]]
+    assert not old, f"not the instruction of its generation, {generation}:\n{say(old)}"
