@@ -10,7 +10,6 @@ import re
 
 import pytest
 import torch
-from adapters.composition import Average, BatchSplit, Fuse, Parallel, Split, Stack
 
 import fastpeft
 from fastpeft.methods.formats.conversion import convert
@@ -199,14 +198,14 @@ class TestAccelerate:
     @pytest.mark.parametrize(
         "setup",
         [
-            Stack("a", "b"),
-            Average("a", "b"),
-            Average("a", "b", weights=[0.3, 0.7]),
-            BatchSplit("a", "b", batch_sizes=[1, 1]),
-            Split("a", "b", splits=[2, 3]),
-            Parallel("a", "b"),
-            Stack("a", Parallel("b", "c")),
-            Fuse("a", "b"),
+            adapters.composition.Stack("a", "b"),
+            adapters.composition.Average("a", "b"),
+            adapters.composition.Average("a", "b", weights=[0.3, 0.7]),
+            adapters.composition.BatchSplit("a", "b", batch_sizes=[1, 1]),
+            adapters.composition.Split("a", "b", splits=[2, 3]),
+            adapters.composition.Parallel("a", "b"),
+            adapters.composition.Stack("a", adapters.composition.Parallel("b", "c")),
+            adapters.composition.Fuse("a", "b"),
         ],
         ids=str,
     )
@@ -216,7 +215,7 @@ class TestAccelerate:
         torch.manual_seed(3)
         for name in "abc":
             model.add_adapter(name, config=bottleneck(init_weights="mam_adapter"))
-        if isinstance(setup, Fuse):
+        if isinstance(setup, adapters.composition.Fuse):
             model.add_adapter_fusion(setup)
         with torch.no_grad():
             for path, parameter in model.named_parameters():
@@ -228,7 +227,7 @@ class TestAccelerate:
         fastpeft.accelerate(model)
         assert close(logits(model), expected)
         rows = [row for row in fastpeft.report(model) if ".adapters." in row.path]
-        if isinstance(setup, Fuse):
+        if isinstance(setup, adapters.composition.Fuse):
             assert {row.status for row in rows} == {"AdapterFusion reads its projection"}
             assert any(row.status == "BertFusion has no fused form" for row in fastpeft.report(model))
             with pytest.raises(ValueError, match="strict"):
