@@ -1,9 +1,29 @@
 """The one place for shape, dtype and device errors: op, argument, what was given, what was expected."""
 
 import math
+from collections.abc import Sized
 
 import torch
 from torch import Tensor
+
+
+def shown(value: object) -> str:
+    """What was given, for an error: a short value with its type, the size alone of anything long.
+
+    >>> shown("2.0"), shown([1, 2, 3])
+    ("'2.0' (str)", 'a list of 3')
+    """
+    kind = type(value).__name__
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, Tensor) and value.dim():
+        return f"a {kind} {list(value.shape)} of {value.dtype}"
+    if isinstance(value, (str, bytes)):
+        return f"{value!r} ({kind})" if len(value) <= 80 else f"{value[:60]!r}... ({kind} of {len(value)})"
+    if isinstance(value, Sized) and not isinstance(value, (type, Tensor)):
+        return f"a {kind} of {len(value)}"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:60] + '...'} ({kind})"
 
 
 def tensor(
