@@ -4,7 +4,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: demo demo-methods demo-serve test test-oldest test-adapters mutants peft-suite bench gpu check
+.PHONY: demo demo-methods demo-serve test test-oldest test-adapters test-nullgpu mutants peft-suite bench gpu check
 
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
@@ -28,6 +28,10 @@ test-oldest: .venv/oldest
 test-adapters: .venv/adapters
 	PYTHONPATH=$(CURDIR)/.venv/adapters $(PY) -c "import adapters"
 	PYTHONPATH=$(CURDIR)/.venv/adapters $(PYTEST) tests/integrations/adapters/test_library.py
+
+# On a GPU that computes nothing: host time, launches, synchronisations, memory and capture of PyTorch's CUDA build.
+test-nullgpu: .venv-nullgpu/ready
+	.venv-nullgpu/bin/python -m bench.nullgpu -m pytest tests/nullgpu
 
 # Breaks the package in one place at a time; a test must fail each time. `make test` runs a sample.
 mutants: .venv/ready
@@ -57,6 +61,13 @@ check: .venv/ready
 
 .venv/adapters: constraints-adapters.txt | .venv/ready
 	PIP_CONSTRAINT= $(PY) -m pip install --target $@ --upgrade --no-deps -r $< && touch $@
+
+.venv-nullgpu/ready: constraints-nullgpu.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv-nullgpu
+	PIP_CONSTRAINT= .venv-nullgpu/bin/python -m pip install --no-deps -r constraints-nullgpu.txt
+	sed '/^torch==/d; /^triton>/d' constraints.txt > .venv-nullgpu/constraints.txt
+	FASTPEFT_NO_CUDA=1 PIP_CONSTRAINT=.venv-nullgpu/constraints.txt \
+		.venv-nullgpu/bin/python -m pip install -e .[test] && touch $@
 
 .venv/demo: .venv/ready
 	$(PY) -m pip install -e .[demo] && touch $@
