@@ -4,7 +4,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist loadgroup
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
-.PHONY: demo demo-methods demo-serve test test-oldest test-adapters test-nullgpu mutants peft-suite bench gpu check
+.PHONY: demo demo-methods demo-serve docs test test-oldest test-adapters test-nullgpu mutants peft-suite bench gpu check
 
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
@@ -15,6 +15,10 @@ demo-methods: .venv/demo
 
 demo-serve: .venv/demo
 	$(PY) -m fastpeft.cli demo --serve
+
+# The site, in site/; every warning is an error. It reads the source and imports nothing of it.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict
 
 test: .venv/ready test-oldest test-adapters
 	$(PYTEST)
@@ -68,6 +72,12 @@ check: .venv/ready
 	sed '/^torch==/d; /^triton>/d' constraints.txt > .venv-nullgpu/constraints.txt
 	FASTPEFT_NO_CUDA=1 PIP_CONSTRAINT=.venv-nullgpu/constraints.txt \
 		.venv-nullgpu/bin/python -m pip install -e .[test] && touch $@
+
+.venv/docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $@
+	$@/bin/pip install $$($(PYTHON) -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
 
 .venv/demo: .venv/ready
 	$(PY) -m pip install -e .[demo] && touch $@
