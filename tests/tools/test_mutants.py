@@ -3,6 +3,7 @@
 The mutants are in tests/tools/mutants/, one file an op, and tests/tools/mutants/run.py is what runs them.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,47 @@ def test_every_mutant_is_one_edit(runner):
     mutants = runner.load()
     assert len({str(mutant) for mutant in mutants}) == len(mutants)
     for mutant in mutants:
-        found = (runner.ROOT / mutant.file).read_text().count(mutant.old)
-        assert found == 1, f"{mutant}: the text occurs {found} times"
-        assert mutant.old != mutant.new
+        source = (runner.ROOT / mutant.file).read_text()
+        assert runner.edited(source, mutant) != source
+
+
+PYTHON = """
+one = 1
+class A:
+    @two
+    def f(self):
+        return (one +
+            one)
+def g():
+    return one
+"""
+CUDA = """
+int one = 1;  // {
+struct A {
+  __global__ void __launch_bounds__(one) f() {
+    if (two) { return (one +
+      one); } }
+};
+int g() { return one; }
+"""
+
+
+@pytest.mark.parametrize(("file", "method", "source"), [("a.py", "A.f", PYTHON), ("a.cu", "f", CUDA)])
+def test_an_edit_is_of_its_function_alone(runner, file, method, source):
+    def edited(where, old):
+        return runner.edited(source, runner.Mutant(file, where, "test", old, "2", ()))
+
+    assert edited("", "one") == source.replace("one", "2", 1)
+    assert edited(method, "one + one") == re.sub(r"one \+\s+one", "2", source)
+    assert edited("g", "one") == "2".join(source.rsplit("one", 1))
+    for where, old, why in [
+        ("h", "one", "h is no function there, expected one of"),
+        (method, "one", "the text occurs . times in"),
+        ("g", "two", "the text occurs 0 times in g"),
+        ("", "return", "the text occurs 0 times outside of functions"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{file}: test: {why}"):
+            edited(where, old)
 
 
 def test_the_tests_that_mutants_run_exist(runner):
@@ -54,10 +93,10 @@ import os, pathlib, sys
 sys.path.insert(0, {str(RUN.parent)!r})
 import run
 os.environ |= {{"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}}
-CHECK = "    if a.shape[0] == 0:\\n"
+CHECK = "if a.shape[0] == 0:"
 def survivors(new):
     tests = ("tests/ops/lora_linear/test_errors.py::test_rank_0",)
-    return run.run([run.Mutant("fastpeft/ops/lora_linear.py", "test", CHECK, new, tests)], 1)
+    return run.run([run.Mutant("fastpeft/ops/lora_linear.py", "_check_branch", "test", CHECK, new, tests)], 1)
 """
 
 
@@ -68,8 +107,8 @@ def in_a_process(source: str) -> subprocess.CompletedProcess:
 def test_a_mutant_that_changes_nothing_survives():
     """The runner can tell: a comment is no mutant; where its line accepts what it refused, it is one."""
     done = in_a_process("""
-assert survivors("    # here\\n" + CHECK) == ["fastpeft/ops/lora_linear.py: test"]
-assert survivors("    if a.shape[0] < 0:\\n") == []
+assert survivors(CHECK + "  # here") == ["fastpeft/ops/lora_linear.py: test"]
+assert survivors("if a.shape[0] < 0:") == []
 """)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].endswith("SURVIVED")
@@ -80,7 +119,7 @@ assert survivors("    if a.shape[0] < 0:\\n") == []
 def test_an_endless_loop_is_a_death():
     done = in_a_process("""
 run.SECONDS = 12
-assert survivors("    while a.shape[0] == 0:\\n        pass\\n" + CHECK) == []
+assert survivors("while a.shape[0] == 0:\\n        pass\\n    " + CHECK) == []
 """)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("killed (timeout) ops/lora_linear/test_errors.py::test_rank_0\n")

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Mutants of the dropout mask, as run.py says."""
 
 TESTS = (
@@ -15,32 +14,51 @@ TESTS = (
 
 MUTANTS = {
     "kernels/dropout.py": {
-        "rows counted from 0": ("(m + 1).to(tl.uint64)", "m.to(tl.uint64)"),
-        "seed ignored": ("z = seed.to(tl.uint64) + (m", "z = (seed * 0).to(tl.uint64) + (m"),
-        "row key skips a round": ("z = (z ^ (z >> 27)) * 0x94D049BB133111EB", "z = z ^ (z >> 27)"),
-        "row key's halves swapped": ("z.to(tl.uint32), (z >> 32).to(tl.uint32)", "(z >> 32).to(tl.uint32), z.to(tl.uint32)"),
-        "high half of the row key dropped": ("((z ^ (z >> 15)) + hi[:, None])", "(z ^ (z >> 15))"),
-        "first column ignored": ("(first_k // 2 + tl.arange(0, BLOCK_K // 2))", "(first_k * 0 + tl.arange(0, BLOCK_K // 2))"),
-        "first column not halved": ("(first_k // 2 + ", "(first_k + "),
-        "last shift dropped": ("    z = z ^ (z >> 16)\n", "    z = z ^ (z >> 17)\n"),
-        "lanes swapped": ("tl.interleave(even, odd)", "tl.interleave(odd, even)"),
-        "one lane for both": ("tl.interleave(even, odd)", "tl.interleave(odd, odd)"),
-        "unsigned lane": ("odd = z.to(tl.int32, bitcast=True) >> 16", "odd = (z >> 16).to(tl.int32)"),
-        "threshold off by one": (">= threshold - 32768", "> threshold - 32768"),
-        "mask inverted": (">= threshold - 32768", "< threshold - 32768"),
-        "probability cut, not rounded": ("min(round(dropout * 65536), 65535)", "min(int(dropout * 65536), 65535)"),
-        "everything dropped near 1": ("min(round(dropout * 65536), 65535)", "round(dropout * 65536)"),
+        "_row_keys": {
+            "rows counted from 0": ("(m + 1).", "m."),
+            "seed ignored": ("z = seed.", "z = (seed * 0)."),
+            "row key skips a round": ("(z ^ (z >> 27)) * 0x94D049BB133111EB", "z ^ (z >> 27)"),
+            "row key's halves swapped": ("z.to(tl.uint32), (z >> 32)", "(z >> 32).to(tl.uint32), z"),
+        },
+        "keep_tile": {
+            "high half of the row key dropped": ("(z ^ (z >> 15)) + hi[:, None]", "z ^ (z >> 15)"),
+            "first column ignored": ("first_k // 2", "first_k * 0"),
+            "first column not halved": ("first_k // 2 +", "first_k +"),
+            "last shift dropped": ("(z >> 16)", "(z >> 17)"),
+            "lanes swapped": ("even, odd", "odd, even"),
+            "one lane for both": ("interleave(even, odd)", "interleave(odd, odd)"),
+            "unsigned lane": ("z.to(tl.int32, bitcast=True) >> 16", "(z >> 16).to(tl.int32)"),
+            "threshold off by one": (">= threshold", "> threshold"),
+            "mask inverted": (">= threshold", "< threshold"),
+        },
+        "threshold": {
+            "probability cut, not rounded": ("min(round(dropout * 65536), 65535)", "min(int(dropout * 65536), 65535)"),
+            "everything dropped near 1": ("min(round(dropout * 65536), 65535)", "round(dropout * 65536)"),
+        },
     },
     "fastpeft/reference/dropout.py": {
-        "rows counted from 0": ("torch.arange(1, rows + 1,", "torch.arange(0, rows,"),
-        "seed ignored": (".add_(seed.reshape(()))", ".add_(seed.reshape(()) * 0)"),
-        "arithmetic shift": ("out=out).bitwise_and_((1 << (width - bits)) - 1)", "out=out)"),
-        "halves of the row key swapped": ("lo, hi = row_keys", "hi, lo = row_keys"),
-        "threshold off by one": ("torch.ge(lanes,", "torch.gt(lanes,"),
-        "last column of an odd number lost": ("pairs = (columns + 1) // 2", "pairs = columns // 2 + columns % 2 * 0"),
-        "probability cut, not rounded": ("min(round(dropout * LANES), LANES - 1)", "min(int(dropout * LANES), LANES - 1)"),
-        "everything dropped near 1": ("min(round(dropout * LANES), LANES - 1)", "round(dropout * LANES)"),
-        "divided by the probability asked for": ("LANES / (LANES - threshold(dropout))", "1 / (1 - dropout)"),
-        "a mask of another dtype": ("keep = torch.empty(rows, columns, dtype=dtype,", "keep = torch.empty(rows, columns, dtype=torch.bool,"),
+        "row_keys": {
+            "rows counted from 0": ("1, rows + 1", "0, rows"),
+            "seed ignored": ("(seed.reshape(()))", "(seed.reshape(()) * 0)"),
+        },
+        "_shift_right": {
+            "arithmetic shift": (".bitwise_and_((1 << (width - bits)) - 1)", ""),
+        },
+        "keep_mask": {
+            "halves of the row key swapped": ("lo, hi =", "hi, lo ="),
+            "threshold off by one": ("torch.ge", "torch.gt"),
+            "last column of an odd number lost": ("(columns + 1) // 2", "columns // 2 + columns % 2 * 0"),
+            "a mask of another dtype": ("dtype=dtype", "dtype=torch.bool"),
+        },
+        "threshold": {
+            "probability cut, not rounded": (
+                "min(round(dropout * LANES), LANES - 1)",
+                "min(int(dropout * LANES), LANES - 1)",
+            ),
+            "everything dropped near 1": ("min(round(dropout * LANES), LANES - 1)", "round(dropout * LANES)"),
+        },
+        "inverse_keep": {
+            "divided by the probability asked for": ("LANES / (LANES - threshold(dropout))", "1 / (1 - dropout)"),
+        },
     },
-}  # fmt: skip
+}

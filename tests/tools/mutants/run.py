@@ -6,8 +6,12 @@
 
 A file beside this one holds the mutants of one op, and the tests that can see them::
 
-    MUTANTS = {file: {what is wrong: (the text as it is, occurring once; the mutant's[; a test to begin with])}}
+    MUTANTS = {file: {function: {what is wrong: (a piece of the function; the mutant's[; a test to begin with])}}}
     TESTS = (pytest ids, in the order in which they run: those that kill most, fastest, first)
+
+A function is named as in ``_down_kernel`` or ``Class.method``, and "" is what stands outside of all. The piece occurs
+once in it, however its white space is broken into lines; it is no longer than that takes, so that a mutant outlives
+changes of what is not its own.
 
 Each mutant gets its own copy of the package. The tests run in a fork of a process that has torch and Triton loaded, in
 Triton's interpreter. A crash counts as a death. So does a test that runs out of time, as where an edit makes a loop
@@ -15,8 +19,10 @@ endless, if the same test without the edit needs a sixth of that time; running o
 """
 
 import argparse
+import ast
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,9 +37,10 @@ SECONDS = 60  # for one test
 
 
 class Mutant(NamedTuple):
-    """One edit of one file, and the pytest ids of the tests that can see it, in their order."""
+    """One edit of one function of a file, and the pytest ids of the tests that can see it, in their order."""
 
     file: str
+    function: str
     name: str
     old: str
     new: str
@@ -66,9 +73,74 @@ def load() -> list[Mutant]:
         spec = importlib.util.spec_from_file_location(f"mutants_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        for file, edits in module.MUTANTS.items():
-            for name, (old, new, *first) in edits.items():
-                found.append(Mutant(file, name, old, new, (*first, *module.TESTS)))
+        for file, functions in module.MUTANTS.items():
+            if all(isinstance(edit, tuple) for edit in functions.values()):
+                functions = {"*": functions}  # by file
+            for function, edits in functions.items():
+                for name, (old, new, *first) in edits.items():
+                    found.append(Mutant(file, function, name, old, new, (*first, *module.TESTS)))
+    return found
+
+
+def edited(source: str, mutant: Mutant) -> str:
+    """The mutant of ``source``, the text of its file; ValueError where the edit is not one, in one place."""
+    spans = (python_functions if mutant.file.endswith(".py") else cuda_functions)(source) | {"*": [(0, len(source))]}
+    everywhere = [span for name, found in spans.items() for span in found if name != "*"]
+    if mutant.function and mutant.function not in spans:
+        raise ValueError(f"{mutant}: {mutant.function} is no function there, expected one of {', '.join(spans)}")
+    places = []
+    pattern = re.escape(mutant.old) if mutant.function == "*" else r"\s+".join(map(re.escape, mutant.old.split()))
+    for match in re.finditer(pattern, source):
+        inside = spans[mutant.function] if mutant.function else everywhere
+        if any(start <= match.start() and match.end() <= stop for start, stop in inside) == bool(mutant.function):
+            places.append(match.span())
+    if len(places) != 1 or mutant.old == mutant.new:
+        where = f"in {mutant.function}" if mutant.function else "outside of functions"
+        raise ValueError(f"{mutant}: the text occurs {len(places)} times {where}, expected once:\n{mutant.old}")
+    start, stop = places[0]
+    return source[:start] + mutant.new + source[stop:]
+
+
+def python_functions(source: str) -> dict[str, list[tuple[int, int]]]:
+    """Where each function and method begins, decorators included, and ends; what lies in one is part of it."""
+    lines = [0]
+    for line in source.splitlines(keepends=True):
+        lines.append(lines[-1] + len(line))
+    found: dict[str, list[tuple[int, int]]] = {}
+
+    def visit(nodes: list[ast.stmt], prefix: str) -> None:
+        for node in nodes:
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = min([node, *node.decorator_list], key=lambda part: part.lineno)
+                span = lines[first.lineno - 1], lines[node.end_lineno]
+                found.setdefault(prefix + node.name, []).append(span)
+
+    visit(ast.parse(source).body, "")
+    return found
+
+
+def cuda_functions(source: str) -> dict[str, list[tuple[int, int]]]:
+    """Where each function of C++ begins and ends, its overloads together; structs and namespaces are seen through."""
+    # Comments and strings may hold braces: they are blanked, so that places stay.
+    blank = re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', lambda m: " " * len(m[0]), source, flags=re.DOTALL)
+    found: dict[str, list[tuple[int, int]]] = {}
+    begin = depth = 0
+    name = None
+    for match in re.finditer(r"[;{}]", blank):
+        if name is None and match[0] == "{":
+            attributes = r"__\w+__\([^)]*\)|^\s*#[^\n]*"  # as __launch_bounds__ is one, and lines of the preprocessor
+            head = re.sub(attributes, "", blank[begin : match.start()], flags=re.MULTILINE)
+            called = re.search(r"(\w+)\s*\(", head)
+            if called:
+                name, depth, start = called[1], 0, begin
+        depth += {"{": 1, "}": -1, ";": 0}[match[0]]
+        if name is not None and depth == 0:
+            found.setdefault(name, []).append((start, match.end()))
+            name = None
+        if name is None:
+            begin = match.end()
     return found
 
 
@@ -79,10 +151,8 @@ def copy_package(copy: Path) -> None:
 
 
 def break_copy(copy: Path, mutant: Mutant) -> None:
-    source = (copy / mutant.file).read_text()
-    if source.count(mutant.old) != 1 or mutant.old == mutant.new:
-        raise SystemExit(f"{mutant}: the text occurs {source.count(mutant.old)} times, expected once:\n{mutant.old}")
-    (copy / mutant.file).write_text(source.replace(mutant.old, mutant.new))
+    path = copy / mutant.file
+    path.write_text(edited(path.read_text(), mutant))
 
 
 def start(copy: Path, tests: tuple[str, ...], seconds: int) -> int:
