@@ -165,9 +165,14 @@ def extensions() -> tuple[list[Extension], str | None]:
 
 
 EXTENSIONS, WHY_NOT = extensions()
+PACKAGES = find_packages(include=["fastpeft", "fastpeft.*"])
+# An editable install is the checkout's folder on the path, which type checkers and editors follow; with a mapping it
+# would be an import hook, which they do not. fastpeft/_bridge.py shows kernels/ there. A strict one is a tree of links.
+EDITABLE = "editable_wheel" in sys.argv and "strict" not in sys.argv
 setup(
-    packages=[*find_packages(include=["fastpeft", "fastpeft.*"]), "fastpeft.kernels"],
-    package_dir={"fastpeft.kernels": "kernels"},
+    packages=PACKAGES if EDITABLE else [*PACKAGES, "fastpeft.kernels"],
+    package_dir={"": "."} if EDITABLE else {"fastpeft.kernels": "kernels"},
+    package_data={"fastpeft": ["py.typed"]},
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildCuda, "build_py": BuildPy},
 )

@@ -59,6 +59,8 @@ def layer(module: str) -> str:
 def imports(path: Path, tree: ast.Module):
     """(line, module, whether inside a function) of every import, with relative names resolved."""
     package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    if path == Path("fastpeft/__init__.py"):  # names for type checkers; at run time they are loaded on first use
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
     inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for n in ast.walk(f)}
     for node in ast.walk(tree):
         names = []

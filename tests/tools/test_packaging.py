@@ -60,7 +60,8 @@ def wheel(checkout, tmp_path_factory):
 
 def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {str(path.relative_to(checkout)) for path in (checkout / "fastpeft").rglob("*.py")}
+    package = [*(checkout / "fastpeft").rglob("*.py"), checkout / "fastpeft" / "py.typed"]
+    sources = {str(path.relative_to(checkout)) for path in package}
     assert {name for name in names if ".dist-info/" not in name} == sources | {
         f"fastpeft/kernels/{name}" for name in KERNELS | {"probe.py"}
     } | {"fastpeft/without_C.txt"}
@@ -84,6 +85,16 @@ def site(request, wheel, checkout, tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     shutil.unpack_archive(wheel, folder, "zip")
     return request.param, folder
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_follow(site, checkout):
+    kind, folder = site
+    hooks = [path.name for path in folder.glob("*.py")]
+    paths = [line for path in folder.glob("*.pth") for line in path.read_text().splitlines()]
+    assert hooks == []
+    assert [Path(line) for line in paths if kind == "editable"] == ([checkout] if kind == "editable" else [])
+    if kind == "wheel":
+        assert (folder / "fastpeft" / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("root", [False, True], ids=["from /", "from the root"])
