@@ -13,11 +13,13 @@ import sysconfig
 from pathlib import Path
 from shlex import quote
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 OLDEST = (12, 8)  # the first nvcc that knows sm_100 and sm_120
+SETUPTOOLS = 77  # as pyproject.toml asks
 NOTE = "fastpeft/without_C.txt"
 
 _PORTABLE = [f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in (80, 90, 100, 120)]
@@ -97,6 +99,8 @@ def compilers() -> tuple[Path, Path, str, str]:
     cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not cxx:
         raise CannotBuild("no C++ compiler was found (g++, or CXX)")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise CannotBuild(f"{sysconfig.get_path('include')} has no Python.h (Debian: python3-dev)")
     for module in ("pybind11", "ninja"):
         try:
             __import__(module)
@@ -164,6 +168,10 @@ def extensions() -> tuple[list[Extension], str | None]:
     return [Extension("fastpeft._C", sources=sources)], None
 
 
+# Where pip is told not to bring setuptools of its own, its own words would be of a license that is not valid.
+if Path("pyproject.toml").is_file() and int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
+    given = f"setuptools is {setuptools.__version__}, expected {SETUPTOOLS}"
+    raise SystemExit(f"fastpeft: {given}; pip brings a newer one unless it is given --no-build-isolation")
 EXTENSIONS, WHY_NOT = extensions()
 PACKAGES = find_packages(include=["fastpeft", "fastpeft.*"])
 # An editable install is the checkout's folder on the path, which type checkers and editors follow; with a mapping it

@@ -206,6 +206,30 @@ def test_an_old_nvcc_builds_nothing_and_says_so(tmp_path, monkeypatch):
     assert setup_py()["WHY_NOT"] == f"{home}/bin/nvcc is 11.8, expected 12.8"
 
 
+def test_without_pythons_headers_it_builds_nothing_and_says_so(tmp_path, monkeypatch):
+    """Debian has them in a package of their own; an installation must not fail for want of them."""
+    home = toolkit_with(tmp_path, "echo release 13.0")
+    if cuda_extension.missing() is not None:
+        (home / "lib64").mkdir()
+        (home / "lib64" / "libcudart_static.a").write_text("")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("CXX", "g++")
+    paths = sysconfig.get_paths() | {"include": str(tmp_path)}
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, *_, **__: paths[name])
+    assert setup_py()["WHY_NOT"] == f"{tmp_path} has no Python.h (Debian: python3-dev)"
+
+
+def test_setuptools_that_cannot_read_the_metadata_are_named(monkeypatch):
+    """With --no-build-isolation; pip would show a page about a license that is not valid."""
+    monkeypatch.setattr("setuptools.__version__", "75.8.0")
+    with pytest.raises(SystemExit, match="fastpeft: setuptools is 75.8.0, expected 77"):
+        setup_py()
+
+
+def test_the_oldest_setuptools_is_what_pyproject_asks_for():
+    assert f'"setuptools>={setup_py()["SETUPTOOLS"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
 @pytest.mark.skipif(importlib.util.find_spec("ninja") is None, reason="ninja is not installed")
 def test_without_cuda_it_is_pure_python_and_env_says_why(source, tmp_path):
     wheel, said = cuda_extension.wheel(*source, FASTPEFT_NO_CUDA="1")
