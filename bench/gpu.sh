@@ -8,20 +8,22 @@
 #     install     the package into a throwaway folder, csrc/ included where nvcc is
 #     env         fastpeft env
 #     csrc        the CUDA kernels on their smallest grid, then on ragged ones
+#     sanitizer   memcheck, synccheck and racecheck of csrc/ on small ragged shapes; after the tests, memcheck of the rest
 #     check       every op against float64
 #     tests       those that run on the device
-#     sanitizer   memcheck (and synccheck, for csrc/) on small ragged shapes
 #     bench serving bottleneck prompts gemm decode selective    the benchmarks; gemm and decode are of csrc/
 #     plot        the picture of lora_linear's rows
 #
 # A step that fails stops no other. At the end come the ratios of all rows, then the table of steps; the exit code is 1
-# if one failed. The proofs end at half of the time, so that slow ones leave the benchmarks their half, and each
-# benchmark has its share of what is left. OUT_DIR gets 8 files at most: summary.txt, five logs, rows.jsonl and
+# if one failed. The proofs end at half of the time, those of csrc/ at half of that, so that slow ones leave the others
+# theirs, and each benchmark has its share of what is left. On a machine where csrc/ never ran, begin with
+# STEPS="install env csrc sanitizer", which then have all the time of the proofs, and run the other steps in a second
+# call. OUT_DIR gets 8 files at most: summary.txt, five logs, rows.jsonl and
 # overhead.png; earlier ones of these names are removed.
 #
-# Variables: PYTHON (python3); BUILD_PATH, a folder with pybind11 and ninja where Python itself lacks them; STEPS, the
-# names of the steps to run (all); BENCH_ARGS, further arguments of the step bench; FASTPEFT_COMMIT, the commit that
-# rows carry where the checkout came without its history.
+# Variables: PYTHON (python3); BUILD_PATH, a folder with setuptools, pybind11 and ninja where Python itself lacks them;
+# STEPS, the names of the steps to run (all); BENCH_ARGS, further arguments of the step bench; FASTPEFT_COMMIT, the
+# commit that rows carry where the checkout came without its history.
 set -uo pipefail
 
 dry=
@@ -31,8 +33,9 @@ if [[ ${1:-} == --dry ]]; then
 fi
 out=${1:-${OUT:-out}}
 python=${PYTHON:-python3}
-proofs=290 end=550 # seconds by which the proofs and the last step are over; then 30 s at most for the ratios
-names="install env csrc check tests sanitizer bench serving bottleneck prompts gemm decode selective plot"
+# Seconds by which the proofs of csrc/, all proofs and the last step are over; then 30 s at most for the ratios.
+first_proofs=150 proofs=290 end=550
+names="install env csrc sanitizer check tests bench serving bottleneck prompts gemm decode selective plot"
 for name in ${STEPS:-}; do
     if [[ " $names " != *" $name "* ]]; then
         echo "gpu.sh: STEPS names $name, expected some of: $names" >&2
@@ -107,6 +110,7 @@ unset TRITON_INTERPRET FASTPEFT_BACKEND
 safe=()
 "$python" -P -c '' 2>/dev/null && safe=(-P)
 deadline=$proofs
+if asked check || asked tests; then deadline=$first_proofs; fi
 
 if [[ $dry ]]; then
     check=(--help)
@@ -143,23 +147,24 @@ absent=$("$python" -c 'import importlib.util as i, sys
 print(*(m for m in sys.argv[1:] if not i.find_spec(m)))' $wanted)
 note peers "absent: ${absent:-none}" 0
 
-# From a copy, since a build writes into its source folder.
-mkdir "$work/source" && cp -r pyproject.toml setup.py README.md LICENSE fastpeft kernels csrc "$work/source"
-# A dry run leaves csrc/ out: its build has tests of its own, and takes longer than everything here.
-step install 120 install.log env PYTHONPATH="${BUILD_PATH:+$BUILD_PATH:}$PYTHONPATH" FASTPEFT_NO_CUDA="${dry:-0}" \
-    "$python" -m pip install --no-index --no-deps --no-build-isolation --target "$work/site" "$work/source"
+# From a copy, since a build writes into its source folder. By setup.py alone: pip may be absent, and setuptools before 77
+# cannot read our pyproject.toml. A dry run leaves csrc/ out: its build has tests of its own, and takes longer than
+# everything here.
+mkdir "$work/source" && cp -r setup.py fastpeft kernels csrc "$work/source"
+step install 120 install.log env --chdir="$work/source" PYTHONPATH="${BUILD_PATH:-}" FASTPEFT_NO_CUDA="${dry:-0}" \
+    "$python" setup.py -q build --build-lib "$work/site"
 step env 60 env.log "$python" "${safe[@]}" -m fastpeft.cli env
 # A kernel that hangs must cost no more than its own step, so the smallest grid goes first, then ragged ones.
 csrc=
 sees='from fastpeft import _C; _C.devices()[0] or exit(1)'
 if [[ ! $dry ]] && timeout 60 "$python" "${safe[@]}" -c "$sees" 2>/dev/null; then
     csrc=1
-    linear=("${safe[@]}" -m bench.bench_lora_linear --device cuda --gate-only --compile no)
-    decode=("${safe[@]}" -m bench.bench_multi_lora --device cuda --gate-only --sites 1 --variant "ours, cuda")
+    linear=(-m bench.bench_lora_linear --device cuda --gate-only --compile no)
+    decode=(-m bench.bench_multi_lora --device cuda --gate-only --sites 1 --variant "ours, cuda")
     linear+=(--variant "frozen, csrc" --variant "ours, cuda" --variant "ours, cuda, S inside")
     first() { # command...: csrc/ is taken out once it hangs, since every step after this would hang too
         [[ $csrc ]] || return 0
-        step csrc 45 env.log "$python" "$@"
+        step csrc 45 env.log "$python" "${safe[@]}" "$@"
         case $? in 124 | 137)
             rm -f "$work"/site/fastpeft/_C*
             csrc=
@@ -176,30 +181,34 @@ else
     why=${why:-fastpeft._C does not load or sees no device}
     note csrc "skipped: $why" 0
 fi
-step check 90 env.log "$python" "${safe[@]}" -m fastpeft.cli check "${check[@]}"
-step tests 130 tests.log "$python" "${safe[@]}" -m pytest -q -p no:cacheprovider "${tests[@]}"
-
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
-if [[ ! $dry && -x $sanitizer ]]; then
-    # Without the caching allocator, so that an access past a tensor is an access past an allocation. API errors are not
-    # reported: torch probes the driver and expects some.
-    guard() { # tool, seconds at most, arguments of python...
-        local tool=$1 limit=$2
-        shift 2
-        step sanitizer "$limit" sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            "$sanitizer" --tool "$tool" --error-exitcode 9 --report-api-errors no "$python" "$@"
-    }
-    guard memcheck 70 "${safe[@]}" -m bench.bench_lora_linear --device cuda --gate-only --compile no --rows 130 --rank 5 \
-        --shape 200x136 --shape 136x200+72 --variant ours --variant "ours, base dtype"
-    guard memcheck 40 "${safe[@]}" -m bench.bench_multi_lora --device cuda --gate-only --shape 200x136 --tokens 70 --variant ours
-    for tool in ${csrc:+memcheck synccheck}; do
+# Without the caching allocator, so that an access past a tensor is an access past an allocation. API errors are not
+# reported: torch probes the driver and expects some.
+guard() { # tool, seconds at most, arguments of python...
+    local tool=$1 limit=$2
+    shift 2
+    step sanitizer "$limit" sanitizer.log env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        "$sanitizer" --tool "$tool" --error-exitcode 9 --report-api-errors no "$python" "${safe[@]}" "$@"
+}
+if [[ $dry || ! -x $sanitizer ]]; then
+    why=${dry:+dry run}
+    note sanitizer "skipped: ${why:-no compute-sanitizer}" 0
+    sanitizer=
+fi
+if [[ $sanitizer ]]; then
+    for tool in ${csrc:+memcheck synccheck racecheck}; do
         guard "$tool" 40 "${decode[@]}" --shape 200x136 --tokens 20 --rank mixed
         guard "$tool" 40 "${linear[@]}" --shape 200x136 --rows 130 --rank 8
     done
-else
-    why=${dry:+dry run}
-    why=${why:-no compute-sanitizer}
-    note sanitizer "skipped: $why" 0
+fi
+
+deadline=$proofs
+step check 90 env.log "$python" "${safe[@]}" -m fastpeft.cli check "${check[@]}"
+step tests 130 tests.log "$python" "${safe[@]}" -m pytest -q -p no:cacheprovider "${tests[@]}"
+if [[ $sanitizer ]]; then
+    guard memcheck 70 -m bench.bench_lora_linear --device cuda --gate-only --compile no --rows 130 --rank 5 \
+        --shape 200x136 --shape 136x200+72 --variant ours --variant "ours, base dtype"
+    guard memcheck 40 -m bench.bench_multi_lora --device cuda --gate-only --shape 200x136 --tokens 70 --variant ours
 fi
 
 deadline=$end
