@@ -1,8 +1,8 @@
 // Named operations of the Hopper kernels: each is one PTX instruction, or a few, and nothing else.
 //
 // Kernels reach the machine only through this header, so that the same source also runs on a CPU: with
-// FASTPEFT_EMULATOR defined, the same names come from tests/cuda/emulator/ptx_emulated.h. An operation added here is added
-// there. Shared-memory arguments are ordinary pointers; strides and counts are in bytes.
+// FASTPEFT_EMULATOR defined, the same names come from tests/cuda/emulator/ptx_emulated.h. An operation added here is
+// added there. Shared-memory arguments are ordinary pointers; strides and counts are in bytes.
 #pragma once
 #ifdef FASTPEFT_EMULATOR
 #include "ptx_emulated.h"
