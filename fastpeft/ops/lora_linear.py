@@ -223,8 +223,8 @@ def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, bac
         _check_branch(op, plural, x, weight, a, b, bias, lora_as[0], {**sizes})
     scales = [_check.finite(op, f"scale{plural}", scale) for scale in scales]
     dropouts = [_check.probability(op, f"dropout{plural}", dropout) for dropout in dropouts]
-    backend = _backend.choose(op, backend, REASONS, x, lora_as, weights, lora_bs)
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    backend = _backend.choose(op, backend, REASONS, flat, lora_as, weights, lora_bs)
     absent = x.new_empty(0)
     drawn = []
     if any(map(threshold, dropouts)):
@@ -282,7 +282,7 @@ def _cuda_reason(x, lora_as, weights=(), lora_bs=()):
     if any(size % 8 for weight in base for size in weight.shape):
         return f"weight has shape {[list(weight.shape) for weight in base]}, expected multiples of 8"
     read = [("weight", weight) for weight in base] + [("lora_b", b) for b in lora_bs]
-    read += [("x", x)] if x.dim() == 2 else []  # others are flattened, which copies what has gaps
+    read.append(("x", x if x.dim() == 2 else x.reshape(-1, x.shape[-1])))
     return next(filter(None, (impl.unfit(name, t) for name, t in read)), None)
 
 

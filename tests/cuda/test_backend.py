@@ -76,6 +76,12 @@ def test_lora_linear_wants_rows_that_tma_can_read(hopper):
     wide = torch.zeros(16, 33, dtype=BF16)
     assert "x has strides (33, 1)" in REASONS["cuda"](wide[:, :32], [a], [weight], [b])
     assert "starts at element 1" in REASONS["cuda"](torch.zeros(16, 40, dtype=BF16)[:, 1:33], [a], [weight], [b])
+    for flat in (torch.zeros(4, 3, 64, dtype=BF16)[..., :32], torch.zeros(3, 4, 32, dtype=BF16).transpose(0, 1)):
+        assert REASONS["cuda"](flat, [a], [weight], [b]) is None  # rows at equal distances, and rows that are copied
+    odd = torch.zeros(2, 3, 40, dtype=BF16)[..., 4:36]
+    assert "x has strides (40, 1) and starts at element 4" in REASONS["cuda"](odd, [a], [weight], [b])
+    with pytest.raises(ValueError, match=r"x has strides \(40, 1\)"):
+        lora_linear(odd, weight, a, b, backend="cuda")
     assert "weight has strides (1, 64)" in REASONS["cuda"](x, [a], [torch.zeros(32, 64, dtype=BF16).T], [b])
     assert "lora_b has strides (1, 64)" in REASONS["cuda"](x, [a], [weight], [torch.zeros(8, 64, dtype=BF16).T])
     assert "no weight" in REASONS["cuda"](x, [a], [None], [b])
