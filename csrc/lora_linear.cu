@@ -22,7 +22,7 @@ struct Matrix {
 
 /// What TMA demands of a matrix.
 int check(const Matrix& m) {
-  if (m.stride < m.columns && m.rows > 1) {
+  if (m.stride < m.columns) {
     return fail(BAD_ARGUMENT, "lora_linear: %s has a row stride of %lld, expected at least %lld", m.name,
                 static_cast<long long>(m.stride), static_cast<long long>(m.columns));
   }

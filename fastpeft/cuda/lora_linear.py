@@ -78,9 +78,9 @@ def forward(
 
 def linear(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     """``x Wᵀ + bias + S Bᵀ``; S and B may have no columns, bias no elements."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    y, bias = x.new_empty(x.shape[0], weight.shape[0]), bias.contiguous()
     _extension().lora_linear(
-        *_rows(x, weight, s, b), _bias(bias), *_rows(y), *y.shape, x.shape[1], b.shape[1],
+        *_rows(x, weight, s, b), _start(bias), *_rows(y), *y.shape, x.shape[1], b.shape[1],
         DTYPES.index(x.dtype), TILES.index(config(*y.shape).tile), *_place(x),
     )  # fmt: skip
     return y
@@ -88,10 +88,10 @@ def linear(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor) -> Ten
 
 def _with_s_inside(x, weight, a, b, bias, scale, dropout, seeds):
     y, s = x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
-    extension = _extension()
+    extension, bias = _extension(), bias.contiguous()
     workspace = torch.zeros(extension.lora_linear_workspace(len(x)) // 4, dtype=torch.int32, device=x.device)
     extension.lora_linear_down(
-        *_rows(x, weight, a, b), _bias(bias), *_rows(s, y), *y.shape, x.shape[1], a.shape[0], scale,
+        *_rows(x, weight, a, b), _start(bias), *_rows(s, y), *y.shape, x.shape[1], a.shape[0], scale,
         *_mask(dropout, seeds), workspace.data_ptr(), DTYPES.index(x.dtype), *_place(x),
     )  # fmt: skip
     return [y], s
@@ -124,7 +124,7 @@ def down_backward(
     dx, das = lora_linear.down_backward(ds, x, lora_as, dropouts, seeds, need_dx and fused is None, need_da)
     if fused is not None:
         a = lora_as[0] if len(lora_as) == 1 else torch.cat(list(lora_as))
-        dx = input_gradient(*fused, ds, a if _fits(a) else a.contiguous(), dropouts[0], seeds)
+        dx = input_gradient(*fused, ds, a if _fits(a) else a.clone(memory_format=torch.contiguous_format), dropouts[0], seeds)
     for pair in base if need_dx else ():
         if pair is not fused:
             dx.addmm_(*pair)
@@ -145,12 +145,23 @@ def unfit(name: str, t: Tensor) -> str | None:
     """Why TMA cannot read a matrix, or None: rows of adjacent elements that begin at multiples of 16 bytes."""
     if _fits(t):
         return None
-    return f"{name} has strides {t.stride()} and starts at element {t.storage_offset()}, expected (a multiple of 8, 1)"
+    where = f"starts at element {t.storage_offset()} of its memory, {_past_16(t)} bytes past a multiple of 16"
+    return f"{name} has strides {t.stride()} and {where}, expected (a multiple of 8, 1) and no byte past"
 
 
 def _fits(t: Tensor) -> bool:
     row, element = t.stride()
-    return element == 1 and row % 8 == 0 and row >= t.shape[1] and t.storage_offset() % 8 == 0
+    return element == 1 and row % 8 == 0 and row >= t.shape[1] and _past_16(t) == 0
+
+
+def _past_16(t: Tensor) -> int:
+    """Bytes from a multiple of 16 to where a matrix begins.
+
+    Memory of another library may begin anywhere. While a graph is traced there is no address, so the place within the
+    memory has to do; the launcher looks at the address and refuses it.
+    """
+    traced = torch.compiler.is_compiling() or type(t) not in (Tensor, torch.nn.Parameter)
+    return (t.storage_offset() * t.element_size() if traced else t.data_ptr()) % 16
 
 
 def _rows(*matrices: Tensor) -> list[int]:
@@ -158,13 +169,14 @@ def _rows(*matrices: Tensor) -> list[int]:
     return [number for t in matrices for number in (t.data_ptr(), t.stride(0))]
 
 
-def _bias(bias: Tensor) -> int:
-    return bias.contiguous().data_ptr() if bias.numel() else 0
-
-
 def _mask(dropout: float, seeds: Tensor) -> tuple[int, int, float]:
     dropped = _threshold(dropout)
     return seeds.data_ptr() if dropped else 0, dropped, 65536 / (65536 - dropped)
+
+
+def _start(bias: Tensor) -> int:
+    """Of a vector of adjacent elements, which the caller keeps until the launch; 0 for none."""
+    return bias.data_ptr() if bias.numel() else 0
 
 
 def _threshold(dropout: float) -> int:

@@ -87,6 +87,17 @@ def test_lora_linear_wants_rows_that_tma_can_read(hopper):
     assert "no weight" in REASONS["cuda"](x, [a], [None], [b])
 
 
+def test_memory_of_another_library_may_begin_anywhere(hopper):
+    """Its first element is element 0 all the same."""
+    x, weight, a, b = linear()
+    memory = bytearray(x.numel() * 2 + 16)
+    past = (8 - torch.frombuffer(memory, dtype=torch.uint8).data_ptr()) % 16
+    odd = torch.frombuffer(memory, dtype=BF16, count=x.numel(), offset=past).view_as(x)
+    said = REASONS["cuda"](odd, [a], [weight], [b])
+    assert "x has strides (32, 1) and starts at element 0 of its memory, 8 bytes past a multiple of 16" in said
+    assert REASONS["cuda"](x.to("meta"), [a], [weight], [b]) is None
+
+
 def test_unasked_it_is_taken_only_where_it_was_measured(hopper, monkeypatch):
     """The table ships empty: no CUDA kernel has been timed."""
     assert choice.TABLE == ()

@@ -25,11 +25,11 @@ def before_a_fence(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 class Guarded:
-    """A copy as TMA wants it, rows at multiples of 16 bytes, NaN around it. Rows too far apart stay as they are."""
+    """A copy as TMA wants it, rows at multiples of 16 bytes, NaN around it. Rows too far apart, or over each other, stay."""
 
     def __init__(self, value: Tensor):
         rows, columns = value.shape
-        if value.stride(0) > 2**30:
+        if not columns <= value.stride(0) <= 2**30:
             self.view, self.buffer, self.before = value, value, value.clone()
             return
         self.buffer = before_a_fence(rows + 2 * ROWS, LEFT + -(-columns // 8) * 8 + RIGHT, value.dtype)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fastpeft.testing import integer_inputs
 from tests.cuda.emulator import build
-from tests.cuda.emulator.lora_linear import Launchers
+from tests.cuda.emulator.lora_linear import Guarded, Launchers
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"nothing to emulate with: {build.missing()}")
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -110,11 +110,40 @@ def test_refusals(gpu, says, call):
 @pytest.mark.parametrize(("rows", "left", "right"), [(3, 4, 4), (4, 8, 4)], ids=["start", "stride"])
 def test_refuses_unaligned_rows(gpu, monkeypatch, rows, left, right):
     """Matrices that begin, or whose rows begin, at an odd multiple of 8 bytes."""
-    monkeypatch.setattr("emulator.lora_linear.ROWS", rows)
-    monkeypatch.setattr("emulator.lora_linear.LEFT", left)
-    monkeypatch.setattr("emulator.lora_linear.RIGHT", right)
+    monkeypatch.setattr("tests.cuda.emulator.lora_linear.ROWS", rows)
+    monkeypatch.setattr("tests.cuda.emulator.lora_linear.LEFT", left)
+    monkeypatch.setattr("tests.cuda.emulator.lora_linear.RIGHT", right)
     with pytest.raises(RuntimeError, match="lora_linear: x has rows that begin between multiples of 16 bytes"):
         gpu.forward(*zeros((4, 8), (4, 8), (4, 4), (4, 4)))
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b"])
+def test_refuses_unaligned_memory(gpu, monkeypatch, name):
+    """Whatever is read 16 bytes at a time, by TMA or not."""
+    shapes = {"x": (4, 8), "weight": (4, 8), "lora_a": (8, 8), "lora_b": (4, 8)}
+    operands = dict(zip(shapes, zeros(*shapes.values()), strict=True))
+    monkeypatch.setattr(Guarded, "__init__", keep_placed(operands[name]))
+    with pytest.raises(RuntimeError, match=f"lora_linear: {name} has rows that begin between multiples of 16 bytes"):
+        gpu.down(*operands.values(), gpu.workspace(4))
+
+
+def keep_placed(odd):
+    """Guarded.__init__, which puts one matrix 8 bytes past a multiple of 16."""
+    real = Guarded.__init__
+
+    def init(self, value):
+        real(self, value)
+        if value is odd:
+            self.view = self.buffer.flatten()[4 : 4 + value.numel()].view_as(value)
+
+    return init
+
+
+def test_refuses_rows_over_each_other(gpu):
+    """Also where there is but one: the driver demands it of every map."""
+    x = torch.zeros(16, dtype=BF16).as_strided((1, 16), (8, 1))
+    with pytest.raises(RuntimeError, match="-1: lora_linear: x has a row stride of 8, expected at least 16"):
+        gpu.forward(x, *zeros((4, 16), (1, 4), (4, 4)))
 
 
 def test_races(tmp_path):

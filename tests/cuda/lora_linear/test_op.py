@@ -1,6 +1,7 @@
 """lora_linear with backend="cuda", from the op to the kernel: the launcher layer, on the emulated GPU."""
 
 import ctypes
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -102,3 +103,28 @@ def test_a_projection_without_a_weight(gpu):
     found, wanted = lora_linear_shared(*args, backend="cuda"), lora_linear_shared(*args, backend="reference")
     assert all(map(torch.equal, found, wanted))
     assert gpu.calls == ["lora_linear"]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["S by Triton", "S inside"])
+def test_a_copy_of_the_bias_lives_until_the_launch(gpu, monkeypatch, inside):
+    """Its elements lie apart, so it is copied; where memory is not cached, a copy that nobody holds is unmapped."""
+    bias = torch.arange(80, dtype=FP16)[::2]
+    copies, alive, contiguous = [], [], torch.Tensor.contiguous
+
+    def copying(t, *args, **kwargs):
+        copy = contiguous(t, *args, **kwargs)
+        copies.extend([weakref.ref(copy)] if t.data_ptr() == bias.data_ptr() else [])
+        return copy
+
+    def place(x):  # the last argument of a launch
+        alive.extend(copy() is not None for copy in copies)
+        return 0, 0
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", copying)
+    monkeypatch.setattr(cuda, "_place", place)
+    p = problem()
+    operands = p.x, p.weights[0], p.lora_as[0], p.lora_bs[0], bias
+    with cuda.computing_s_inside() if inside else nullcontext():
+        y = lora_linear(*operands, backend="cuda")
+    assert torch.equal(y, lora_linear(*operands, backend="reference"))
+    assert alive == [True]
