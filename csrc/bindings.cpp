@@ -11,6 +11,7 @@
 #include "common.cuh"
 #include "lora_linear.h"
 #include "multi_lora.h"
+#include "on_device.cuh"
 
 namespace py = pybind11;
 
@@ -21,23 +22,10 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-/// Makes a device the current one for a launch. This library has a CUDA runtime of its own, so torch's choice of device
-/// says nothing here.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    raise(fastpeft::check(cudaGetDevice(&before_), "current device"));
-    raise(fastpeft::check(cudaSetDevice(device), "device"));
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-
-  static void raise(int code) {
-    if (code != fastpeft::OK) throw std::runtime_error(std::string("fastpeft._C: ") + fastpeft::error_text);
-  }
-
- private:
-  int before_ = 0;
-};
+/// Throws where a launcher or the runtime refused.
+void demand(int code) {
+  if (code != fastpeft::OK) throw std::runtime_error(std::string("fastpeft._C: ") + fastpeft::error_text);
+}
 
 /// a, b, y, scales, ranks; strides of a, a's rows, b, b's rows, y's rows; R, N.
 using SliceNumbers = std::array<int64_t, 12>;
@@ -78,29 +66,32 @@ void run_multi_lora(int64_t x, int64_t stride_xm, int k, int64_t order, int64_t 
   p.k = k;
   p.tile = tile;
   p.tile_count = tile_count;
-  const OnDevice on(device);
-  OnDevice::raise(fastpeft_multi_lora(&p, dtype, path, early, pointer<void>(stream)));
+  const fastpeft::OnDevice on(device);
+  demand(on.failed());
+  demand(fastpeft_multi_lora(&p, dtype, path, early, pointer<void>(stream)));
 }
 
 void run_lora_linear(int64_t x, int64_t stride_x, int64_t w, int64_t stride_w, int64_t s, int64_t stride_s, int64_t b,
                      int64_t stride_b, int64_t bias, int64_t y, int64_t stride_y, int64_t M, int64_t N, int64_t K,
                      int64_t R, int dtype, int config, int device, int64_t stream) {
-  const OnDevice on(device);
-  OnDevice::raise(fastpeft_lora_linear(pointer<const void>(x), stride_x, pointer<const void>(w), stride_w,
-                                       pointer<const void>(s), stride_s, pointer<const void>(b), stride_b,
-                                       pointer<const void>(bias), pointer<void>(y), stride_y, M, N, K, R, dtype, config,
-                                       pointer<void>(stream)));
+  const fastpeft::OnDevice on(device);
+  demand(on.failed());
+  demand(fastpeft_lora_linear(pointer<const void>(x), stride_x, pointer<const void>(w), stride_w,
+                              pointer<const void>(s), stride_s, pointer<const void>(b), stride_b,
+                              pointer<const void>(bias), pointer<void>(y), stride_y, M, N, K, R, dtype, config,
+                              pointer<void>(stream)));
 }
 
 void run_lora_linear_backward(int64_t dy, int64_t stride_dy, int64_t w, int64_t stride_w, int64_t ds, int64_t stride_ds,
                               int64_t a, int64_t stride_a, int64_t dx, int64_t stride_dx, int64_t M, int64_t N,
                               int64_t K, int64_t R, int64_t seed, uint32_t threshold, float inverse_keep, int dtype,
                               int config, int device, int64_t stream) {
-  const OnDevice on(device);
-  OnDevice::raise(fastpeft_lora_linear_backward(pointer<const void>(dy), stride_dy, pointer<const void>(w), stride_w,
-                                                pointer<const void>(ds), stride_ds, pointer<const void>(a), stride_a,
-                                                pointer<void>(dx), stride_dx, M, N, K, R, pointer<const int64_t>(seed),
-                                                threshold, inverse_keep, dtype, config, pointer<void>(stream)));
+  const fastpeft::OnDevice on(device);
+  demand(on.failed());
+  demand(fastpeft_lora_linear_backward(pointer<const void>(dy), stride_dy, pointer<const void>(w), stride_w,
+                                       pointer<const void>(ds), stride_ds, pointer<const void>(a), stride_a,
+                                       pointer<void>(dx), stride_dx, M, N, K, R, pointer<const int64_t>(seed),
+                                       threshold, inverse_keep, dtype, config, pointer<void>(stream)));
 }
 
 void run_lora_linear_down(int64_t x, int64_t stride_x, int64_t w, int64_t stride_w, int64_t a, int64_t stride_a,
@@ -108,12 +99,13 @@ void run_lora_linear_down(int64_t x, int64_t stride_x, int64_t w, int64_t stride
                           int64_t stride_y, int64_t M, int64_t N, int64_t K, int64_t R, float scale, int64_t seed,
                           uint32_t threshold, float inverse_keep, int64_t workspace, int dtype, int device,
                           int64_t stream) {
-  const OnDevice on(device);
-  OnDevice::raise(fastpeft_lora_linear_down(pointer<const void>(x), stride_x, pointer<const void>(w), stride_w,
-                                            pointer<const void>(a), stride_a, pointer<const void>(b), stride_b,
-                                            pointer<const void>(bias), pointer<void>(s), stride_s, pointer<void>(y),
-                                            stride_y, M, N, K, R, scale, pointer<const int64_t>(seed), threshold,
-                                            inverse_keep, pointer<void>(workspace), dtype, pointer<void>(stream)));
+  const fastpeft::OnDevice on(device);
+  demand(on.failed());
+  demand(fastpeft_lora_linear_down(pointer<const void>(x), stride_x, pointer<const void>(w), stride_w,
+                                   pointer<const void>(a), stride_a, pointer<const void>(b), stride_b,
+                                   pointer<const void>(bias), pointer<void>(s), stride_s, pointer<void>(y), stride_y, M,
+                                   N, K, R, scale, pointer<const int64_t>(seed), threshold, inverse_keep,
+                                   pointer<void>(workspace), dtype, pointer<void>(stream)));
 }
 
 /// (devices, why none can be used): the second is empty where all is well.

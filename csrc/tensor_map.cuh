@@ -4,36 +4,20 @@
 
 #include <type_traits>
 
-#include "common.cuh"
+#include "driver.cuh"
 
 namespace fastpeft {
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/// cuTensorMapEncodeTiled, asked of the driver that is there: nothing is linked, so importing needs no driver.
-inline EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const auto error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) {
-      cudaGetLastError();
-      return EncodeTiled(nullptr);
-    }
-    return reinterpret_cast<EncodeTiled>(found);
-  }();
-  return function;
-}
+using EncodeTiled = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                             const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 /// A matrix [rows, columns] of 16-bit T whose rows begin `stride` elements apart, moved in boxes of [box_rows,
 /// box_columns] that are swizzled by 128 bytes in shared memory. Loads of what lies outside give zeros.
 template <class T>
 int tensor_map(CUtensorMap* map, const char* name, const void* data, int64_t rows, int64_t columns, int64_t stride,
                int box_rows, int box_columns) {
-  const EncodeTiled encode = encode_tiled();
+  static const auto encode = driver_entry<EncodeTiled>("cuTensorMapEncodeTiled");
   if (!encode) return fail(NO_DRIVER_ENTRY, "the driver has no cuTensorMapEncodeTiled, expected CUDA 12.0 or later");
   constexpr auto TYPE = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};

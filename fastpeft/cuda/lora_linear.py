@@ -123,8 +123,8 @@ def down_backward(
     fused = next((pair for pair in base if all(map(_fits, pair))), None) if need_dx and not own_masks else None
     dx, das = lora_linear.down_backward(ds, x, lora_as, dropouts, seeds, need_dx and fused is None, need_da)
     if fused is not None:
-        a = lora_as[0] if len(lora_as) == 1 else torch.cat(list(lora_as))
-        dx = input_gradient(*fused, ds, a if _fits(a) else a.clone(memory_format=torch.contiguous_format), dropouts[0], seeds)
+        a = lora_as[0] if len(lora_as) == 1 and _fits(lora_as[0]) else torch.cat(list(lora_as))
+        dx = input_gradient(*fused, ds, a, dropouts[0], seeds)
     for pair in base if need_dx else ():
         if pair is not fused:
             dx.addmm_(*pair)

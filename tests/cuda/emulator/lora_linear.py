@@ -25,7 +25,7 @@ def before_a_fence(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 class Guarded:
-    """A copy as TMA wants it, rows at multiples of 16 bytes, NaN around it. Rows too far apart, or over each other, stay."""
+    """A copy as TMA wants it, rows at multiples of 16 bytes, NaN around it. Rows too far or too near stay."""
 
     def __init__(self, value: Tensor):
         rows, columns = value.shape

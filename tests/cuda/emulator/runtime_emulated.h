@@ -1,5 +1,7 @@
 // The few calls of the CUDA runtime that launchers make, so that they too run as they stand.
 #pragma once
+#include <set>
+
 #include "ptx_emulated.h"
 
 namespace emulator {
@@ -15,6 +17,16 @@ inline const char* error_string(cudaError_t) { return last_error.c_str(); }
 inline cudaError_t get_last_error() { return cudaSuccess; }
 /// Device n is the one that says it holds n clusters: launchers may remember what a device told them.
 inline cudaError_t get_device(int* device) { return *device = settings.clusters, cudaSuccess; }
+
+/// Contexts: null is none, else that of device n - 1. Which devices have one, and which is the thread's.
+inline std::set<uintptr_t> contexts;
+inline uintptr_t context = 0;
+
+inline cudaError_t set_device(int device) { return contexts.insert(context = device + 1), cudaSuccess; }
+inline CUresult get_context(CUcontext* current) {
+  return *current = reinterpret_cast<CUcontext>(context), CUDA_SUCCESS;
+}
+inline CUresult set_context(CUcontext wanted) { return context = reinterpret_cast<uintptr_t>(wanted), CUDA_SUCCESS; }
 
 template <class Kernel>
 cudaError_t set_attribute(Kernel, cudaFuncAttribute attribute, int value) {
@@ -69,9 +81,14 @@ inline CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint3
 
 inline cudaError_t entry_point(const char* name, void** function, unsigned, unsigned long long,
                                cudaDriverEntryPointQueryResult* result) {
-  const bool known = std::string(name) == "cuTensorMapEncodeTiled";
-  *function = known ? reinterpret_cast<void*>(encode_tiled) : nullptr;
-  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  static const std::map<std::string, void*> known = {
+      {"cuTensorMapEncodeTiled", reinterpret_cast<void*>(encode_tiled)},
+      {"cuCtxGetCurrent", reinterpret_cast<void*>(get_context)},
+      {"cuCtxSetCurrent", reinterpret_cast<void*>(set_context)},
+  };
+  const auto found = known.find(name);
+  *function = found == known.end() ? nullptr : found->second;
+  *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 
@@ -82,6 +99,7 @@ inline cudaError_t entry_point(const char* name, void** function, unsigned, unsi
 #define cudaOccupancyMaxActiveClusters   emulator::max_active_clusters
 #define cudaGetDriverEntryPointByVersion emulator::entry_point
 #define cudaGetDevice                    emulator::get_device
+#define cudaSetDevice                    emulator::set_device
 #define cudaGetLastError                 emulator::get_last_error
 #define cudaGetErrorName                 emulator::error_string
 #define cudaGetErrorString               emulator::error_string

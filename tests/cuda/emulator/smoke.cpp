@@ -1,6 +1,7 @@
 // The emulator itself: a small grid that uses each kind of operation once, and programs that must be found at fault.
 #include <cstdio>
 
+#include "on_device.cuh"
 #include "ptx.cuh"
 
 using bf16 = __nv_bfloat16;
@@ -68,6 +69,15 @@ static bool fails(const char* with, Args... args) {
   return false;
 }
 
+/// A launch on device 1 by a thread without a context leaves it without one, and device 0 too.
+static bool leaves_no_context_behind() {
+  {
+    const fastpeft::OnDevice on(1);
+    if (on.failed() || emulator::context != 2) return false;
+  }
+  return emulator::context == 0 && emulator::contexts == std::set<uintptr_t>{2};
+}
+
 int main() {
   alignas(16) float in[256], out[128];
   uint32_t done = 0, zero = 0;
@@ -88,6 +98,7 @@ int main() {
   ok &= fails("deadlock: 64 threads at mbarrier_wait", hang, emulator::Index{1, 1, 1}, 1, 64, 64);
   ok &= fails("more arrivals", arrive_twice, emulator::Index{1, 1, 1}, 1, 32, 64);
   ok &= fails("livelock", poll, emulator::Index{1, 1, 1}, 1, 32, 64, &zero);
+  ok &= leaves_no_context_behind();
   puts(ok ? "ok" : "FAILED");
   return !ok;
 }
