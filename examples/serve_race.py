@@ -97,7 +97,7 @@ class Peft:
 def in_bank(bank: AdapterBank, asks: Sequence[Ask], new: int) -> float:
     """The batch that PEFT gets, through the bank and without a server; seconds."""
     start = time.perf_counter()
-    bank.generate(adapters=[ask.adapter for ask in asks], **padded(asks, new, bank.device)[0])
+    bank.generate(adapter_names=[ask.adapter for ask in asks], **padded(asks, new, bank.device)[0])
     return time.perf_counter() - start
 
 

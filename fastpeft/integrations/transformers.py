@@ -1,6 +1,6 @@
 """transformers' own continuous batching (paged cache, ``generate_batch``) with an adapter for each request.
 
-    outputs = generate_batch(bank, [ids, ids], adapters=["alice", None], max_new_tokens=32)
+    outputs = generate_batch(bank, [ids, ids], adapter_names=["alice", None], max_new_tokens=32)
 
 transformers has no hook for this, so one method of its manager is replaced, on the instance: around each step, the
 requests that the step has packed into ``[1, T]`` tell the bank whose tokens are whose. What it needs of transformers is
@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
+from torch import nn
 
 from ..serving import AdapterBank, BankError, BankFull, Lease
+from ..serving.bank.lease import checked_rows
 
 try:
     from transformers import GenerationConfig
@@ -35,7 +37,7 @@ _POLL = 0.05  # seconds between looks at whether a lease has come free
 def generate_batch(
     bank: AdapterBank,
     inputs: Sequence[Sequence[int]],
-    adapters: Sequence[str | None],
+    adapter_names: Sequence[str | None],
     generation_config: GenerationConfig | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     max_new_tokens: int | Sequence[int] | None = None,
@@ -43,28 +45,35 @@ def generate_batch(
     """``model.generate_batch`` with one adapter, or None, for each prompt; requests join and leave at every step.
 
     Args:
-        inputs: token ids of each prompt. adapters: a name or None for each.
-        generation_config: None is the model's. Sampling settings are one for all requests; one sequence for each.
-        continuous_batching_config: sizes of the cache and the batch; what is left out above is turned off in a copy.
+        bank: around a causal language model of transformers.
+        inputs: token ids of each prompt.
+        adapter_names: for each prompt the name of its adapter, or None for the bare model.
+        generation_config: None is the model's. Sampling settings are one for all requests, and each gives one sequence.
+        continuous_batching_config: sizes of the cache and the batch; what cannot be served is turned off in a copy.
         max_new_tokens: for all, or one for each prompt; None is the generation config's.
 
     Returns:
         transformers' ``GenerationOutput`` of each prompt, in their order; a request that failed has ``error``.
 
     Raises:
-        UnknownAdapter, BankFull (pinned or leased by others), BankError (transformers' interfaces have changed),
-        TypeError, ValueError.
+        UnknownAdapter: no adapter has that name.
+        BankFull: every slot is pinned, or leased by others.
+        BankError: transformers' continuous batching has changed, or its thread has ended.
+        TypeError: ``adapter_names`` is no list of names and None.
+        ValueError: the lists differ in length, or the generation config asks for what continuous batching ignores.
     """
-    if len(adapters) != len(inputs):
-        raise ValueError(
-            f"generate_batch: adapters has {len(adapters)} items, expected {len(inputs)}, one for each input"
-        )
+    rows = checked_rows("generate_batch", adapter_names)
+    if len(rows) != len(inputs):
+        raise ValueError(f"generate_batch: adapter_names has {len(rows)} items, expected {len(inputs)}, one an input")
     counts = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(inputs)
     if len(counts) != len(inputs):
         raise ValueError(f"generate_batch: max_new_tokens has {len(counts)} items, expected {len(inputs)}")
     generation_config = bank.model.generation_config if generation_config is None else generation_config
-    if (generation_config.num_return_sequences or 1) > 1:
-        raise ValueError("generate_batch: num_return_sequences is more than 1, expected one sequence for each request")
+    ignored = _ignored(bank.model, generation_config)
+    if ignored:
+        raise ValueError(
+            f"generate_batch: generation_config has {', '.join(ignored)}, which transformers' continuous batching ignores"
+        )
     leases: dict[str, Lease | None] = {}
     outputs: dict[str, GenerationOutput] = {}
     with contextlib.ExitStack() as stack:
@@ -77,7 +86,7 @@ def generate_batch(
             )
         )
         _ride_along(manager, bank, leases)
-        waiting = [(f"fastpeft_{i}", *rest) for i, rest in enumerate(zip(inputs, adapters, counts, strict=True))]
+        waiting = [(f"fastpeft_{i}", *rest) for i, rest in enumerate(zip(inputs, rows, counts, strict=True))]
         names = [name for name, *_ in waiting]
         while len(outputs) < len(names):
             waiting = _feed(manager, bank, waiting, leases, running=len(leases) > len(outputs))
@@ -91,11 +100,24 @@ def generate_batch(
     return [outputs[name] for name in names]
 
 
+def _ignored(model: nn.Module, config: GenerationConfig) -> list[str]:
+    """What the config asks for and would not get."""
+    found = [
+        f"{name}={value}"
+        for name in ("num_beams", "num_return_sequences")
+        if (value := getattr(config, name, None) or 1) > 1
+    ]
+    found += [f"{name}={value!r}" for name in ("stop_strings", "max_time") if (value := getattr(config, name, None))]
+    # transformers drops the processors that say so of themselves, with a warning in the log.
+    processors = model._get_logits_processor(config)
+    return found + [type(p).__name__ for p in processors if getattr(p, "supports_continuous_batching", True) is False]
+
+
 def _feed(manager, bank: AdapterBank, waiting: list, leases: dict, running: bool) -> list:
     """Hand over the requests whose adapters find a slot, first come first served; returns those that wait on."""
     for i, (name, ids, adapter, count) in enumerate(waiting):
         try:
-            leases[name] = None if adapter is None else bank.lease(adapter)
+            leases[name] = None if adapter is None else bank._lease("generate_batch", adapter)
         except BankFull:
             if not running:
                 raise

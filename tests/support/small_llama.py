@@ -72,7 +72,7 @@ def prompts(rows, length=7, seed=0):
 @torch.no_grad()
 def greedy_alone(bank, ids, name, count):
     """The greedy tokens of one adapter, one row, no batch."""
-    out = bank.generate(torch.tensor([ids]), adapters=[name], max_new_tokens=count, do_sample=False)
+    out = bank.generate(torch.tensor([ids]), adapter_names=[name], max_new_tokens=count, do_sample=False)
     return out[0, len(ids) :].tolist()
 
 

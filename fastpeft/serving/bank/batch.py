@@ -16,21 +16,25 @@ class Batch:
     """Rows side by side: row i's tokens use slot ``slots[i]``, or none where it is -1.
 
     Args:
+        op: what the user called, for errors.
+        slots: of each row, -1 for a row without an adapter.
         lengths: None for tensors ``[rows, ...]``, every row with as many tokens as the next; else the number of tokens
             of each row, in tensors that hold the rows one after the other, as in ``[1, T, K]``.
         picked: with lengths, the places of the tokens that alone reach the head, if some do.
         slot_count: slots of the bank.
+        device: of the model.
     """
 
     def __init__(
         self,
+        op: str,
         slots: Sequence[int],
         lengths: Sequence[int] | None,
         picked: Sequence[int] | None,
         slot_count: int,
         device: torch.device,
     ):
-        self.rows = len(slots)
+        self.op, self.rows = op, len(slots)
         self.mask = 0  # bit s: a row uses slot s
         for slot in slots:
             self.mask |= 1 << slot if slot >= 0 else 0
@@ -66,12 +70,12 @@ class Batch:
                 return self._slots[self._picked]
             if tokens != self.total:
                 raise ValueError(
-                    f"use: a layer received {tokens} tokens {list(shape)}, expected the {self.total} of lengths"
+                    f"{self.op}: a layer received {tokens} tokens {list(shape)}, expected the {self.total} of lengths"
                 )
             return self._slots
         if not shape or shape[0] % self.rows:
             given = f"a tensor of {list(shape)} tokens, whose first dimension is no multiple of the rows"
-            raise ValueError(f"use: adapters has {self.rows} rows, but a layer received {given}")
+            raise ValueError(f"{self.op}: adapter_names has {self.rows} rows, but a layer received {given}")
         # Beams and returned sequences repeat each row in place; a flattened [rows * L] holds each row's tokens in turn.
         return self._slots.repeat_interleave(tokens // self.rows)
 

@@ -229,7 +229,7 @@ class Batcher:
             ):
                 continue
             try:
-                request.lease = None if request.adapter is None else self.bank.lease(request.adapter)
+                request.lease = None if request.adapter is None else self.bank._lease("submit", request.adapter)
             except BankFull as bank_full:
                 blocked, error = request, bank_full
                 continue

@@ -117,7 +117,7 @@ def test_rows_and_tokens(bank, model):
         pairs = layer(x)
         assert torch.equal(layer(x.view(3, 2, -1)).view(6, -1), pairs)
         assert torch.equal(layer(x.view(6, 1, -1)).view(6, -1), pairs)
-        with pytest.raises(ValueError, match=r"adapters has 3 rows, but a layer received a tensor of \[4\]"):
+        with pytest.raises(ValueError, match=r"use: adapter_names has 3 rows, but a layer received a tensor of \[4\]"):
             layer(x[:4])
     with bank.use(["alice", None, "bob"], lengths=[1, 3, 2]):
         packed = layer(x[None])[0]
@@ -155,7 +155,7 @@ def test_one_routing_for_all_layers_and_steps(bank, model, monkeypatch):
     calls = []
     route = ops.route
     monkeypatch.setattr(ops, "route", lambda *a, **k: calls.append(a[0].numel()) or route(*a, **k))
-    bank.generate(prompts(3), adapters=["alice", None, "dave"], max_new_tokens=6, do_sample=False)
+    bank.generate(prompts(3), adapter_names=["alice", None, "dave"], max_new_tokens=6, do_sample=False)
     assert calls == [21, 3]
 
 
@@ -207,20 +207,31 @@ def test_a_copy_has_no_bank(bank, model, folders):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda bank: bank.use("alice").__enter__(), TypeError, "use: adapters is 'alice', expected a list"),
-        (lambda bank: bank.use([]).__enter__(), TypeError, r"adapters is \[\]"),
+        (
+            lambda bank: bank.use("alice").__enter__(),
+            TypeError,
+            r"use: adapter_names is 'alice' \(str\), expected a list",
+        ),
+        (lambda bank: bank.use([]).__enter__(), TypeError, "adapter_names is a list of 0"),
         (lambda bank: bank.use(["eve"]).__enter__(), UnknownAdapter, "use: no adapter 'eve', expected one of .* alice"),
-        (lambda bank: bank.use([3]).__enter__(), UnknownAdapter, "no adapter 3"),
-        (lambda bank: bank.use(["bob"], lengths=[1, 2]).__enter__(), ValueError, r"lengths is \[1, 2\]"),
+        (lambda bank: bank.use([None, 3]).__enter__(), TypeError, r"adapter_names\[1\] is 3 \(int\), expected a name"),
+        (
+            lambda bank: bank.use(["bob"], lengths=[1, 2]).__enter__(),
+            ValueError,
+            "lengths is a list of 2, expected a length",
+        ),
+        (lambda bank: bank.use(["bob"], lengths=[-1]).__enter__(), ValueError, r"lengths\[0\] is -1 \(int\)"),
         (lambda bank: bank.unload("eve"), UnknownAdapter, "unload: no adapter 'eve'"),
-        (lambda bank: bank.load("", "x"), ValueError, "load: name is ''"),
+        (lambda bank: bank.load("", "x"), ValueError, r"load: name is '' \(str\)"),
         (lambda bank: bank.load("x", 3), TypeError, "source is int, expected a folder or a state dict"),
         (lambda bank: bank.load("x", {}), TypeError, "config is None"),
         (
-            lambda bank: bank.generate(prompts(2), adapters=["bob"]),
+            lambda bank: bank.generate(prompts(2), adapter_names=["bob"]),
             ValueError,
-            "input_ids is of 2 rows, but adapters has 1",
+            "generate: input_ids is of 2 rows, but adapter_names has 1",
         ),
+        (lambda bank: bank.generate(prompts(1), adapter_names="bob"), TypeError, "generate: adapter_names is 'bob'"),
+        (lambda bank: bank.generate(prompts(1), adapter_names=["eve"]), UnknownAdapter, "generate: no adapter 'eve'"),
         (lambda bank: AdapterBank(nn.ReLU()), ValueError, "matches no layer of ReLU"),
         (lambda bank: AdapterBank(3), TypeError, "model is int"),
         (lambda bank: AdapterBank(nn.Sequential(nn.Linear(2, 2)), slots=0), ValueError, "slots is 0"),

@@ -23,7 +23,7 @@ def bank(tmp_path_factory):
 @pytest.mark.parametrize("cache", [True, False])
 def test_greedy_equals_each_adapter_alone(bank, cache):
     ids = prompts(len(ROWS), 9)
-    out = bank.generate(ids, adapters=ROWS, max_new_tokens=12, do_sample=False, use_cache=cache)
+    out = bank.generate(ids, adapter_names=ROWS, max_new_tokens=12, do_sample=False, use_cache=cache)
     ties = [
         same_or_tied(bank, row.tolist(), name, tokens[9:].tolist(), greedy_alone(bank, row.tolist(), name, 12))
         for row, name, tokens in zip(ids, ROWS, out, strict=True)
@@ -36,7 +36,7 @@ def test_left_padding(bank):
     lengths = [3, 9, 1, 6, 8]
     ids = prompts(len(ROWS), 9)
     mask = torch.tensor([[0] * (9 - n) + [1] * n for n in lengths])
-    out = bank.generate(ids * mask, attention_mask=mask, adapters=ROWS, max_new_tokens=8, do_sample=False)
+    out = bank.generate(ids * mask, attention_mask=mask, adapter_names=ROWS, max_new_tokens=8, do_sample=False)
     for row, n, name, tokens in zip(ids, lengths, ROWS, out, strict=True):
         own = row[9 - n :].tolist()
         same_or_tied(bank, own, name, tokens[9:].tolist(), greedy_alone(bank, own, name, 8))
@@ -46,9 +46,9 @@ def test_left_padding(bank):
 def test_beams_follow_their_row(bank, settings):
     ids = prompts(3)
     rows = ["alice", None, "bob"]
-    out = bank.generate(ids, adapters=rows, max_new_tokens=6, do_sample=False, **settings)
+    out = bank.generate(ids, adapter_names=rows, max_new_tokens=6, do_sample=False, **settings)
     each = [
-        bank.generate(ids[i : i + 1], adapters=[rows[i]], max_new_tokens=6, do_sample=False, **settings)
+        bank.generate(ids[i : i + 1], adapter_names=[rows[i]], max_new_tokens=6, do_sample=False, **settings)
         for i in (0, 1, 2)
     ]
     assert torch.equal(out, torch.cat(each))
@@ -60,10 +60,10 @@ def test_sampling(bank):
     outs = []
     for _ in range(2):
         torch.manual_seed(5)
-        outs.append(bank.generate(prompts(2), adapters=["alice", "carol"], **settings))
+        outs.append(bank.generate(prompts(2), adapter_names=["alice", "carol"], **settings))
     assert outs[0].shape == (6, 13)
     assert torch.equal(*outs)
-    cold = bank.generate(prompts(2), adapters=["alice", "carol"], **{**settings, "temperature": 1e-4})
+    cold = bank.generate(prompts(2), adapter_names=["alice", "carol"], **{**settings, "temperature": 1e-4})
     assert torch.equal(cold[0], cold[2])
     assert cold[0, 7:].tolist() == greedy_alone(bank, prompts(2)[0].tolist(), "alice", 6)
 
@@ -80,7 +80,7 @@ def test_streamer(bank):
             self.seen.append("end")
 
     streamer, ids = Streamer(), prompts(1)
-    bank.generate(ids, adapters=["bob"], max_new_tokens=5, do_sample=False, streamer=streamer)
+    bank.generate(ids, adapter_names=["bob"], max_new_tokens=5, do_sample=False, streamer=streamer)
     assert streamer.seen == [*ids[0].tolist(), *greedy_alone(bank, ids[0].tolist(), "bob", 5), "end"]
 
 
@@ -89,8 +89,8 @@ def test_embeddings_as_input(bank):
     ids = prompts(2)
     with torch.no_grad(), bank.use(["alice", "dave"]):
         embeds = bank.model.get_input_embeddings()(ids)
-    out = bank.generate(inputs_embeds=embeds, adapters=["alice", "dave"], max_new_tokens=5, do_sample=False)
-    expected = bank.generate(ids, adapters=["alice", "dave"], max_new_tokens=5, do_sample=False)
+    out = bank.generate(inputs_embeds=embeds, adapter_names=["alice", "dave"], max_new_tokens=5, do_sample=False)
+    expected = bank.generate(ids, adapter_names=["alice", "dave"], max_new_tokens=5, do_sample=False)
     assert torch.equal(out, expected[:, 7:])
 
 
@@ -145,7 +145,14 @@ def test_compile(bank):
 
 
 def test_unused_vocabulary_is_no_row(bank):
-    with pytest.raises(ValueError, match="generate: input_ids is missing, but adapters has 1"):
-        bank.generate(adapters=["alice"], max_new_tokens=2)
-    with pytest.raises(ValueError, match="input_ids is of 3 rows, but adapters has 2"):
-        bank.generate(torch.full((3, 2), VOCAB - 1), adapters=["alice", None], max_new_tokens=2)
+    with pytest.raises(ValueError, match="generate: input_ids is missing, but adapter_names has 1"):
+        bank.generate(adapter_names=["alice"], max_new_tokens=2)
+    with pytest.raises(ValueError, match="input_ids is of 3 rows, but adapter_names has 2"):
+        bank.generate(torch.full((3, 2), VOCAB - 1), adapter_names=["alice", None], max_new_tokens=2)
+
+
+def test_errors_inside_the_model_name_what_was_called(bank, monkeypatch):
+    """A layer that sees rows it cannot tell apart says so in the name of generate, not of what generate calls."""
+    monkeypatch.setattr(bank.model, "generate", lambda ids: bank.model(ids[:3]))
+    with pytest.raises(ValueError, match="generate: adapter_names has 4 rows, but a layer received"):
+        bank.generate(prompts(4), adapter_names=ROWS[:4])

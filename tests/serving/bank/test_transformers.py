@@ -63,16 +63,25 @@ def test_what_cannot_be_served_is_turned_off():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"adapters": ["alice"]}, ValueError, "adapters has 1 items, expected 2"),
+        ({"adapter_names": ["alice"]}, ValueError, "generate_batch: adapter_names has 1 items, expected 2"),
         ({"max_new_tokens": [1]}, ValueError, r"max_new_tokens has 1 items, expected 2"),
-        ({"adapters": ["alice", "eve"]}, UnknownAdapter, "no adapter 'eve'"),
-        ({"generation_config": GenerationConfig(num_return_sequences=2, do_sample=True)}, ValueError, "more than 1"),
+        ({"adapter_names": "ab"}, TypeError, "generate_batch: adapter_names is 'ab'"),
+        ({"adapter_names": ["alice", "eve"]}, UnknownAdapter, "generate_batch: no adapter 'eve'"),
+        *(
+            ({"generation_config": GenerationConfig(**{"do_sample": True, **asked})}, ValueError, f"has {named}")
+            for asked, named in (
+                ({"num_return_sequences": 2}, "num_return_sequences=2, which .* ignores"),
+                ({"num_beams": 2, "do_sample": False}, "num_beams=2"),
+                ({"stop_strings": ["x"]}, r"stop_strings=\['x'\]"),
+                ({"repetition_penalty": 1.2}, "RepetitionPenaltyLogitsProcessor"),
+            )
+        ),
     ],
 )
 def test_errors(bank, arguments, error, message):
     with pytest.raises(error, match=message):
         integration.generate_batch(
-            **{"bank": bank, "inputs": [[1], [2, 3]], "adapters": ["alice", None], **settings(), **arguments}
+            **{"bank": bank, "inputs": [[1], [2, 3]], "adapter_names": ["alice", None], **settings(), **arguments}
         )
     assert not any(adapter.leases for adapter in bank._slots.held if adapter is not None)
 
