@@ -19,7 +19,10 @@ _DEMOS = {"--serve": "serve", "--methods": "methods"}
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    from . import __version__
+
     parser = argparse.ArgumentParser(prog="fastpeft", description="Fused kernels for parameter-efficient fine-tuning.")
+    parser.add_argument("--version", action="version", version=f"fastpeft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("env", help="versions, devices, backends, variables: paste it into a bug report")
     check = commands.add_parser("check", help="run every op on your device against the reference; exit code 1 on error")

@@ -71,9 +71,8 @@ def generate_batch(
     generation_config = bank.model.generation_config if generation_config is None else generation_config
     ignored = _ignored(bank.model, generation_config)
     if ignored:
-        raise ValueError(
-            f"generate_batch: generation_config has {', '.join(ignored)}, which transformers' continuous batching ignores"
-        )
+        text = f"generate_batch: generation_config has {', '.join(ignored)}"
+        raise ValueError(f"{text}, which transformers' continuous batching ignores")
     leases: dict[str, Lease | None] = {}
     outputs: dict[str, GenerationOutput] = {}
     with contextlib.ExitStack() as stack:

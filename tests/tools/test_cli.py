@@ -16,6 +16,14 @@ def env(capsys) -> dict[str, str]:
     return dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
 
 
+def test_version(capsys):
+    import fastpeft
+
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fastpeft {fastpeft.__version__}\n"
+
+
 def test_env_reads_as_a_bug_report(capsys, monkeypatch):
     monkeypatch.setenv("FASTPEFT_BACKEND", "reference")
     rows = {name.strip(): value.strip() for name, value in env(capsys).items()}

@@ -4,6 +4,7 @@ Everything runs on a copy of the checkout, so that builds leave nothing behind, 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
         f"fastpeft/kernels/{name}" for name in KERNELS | {"probe.py"}
     } | {"fastpeft/without_C.txt"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    (version,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "fastpeft/__init__.py").read_text(), re.M)
+    assert f"fastpeft-{version}.dist-info/METADATA" in names
 
 
 def test_sdist_builds_the_same_wheel(wheel, checkout, tmp_path):
