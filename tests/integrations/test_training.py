@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastpeft
+from tests.support.models import VOCAB, bert, gpt2, llama, t5
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -16,35 +17,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 TOLERANCE = 1e-10
 
 
-def llama(**extra):
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, **extra,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def bert(**extra):
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **extra,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
-
-
-def gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def t5():
-    config = transformers.T5Config(
-        vocab_size=50, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
-    )  # fmt: skip
-    return transformers.T5ForConditionalGeneration(config)
+def gated_t5(**extra):
+    return t5(feed_forward_proj="gated-gelu", **extra)
 
 
 def mlp():
@@ -62,7 +36,7 @@ def loss_of(model, kind, seed=1):
         dtype = next(model.parameters()).dtype
         x, y = torch.randn(5, 8, generator=generator).to(dtype), torch.randn(5, 3, generator=generator).to(dtype)
         return (model(x) - y).square().mean()
-    ids = torch.randint(50, (2, 7), generator=generator)
+    ids = torch.randint(VOCAB, (2, 7), generator=generator)
     labels = torch.tensor([0, 1]) if kind is bert else ids
     return model(input_ids=ids, labels=labels).loss
 
@@ -80,9 +54,9 @@ def peft_name(name):
     return name
 
 
-def pair(kind, settings, dtype=torch.float64):
+def pair(kind, settings, dtype=torch.float64, **extra):
     """The same model attached to by us and wrapped by PEFT, with the same random adapters."""
-    ours, base = build(kind, dtype), build(kind, dtype)
+    ours, base = build(kind, dtype, **extra), build(kind, dtype, **extra)
     fastpeft.attach(ours, fastpeft.Lora(r=4, alpha=6, **settings))
     theirs = {FIELDS.get(name, name): value for name, value in {"targets": "all-linear", **settings}.items()}
     config = peft.LoraConfig(r=4, lora_alpha=6, **theirs)
@@ -105,14 +79,14 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
     assert (actual - expected).abs().max() <= tolerance * max(1, expected.abs().max())
 
 
-MODELS = [llama, bert, gpt2, t5, mlp]
+MODELS = [llama, bert, gpt2, gated_t5, mlp]
 PATTERNS = {"rank_pattern": {"q_proj": 2, r"1\.mlp\.up_proj": 7}, "alpha_pattern": {r"layers\.0\..*_proj": 3.0}}
 HEAD = {"modules_to_save": ["classifier"]}
 CASES = [
     (llama, {}),
     (bert, {"exclude": ["classifier"]}),
     (gpt2, {}),
-    (t5, {}),
+    (gated_t5, {}),
     (mlp, {}),
     (llama, {"rslora": True}),
     (llama, PATTERNS),
@@ -163,7 +137,7 @@ def test_training_equals_peft(kind, settings):
     assert first[0] != first[-1]
 
 
-@pytest.mark.parametrize("kind", [llama, t5])
+@pytest.mark.parametrize("kind", [llama, gated_t5])
 def test_mixed_precision_weights_are_no_less_accurate_than_pefts(kind):
     """bfloat16 model, float32 adapters, PEFT's default: the loss beside float64's."""
     ours, wrapped, _ = pair(kind, {}, dtype=torch.bfloat16)
@@ -176,7 +150,7 @@ def test_mixed_precision_weights_are_no_less_accurate_than_pefts(kind):
 
 @pytest.mark.parametrize(
     ("kind", "groups"),
-    [(llama, {3: 2, 2: 2}), (bert, {3: 2}), (gpt2, {}), (t5, {3: 4, 2: 6})],
+    [(llama, {3: 2, 2: 2}), (bert, {3: 2}), (gpt2, {}), (gated_t5, {3: 4, 2: 6})],
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_sharing_changes_nothing(kind, groups, dropout, monkeypatch):
@@ -232,13 +206,13 @@ def test_decoder_with_cross_attention(monkeypatch):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", [llama, t5])
+@pytest.mark.parametrize("kind", [llama, gated_t5])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradient_checkpointing(kind, reentrant, dropout):
     gradients = []
     for checkpointing in (False, True):
         model = build(kind)
-        if kind is t5:
+        if kind is gated_t5:
             model.config.use_cache = False
         torch.manual_seed(1)
         fastpeft.attach(model, fastpeft.Lora(r=4, dropout=dropout, init="random"))
@@ -308,7 +282,7 @@ def test_trainer(tmp_path):
     """Hugging Face's Trainer with checkpointing, beside PEFT's model in the same Trainer."""
     pytest.importorskip("accelerate", reason="Trainer needs accelerate")
     losses = []
-    for model in pair(llama, {}, dtype=torch.float32)[:2]:
+    for model in pair(llama, {}, dtype=torch.float32, initializer_range=0.02)[:2]:
         arguments = transformers.TrainingArguments(
             output_dir=tmp_path, per_device_train_batch_size=4, max_steps=4, learning_rate=1e-2, logging_steps=1,
             gradient_checkpointing=True, report_to=[], save_strategy="no", use_cpu=True, seed=0, disable_tqdm=True,

@@ -5,7 +5,7 @@ import torch
 
 import fastpeft
 from fastpeft import Bottleneck, Lora, PrefixTuning, PromptTuning, Selective
-from tests.support.small_families import build, close, logits
+from tests.support.models import build, close, logits
 
 BITFIT = Selective(params="bias", add_missing_bias=True)
 TOGETHER = {

@@ -12,6 +12,8 @@ from torch import nn
 import fastpeft
 from fastpeft import Lora
 from fastpeft.methods import adapter_state_dict
+from tests.support import models
+from tests.support.models import close
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
@@ -48,11 +50,6 @@ def trained(**settings):
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) / 4)
     return model.eval()
-
-
-def close(actual, expected):
-    """float32, the same few hundred products summed in another order."""
-    return (actual - expected).abs().max() <= 64 * torch.finfo(torch.float32).eps * max(1, expected.abs().max())
 
 
 SETTINGS = [
@@ -150,39 +147,23 @@ class TestBothWaysWithPeft:
 
 def test_conv1d_both_ways(tmp_path):
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-    def gpt2():
-        torch.manual_seed(0)
-        config = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=16)
-        return transformers.GPT2LMHeadModel(config).eval()
-
     ids = torch.arange(10).view(2, 5)
-    model = fastpeft.attach(gpt2(), Lora(r=3, init="random"))
+    model = fastpeft.attach(models.gpt2(), Lora(r=3, init="random"))
     fastpeft.save(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
-    wrapped = peft.PeftModel.from_pretrained(gpt2(), tmp_path).eval()
+    wrapped = peft.PeftModel.from_pretrained(models.gpt2(), tmp_path).eval()
     assert close(wrapped(ids).logits, model(ids).logits)
     wrapped.save_pretrained(tmp_path / "theirs")
-    assert close(fastpeft.load(gpt2(), tmp_path / "theirs")(ids).logits, model(ids).logits)
+    assert close(fastpeft.load(models.gpt2(), tmp_path / "theirs")(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize(("task", "targets"), [("SEQ_CLS", "all-linear"), ("TOKEN_CLS", ["query", "dense"])])
 def test_a_classifier_that_peft_saved(task, targets, tmp_path):
     """PEFT names two heads in modules_to_save, of which a model has one."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-    def bert():
-        torch.manual_seed(0)
-        config = transformers.BertConfig(
-            vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-        )
-        kind = "SequenceClassification" if task == "SEQ_CLS" else "TokenClassification"
-        return getattr(transformers, f"BertFor{kind}")(config).eval()
-
+    make = models.bert if task == "SEQ_CLS" else models.bert_tokens
     config = peft.LoraConfig(task_type=task, r=2, target_modules=targets, init_lora_weights=False)
-    wrapped = peft.get_peft_model(bert(), config).eval()
+    wrapped = peft.get_peft_model(make(), config).eval()
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in wrapped.parameters():
@@ -190,7 +171,7 @@ def test_a_classifier_that_peft_saved(task, targets, tmp_path):
                 parameter.normal_()
     wrapped.save_pretrained(tmp_path)
     ids = torch.arange(10).view(2, 5)
-    assert close(fastpeft.load(bert(), tmp_path)(ids).logits, wrapped(ids).logits)
+    assert close(fastpeft.load(make(), tmp_path)(ids).logits, wrapped(ids).logits)
 
 
 def test_peft_reads_lora_bias_beside_any_init(tmp_path):

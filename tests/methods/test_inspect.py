@@ -12,7 +12,7 @@ from fastpeft import Bottleneck, Lora
 from fastpeft.cli import main
 from fastpeft.methods.formats.conversion import convert
 from fastpeft.methods.formats.inspection import inspect_checkpoints
-from tests.support.small_families import build, close, logits
+from tests.support.models import build, close, logits
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
@@ -65,7 +65,7 @@ class TestInspect:
         saved(tmp_path / "b", Bottleneck("par_bn", targets=["0.mlp", "self_attn"], norm="rms"))
         found = one(tmp_path / "b")
         assert (found.format, found.modules) == ("fastpeft", [("self_attn", 2), ("mlp", 1)])
-        assert found.method == "bottleneck adapters, 8 wide, by rule; relu, scale 4.0, norm rms"
+        assert found.method == "bottleneck adapters, 16 wide, by rule; relu, scale 4.0, norm rms"
         assert not found.problems
 
     def test_several(self, tmp_path, capsys):
@@ -169,13 +169,13 @@ def test_adapterhub_s_keys(norm, tmp_path):
     holder = "model.layers.1.output_adapters.adapters.default."
     shapes = {key.removeprefix(holder): list(t.shape) for key, t in tensors.items() if key.startswith(holder)}
     common = {
-        "adapter_up.weight": [16, 3], "adapter_up.bias": [16], "scaling": [16], "gate.weight": [1, 16],
-        "gate.bias": [1], "adapter_norm_after.weight": [16], "adapter_norm_after.bias": [16],
+        "adapter_up.weight": [32, 3], "adapter_up.bias": [32], "scaling": [32], "gate.weight": [1, 32],
+        "gate.bias": [1], "adapter_norm_after.weight": [32], "adapter_norm_after.bias": [32],
     }  # fmt: skip
-    plain = {"adapter_down.0.weight": [3, 16], "adapter_down.0.bias": [3]}
-    behind = {"adapter_down.1.weight": [3, 16], "adapter_down.1.bias": [3]}
+    plain = {"adapter_down.0.weight": [3, 32], "adapter_down.0.bias": [3]}
+    behind = {"adapter_down.1.weight": [3, 32], "adapter_down.1.bias": [3]}
     for name in ("adapter_down.0", "adapter_norm_before"):
-        behind |= {f"{name}.weight": [16], f"{name}.bias": [16]}
+        behind |= {f"{name}.weight": [32], f"{name}.bias": [32]}
     assert shapes == common | (behind if norm else plain)
     path.unlink()
     for order in (sorted(tensors), sorted(tensors, reverse=True)):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpeft.serving.http.server import background
 from fastpeft.serving.http.service import Limits, Service
-from tests.support.small_llama import VOCAB, llama
+from tests.support.models import VOCAB, llama
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"

@@ -16,7 +16,8 @@ import transformers
 import yaml
 
 import fastpeft
-from tests.support.small_llama import checkpoints, llama
+from tests.support.lora_checkpoints import checkpoints
+from tests.support.models import llama
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -14,9 +14,9 @@ import torch
 import fastpeft
 from fastpeft.methods.formats.conversion import convert
 from tests.support.adapterhub import (
+    FAMILIES,
     FORMS,
     IMPOSSIBLE,
-    MODELS,
     PRESETS,
     adapters,
     bottleneck,
@@ -27,7 +27,7 @@ from tests.support.adapterhub import (
 )
 
 CASES = [
-    (model, form) for model in MODELS for form in [*PRESETS, *FORMS] if (model, form) not in IMPOSSIBLE
+    (model, form) for model in FAMILIES for form in [*PRESETS, *FORMS] if (model, form) not in IMPOSSIBLE
 ]  # fmt: skip
 ALL = {**PRESETS, **FORMS}
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize, prune
 
 import fastpeft
 from fastpeft.integrations.peft import FastLoraLinear
-from tests.support.small_peft import IDS, assert_pefts, config, counted, peft_model, statuses, up
+from tests.support.peft_layers import IDS, assert_pefts, config, counted, peft_model, statuses, up
 
 pytestmark = pytest.mark.oldest
 

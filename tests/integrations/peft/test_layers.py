@@ -12,35 +12,22 @@ from torch import nn
 import fastpeft
 from fastpeft.integrations.peft import FastLoraLinear
 from fastpeft.testing import error_vs_eager
+from tests.support.models import build, gpt2, llama
 
 pytestmark = pytest.mark.oldest
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+def bert_words():
+    return build("bert", "BertForMaskedLM")
 
 
-def llama():
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=32)
-    return transformers.LlamaForCausalLM(config), "all-linear"
-
-
-def bert():
-    config = transformers.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return transformers.BertForMaskedLM(config), ["query", "key", "value", "dense"]
-
-
-def gpt2():
-    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    config = transformers.GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return transformers.GPT2LMHeadModel(config), ["c_attn", "c_proj", "c_fc"]
-
-
-MODELS = pytest.mark.parametrize("architecture", [llama, bert, gpt2], ids=lambda f: f.__name__)
+TARGETS = {llama: "all-linear", bert_words: ["query", "key", "value", "dense"], gpt2: ["c_attn", "c_proj", "c_fc"]}
+MODELS = pytest.mark.parametrize("architecture", TARGETS, ids=lambda f: f.__name__)
 
 
 def peft_model(architecture, dtype=torch.float32, **settings):
     """A model with adapters that act from the start."""
-    torch.manual_seed(0)
-    model, targets = architecture()
+    model, targets = architecture().train(), TARGETS[architecture]
     settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "target_modules": targets, **settings}
     settings["fan_in_fan_out"] = architecture is gpt2
     return get_peft_model(model.to(dtype), LoraConfig(**settings)).train()
@@ -156,7 +143,7 @@ def test_trained_checkpoint_loads_in_plain_peft(architecture, tmp_path):
     loss_curve(ours, steps=3)
     ours.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    loaded = PeftModel.from_pretrained(architecture()[0], tmp_path).eval()
+    loaded = PeftModel.from_pretrained(architecture(), tmp_path).eval()
     assert not any(isinstance(module, FastLoraLinear) for module in loaded.modules())
     logits = loaded(input_ids=tokens()).logits
     torch.testing.assert_close(ours.eval()(input_ids=tokens()).logits, logits)
@@ -167,7 +154,7 @@ def test_trained_checkpoint_loads_in_plain_peft(architecture, tmp_path):
 def test_register_trains_as_peft(architecture):
     model = peft_model(architecture, torch.float64)
     torch.manual_seed(0)
-    base, targets = architecture()
+    base, targets = architecture(), TARGETS[architecture]
     config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets)
     ours = get_peft_model(base.double(), fastpeft.register(config)).train()
     assert fastpeft.report(ours).fused == len(fastpeft.report(ours)) == len(fastpeft.report(model)) > 0

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.integrations.peft import FastLoraLinear
-from tests.support.small_peft import IDS, Model, assert_pefts, config, peft_model, statuses, up
+from tests.support.peft_layers import IDS, Model, assert_pefts, config, peft_model, statuses, up
 
 pytestmark = pytest.mark.oldest
 

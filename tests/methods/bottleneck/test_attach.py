@@ -10,11 +10,11 @@ from torch import nn
 import fastpeft
 from fastpeft import Bottleneck, Lora
 from fastpeft.methods.bottleneck.holder import Bottlenecks
-from tests.support.small_families import MODELS, build, close, logits
+from tests.support.models import FAMILIES, build, close, logits
 
 PRESETS = ["seq_bn", "double_seq_bn", "par_bn", "scaled_par_bn", "adapter_plus"]
 # Layers with an MLP, attentions without cross-attention, cross-attentions.
-COUNTS = dict.fromkeys(MODELS, (2, 2, 0)) | {"t5": (4, 4, 2)}
+COUNTS = dict.fromkeys(FAMILIES, (2, 2, 0)) | {"t5": (4, 4, 2)}
 
 
 def attached(name, config=None, adapter="default", model=None):
@@ -55,7 +55,7 @@ def holders(model):
     return [module for module in model.modules() if isinstance(module, Bottlenecks)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 class TestFamilies:
     @pytest.mark.oldest
     @pytest.mark.parametrize("preset", PRESETS)
@@ -95,7 +95,7 @@ class TestFamilies:
         layers = COUNTS[name][0]
         model = attached(name, Bottleneck(leave_out=[0], reduction_factor={"1": 2, "default": 16}))
         assert [h.site.layer for h in holders(model)] == list(range(1, layers))
-        assert [h.adapters["default"].bottleneck for h in holders(model)] == [8] + [1] * (layers - 2)
+        assert [h.adapters["default"].bottleneck for h in holders(model)] == [16] + [2] * (layers - 2)
         with pytest.raises(ValueError, match=f"leave_out has 9, expected layer numbers below {layers}"):
             attached(name, Bottleneck(leave_out=[9]))
 
@@ -171,7 +171,7 @@ def test_formula_where_norms_come_before():
         model = move(attached("llama", Bottleneck(preset, reduction_factor=4, places=["mlp"])))
         layer = model.model.layers[0]
         adapter = layer.mlp.fastpeft_bottleneck.adapters["default"]
-        x = torch.randn(2, 3, 16)
+        x = torch.randn(2, 3, 32)
         h = layer.mlp.forward(layer.post_attention_layernorm(x))
         z = x if preset == "par_bn" else h + x
         hidden = nn.functional.linear(z, adapter.down_weight, adapter.down_bias)
@@ -187,7 +187,7 @@ def test_formula_where_norms_come_after():
         model = move(attached("bert", Bottleneck(preset, reduction_factor=4)))
         output = model.bert.encoder.layer[0].output
         adapter = next(h for h in holders(output)).adapters["default"]
-        x, wide = torch.randn(2, 3, 16), torch.randn(2, 3, 32)
+        x, wide = torch.randn(2, 3, 32), torch.randn(2, 3, 64)
         h = output.dense(wide)
         z = output.LayerNorm.forward(h + x)
         u = adapter({"z": z, "h": h, "x": x}[what], torch.zeros_like(x))

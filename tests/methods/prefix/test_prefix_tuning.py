@@ -10,8 +10,7 @@ import torch
 import fastpeft
 from fastpeft import PrefixTuning, attach
 from fastpeft.methods.prefix.method import ATTENTION, RAW
-from tests.support.small_llama import llama, prompts
-from tests.support.small_models import bert, bert_tokens, gpt2, roberta, t5
+from tests.support.models import bert, bert_tokens, gpt2, llama, prompts, roberta, t5
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 

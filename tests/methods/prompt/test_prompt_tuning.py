@@ -9,8 +9,7 @@ import torch
 
 import fastpeft
 from fastpeft import PromptTuning, attach
-from tests.support.small_llama import VOCAB, llama, prompts
-from tests.support.small_models import bert, bert_tokens, gpt2, llama_classifier, roberta, t5
+from tests.support.models import VOCAB, bert, bert_tokens, gpt2, llama, llama_classifier, prompts, roberta, t5
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastpeft
-from tests.support.selective_models import IDS, WHAT, changed, llama, loss_of, state, train
+from tests.support.selections import IDS, WHAT, changed, llama, loss_of, state, train
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_TYPES = {"tokens": "TRAINABLE_TOKENS", "norms": "LN_TUNING"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastpeft
-from tests.support.selective_models import IDS, changed, llama, loss_of, state
+from tests.support.selections import IDS, changed, llama, loss_of, state
 
 PREFIX = "model.layers."
 

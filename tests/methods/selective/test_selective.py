@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import fastpeft
 from fastpeft.methods.selective import change
 from fastpeft.nn import RowSparseLinear
-from tests.support.selective_models import IDS, WHAT, bert, changed, gpt2, llama, loss_of, state, train
+from tests.support.models import t5
+from tests.support.selections import IDS, WHAT, bert, changed, gpt2, llama, loss_of, state, train
 
 
 def names(selection):
@@ -158,7 +159,7 @@ def test_biases_and_norms_by_their_looks():
 
 def test_rows_of_a_conv1d_are_output_features():
     """transformers' Conv1D stores the weight the other way round."""
-    for part, chosen in (("rows", lambda w: w[:, [0, 63]].T), ("columns", lambda w: w[[0, 15]].T)):
+    for part, chosen in (("rows", lambda w: w[:, [0, 127]].T), ("columns", lambda w: w[[0, 31]].T)):
         model, whole = gpt2(), gpt2()
         selection = fastpeft.select(model, **{part: {"h.0.mlp.c_fc": [0, -1]}})
         loss_of(model).backward()
@@ -166,8 +167,8 @@ def test_rows_of_a_conv1d_are_output_features():
         ((name, parameter),) = selection.named_parameters()
         assert name == f"transformer.h.0.mlp.c_fc.{part}"
         torch.testing.assert_close(parameter.grad, chosen(whole.transformer.h[0].mlp.c_fc.weight.grad))
-    with pytest.raises(ValueError, match=r"has 16, expected integers in \[0, 16\)"):
-        fastpeft.select(gpt2(), columns={"h.0.mlp.c_fc": [16]})
+    with pytest.raises(ValueError, match=r"has 32, expected integers in \[0, 32\)"):
+        fastpeft.select(gpt2(), columns={"h.0.mlp.c_fc": [32]})
 
 
 def test_tokens_are_those_of_the_input_embedding():
@@ -337,13 +338,9 @@ def test_plain_checkpoints_that_are_not_reentrant():
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_reentrant_checkpoints_of_two_stacks(stack):
     """Each stack has a first block of its own."""
-    from transformers import T5Config, T5ForConditionalGeneration
 
     def gradients(checkpointed):
-        torch.manual_seed(0)
-        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2, "dropout_rate": 0.0}
-        model = T5ForConditionalGeneration(T5Config(vocab_size=64, decoder_start_token_id=0, pad_token_id=0, **sizes))
-        model.train()
+        model = t5(num_layers=3).train()
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         selection = fastpeft.select(model, layers="last:2", blocks=f"{stack}.block")
@@ -453,16 +450,16 @@ def test_the_table_counts():
     model = llama()
     selection = fastpeft.select(model, params="norm", rows={"layers.0.mlp.up_proj": [1, 2]})
     lines = {line.split()[0]: line.split()[1:] for line in str(selection).splitlines()}
-    assert lines["norm"][:2] == ["13", "208"]
-    assert lines["rows"][:2] == ["1", "32"]
-    assert lines["total"][:2] == ["14", "240"]
-    assert float(lines["total"][2]) == pytest.approx(100 * 240 / sum(p.numel() for p in llama().parameters()), abs=1e-3)
+    assert lines["norm"][:2] == ["13", "416"]
+    assert lines["rows"][:2] == ["1", "64"]
+    assert lines["total"][:2] == ["14", "480"]
+    assert float(lines["total"][2]) == pytest.approx(100 * 480 / sum(p.numel() for p in llama().parameters()), abs=1e-3)
 
 
 def test_rows_by_fraction_are_the_same_every_time():
     one, other = (fastpeft.select(llama(), rows={"up_proj": 0.25}) for _ in range(2))
     assert all(torch.equal(a.index, b.index) for a, b in zip(one.plan.slices, other.plan.slices, strict=True))
-    assert {len(part.index) for part in one.plan.slices} == {8}
+    assert {len(part.index) for part in one.plan.slices} == {16}
     assert not torch.equal(one.plan.slices[0].index, one.plan.slices[1].index)
     another = fastpeft.select(llama(), rows={"up_proj": 0.25}, seed=1)
     assert not torch.equal(one.plan.slices[0].index, another.plan.slices[0].index)
@@ -483,13 +480,13 @@ BAD = [
     ({"params": [1]}, TypeError, "params is .*, expected names"),
     ({"modules": ["lm_hed"]}, ValueError, "modules has 'lm_hed', which is no module; near: lm_head"),
     ({"modules": ["act_fn"]}, ValueError, "modules has 'act_fn', which has no parameters"),
-    ({"tokens": [64]}, ValueError, r"tokens has 64, expected integers in \[0, 64\)"),
+    ({"tokens": [96]}, ValueError, r"tokens has 96, expected integers in \[0, 96\)"),
     ({"tokens": [1.5]}, TypeError, "tokens is .*, expected integers"),
     ({"tokens": {"lm_head": [1]}}, TypeError, "tokens names lm_head, which is a Linear"),
     ({"rows": {"up_prj": 0.1}}, ValueError, "rows has 'up_prj', which is no linear layer; near: .*up_proj"),
     ({"rows": {"norm": 0.1}}, TypeError, "rows names model.norm, which is a LlamaRMSNorm"),
     ({"rows": {"up_proj": 1.5}}, ValueError, "is 1.5, expected a fraction"),
-    ({"rows": {"up_proj": [32]}}, ValueError, r"rows\['up_proj'\] has 32"),
+    ({"rows": {"up_proj": [64]}}, ValueError, r"rows\['up_proj'\] has 64"),
     ({"rows": [1]}, TypeError, "rows is list, expected a dict"),
     ({"rows": {"up_proj": 0.1}, "columns": {"up_proj": 0.1}}, ValueError, "mean the same weight"),
     ({"rows": {"lm_head": [1]}, "modules": ["lm_head"]}, ValueError, "mean the same weight"),

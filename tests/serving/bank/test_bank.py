@@ -9,7 +9,8 @@ from torch import nn
 from fastpeft.serving import AdapterBank, BankError, UnknownAdapter
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.support.small_llama import SETTINGS, checkpoint, checkpoints, llama, peft_model, prompts
+from tests.support.lora_checkpoints import SETTINGS, checkpoint, checkpoints, peft_model
+from tests.support.models import llama, prompts
 
 NAMES = list(SETTINGS)
 MIXED = ["alice", None, "dave", "bob", "carol", "alice", None, "bob"]

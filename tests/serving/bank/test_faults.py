@@ -17,7 +17,8 @@ from fastpeft.serving import AdapterBank, BadCheckpoint, BankFull
 pytest.importorskip("peft", reason="PEFT is not installed")
 from safetensors.torch import load_file, save_file
 
-from tests.support.small_llama import SETTINGS, checkpoint, checkpoints, llama, prompts
+from tests.support.lora_checkpoints import SETTINGS, checkpoint, checkpoints
+from tests.support.models import llama, prompts
 
 NAMES = list(SETTINGS)
 ATTENTION = "base_model.model.model.layers.0.self_attn"

@@ -10,7 +10,8 @@ from torch import nn
 from fastpeft.serving import AdapterBank, BadCheckpoint, Batcher
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.support.small_llama import VOCAB, checkpoint, greedy_alone, peft_model, prompts, same_or_tied
+from tests.support.lora_checkpoints import checkpoint, greedy_alone, peft_model, same_or_tied
+from tests.support.models import VOCAB, prompts
 
 COMMON = {
     "vocab_size": VOCAB,

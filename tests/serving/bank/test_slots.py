@@ -6,7 +6,8 @@ import torch
 from fastpeft.serving import AdapterBank, BankError, BankFull
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.support.small_llama import SETTINGS, checkpoints, llama, prompts
+from tests.support.lora_checkpoints import SETTINGS, checkpoints
+from tests.support.models import llama, prompts
 
 NAMES = list(SETTINGS)
 MIXED = ["alice", None, "dave", "bob", "carol", "alice", None, "bob"]

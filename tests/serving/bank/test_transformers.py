@@ -10,7 +10,8 @@ from fastpeft.serving import AdapterBank, BankError, BankFull, UnknownAdapter
 pytest.importorskip("peft", reason="PEFT is not installed")
 from transformers import GenerationConfig
 
-from tests.support.small_llama import SETTINGS, VOCAB, checkpoints, greedy_alone, llama, same_or_tied
+from tests.support.lora_checkpoints import SETTINGS, checkpoints, greedy_alone, same_or_tied
+from tests.support.models import VOCAB, llama
 
 integration = pytest.importorskip(
     "fastpeft.integrations.transformers", exc_type=ImportError, reason="transformers has no continuous batching"

@@ -8,7 +8,8 @@ import torch
 from fastpeft.serving import AdapterBank, Batcher
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.support.small_llama import SETTINGS, VOCAB, checkpoints, greedy_alone, llama, same_or_tied
+from tests.support.lora_checkpoints import SETTINGS, checkpoints, greedy_alone, same_or_tied
+from tests.support.models import VOCAB, llama
 
 NAMES = list(SETTINGS)
 

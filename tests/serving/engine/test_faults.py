@@ -10,7 +10,8 @@ from torch import nn
 from fastpeft.serving import AdapterBank, BankError, BankFull, Batcher, QueueFull, UnknownAdapter
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.support.small_llama import SETTINGS, VOCAB, checkpoints, greedy_alone, llama
+from tests.support.lora_checkpoints import SETTINGS, checkpoints, greedy_alone
+from tests.support.models import VOCAB, llama
 
 NAMES = list(SETTINGS)
 

@@ -23,7 +23,8 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 import httpx
 
 from fastpeft import cli
-from tests.support.small_llama import SETTINGS, checkpoints, llama
+from tests.support.lora_checkpoints import SETTINGS, checkpoints
+from tests.support.models import llama
 from tests.support.small_server import chat, complete, error, serving, tokenizer, until
 
 ROOT = Path(__file__).resolve().parents[3]

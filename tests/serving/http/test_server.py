@@ -16,7 +16,8 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 import httpx
 
 from fastpeft.serving.http.detokenize import TextStream
-from tests.support.small_llama import SETTINGS, checkpoint, checkpoints, greedy_alone, llama, same_or_tied
+from tests.support.lora_checkpoints import SETTINGS, checkpoint, checkpoints, greedy_alone, same_or_tied
+from tests.support.models import llama
 from tests.support.small_server import chat, complete, error, events, serving, tokenizer, until
 
 NAMES = list(SETTINGS)

@@ -21,7 +21,7 @@ import serve_race  # noqa: E402
 import serve_texts  # noqa: E402
 
 from fastpeft import cli  # noqa: E402
-from tests.support.small_llama import llama  # noqa: E402
+from tests.support.models import llama  # noqa: E402
 
 
 def test_from_end_to_end_and_again_from_its_own_folder(tmp_path, capsys):
@@ -90,7 +90,7 @@ def test_the_comparison_can_fail(text, gap, expected):
 
 def test_peft_in_one_batch_and_alone_give_the_same(tmp_path):
     """Padding and neighbours change nothing, so the race is between equals."""
-    from tests.support.small_llama import checkpoints
+    from tests.support.lora_checkpoints import checkpoints
 
     folders = checkpoints(llama(), tmp_path, ("alice", "bob"))
     reference = serve_race.Peft(llama(), folders)

@@ -1,28 +1,21 @@
-"""Models for selective training, what to choose in them, and what a training step changed."""
+"""Models for selective training, what to choose in them, and what training changed."""
 
 import torch
-from torch import nn
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+from tests.support import models
 
 
-def llama(layers=6, tied=False) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, num_hidden_layers=layers, num_key_value_heads=1, tie_word_embeddings=tied)
-    return LlamaForCausalLM(config)
+# In training mode, with enough blocks to choose among.
+def llama(tied=False, layers=6):
+    return models.llama(tied, layers).train()
 
 
-def bert() -> nn.Module:
-    torch.manual_seed(0)
-    config = BertConfig(**SIZES, num_hidden_layers=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return BertModel(config, add_pooling_layer=False)
+def bert():
+    return models.build("bert", "BertModel", num_hidden_layers=4).train()
 
 
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_head=2, n_layer=4, n_positions=32, **dropout))
+def gpt2():
+    return models.gpt2(n_layer=4).train()
 
 
 IDS = torch.arange(2, 34).view(2, 16)

@@ -1,12 +1,10 @@
-"""A small causal language model and adapters for it, in PEFT's format, shared by the tests of serving."""
+"""LoRA checkpoints in PEFT's format for a small Llama, and PEFT's own model with them, for the tests of serving."""
 
 import copy
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
-VOCAB = 96
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
     "alice": {"r": 4, "target_modules": LINEARS},
@@ -19,26 +17,6 @@ SETTINGS = {
     },
     "dave": {"r": 5, "target_modules": ["embed_tokens", "lm_head", "q_proj"]},
 }
-
-
-def llama(tied=False, layers=2, hidden=32, seed=0):
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            tie_word_embeddings=tied,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
-            initializer_range=0.15,
-        )
-    ).eval()
 
 
 def checkpoint(model, directory, seed=0, **settings):
@@ -63,10 +41,6 @@ def peft_model(model, folders):
     for name in names[1:]:
         adapted.load_adapter(folders[name], adapter_name=name)
     return adapted.eval()
-
-
-def prompts(rows, length=7, seed=0):
-    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
