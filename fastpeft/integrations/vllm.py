@@ -20,7 +20,6 @@ import weakref
 import torch
 from torch import Tensor
 
-from .. import __version__
 from . import _interface
 from ._step import StepRouting, add_lora_, define
 
@@ -166,6 +165,8 @@ def _prepare() -> None:
     import vllm.lora.layers  # noqa: F401  the subclasses exist once they are imported
     from vllm import envs
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    from .. import __version__
 
     record_ranks(BaseLinearLayerWithLoRA)
     # vLLM keys its compiled models by these: one compiled without us, or with another version, is not ours to run.

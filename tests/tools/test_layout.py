@@ -1,17 +1,15 @@
 """The layout law, read from the source: who may import whom, int64 program ids, no bare assert, no kernels/__init__.py.
 
-The tests named "law" read text only, so the pre-commit hook runs them where torch is not installed.
+Only text is read, so the pre-commit hook runs this where torch is not installed.
 """
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(path.relative_to(ROOT) for folder in ("fastpeft", "kernels") for path in (ROOT / folder).rglob("*.py"))
+from tests.support.imports import CALL, CHECK, FILES, ROOT, circles, edges, imports, module_name
 
 _OPS = {"ops", "_check", "_library", "_backend"}
 # A layer (a folder or a file of fastpeft/) and the layers it may import. "" is fastpeft/__init__.py.
@@ -43,37 +41,32 @@ OTHERS = {
 # Imported on first use only, inside a function, except where the layer is made of it.
 ON_FIRST_USE = {"triton", "kernels", "_C", "safetensors"}
 ALSO_ON_FIRST_USE = {"methods": {"transformers"}}
-
-
-def module_name(path: Path) -> str:
-    """kernels/a.py -> fastpeft.kernels.a; fastpeft/ops/__init__.py -> fastpeft.ops."""
-    parts = path.with_suffix("").parts
-    parts = ("fastpeft", *parts) if parts[0] == "kernels" else parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+# The front door shows checkers what it hands out at run time.
+SHOWN = {"": {"integrations", "methods", "nn", "ops", "reference", "serving", "testing"}}
+# Inside a layer: its folders and files, and those of the same layer that each may import. "" is its __init__.py.
+INSIDE = {
+    "serving": {
+        "": {"bank", "engine", "errors"},
+        "errors": set(),
+        "bank": {"bank", "errors"},
+        "engine": {"engine", "bank", "errors"},
+        "http": {"http", "engine", "bank", "errors"},
+    },
+}
+# Imports inside functions that would close a circle if they stood above.
+LATE = {
+    ("fastpeft.integrations.vllm", "fastpeft"),  # the version; the package names its integrations to checkers
+    ("fastpeft.methods.selective.selection", "fastpeft.methods.selective.files"),
+}
 
 
 def layer(module: str) -> str:
     return (module.split(".") + [""])[1]
 
 
-def imports(path: Path, tree: ast.Module):
-    """(line, module, whether inside a function) of every import, with relative names resolved."""
-    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
-    if path == Path("fastpeft/__init__.py"):  # names for type checkers; at run time they are loaded on first use
-        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for n in ast.walk(f)}
-    for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            names = [f"{base}.{alias.name}" for alias in node.names] if base == "fastpeft" else [base]
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
-            names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
-        for name in names:
-            yield node.lineno, name, id(node) in inside
+def part(module: str) -> str:
+    """The folder or file inside the layer; "" is the layer's ``__init__.py``."""
+    return (module.split(".") + ["", ""])[2]
 
 
 def broken_imports(path: Path, source: str) -> list[str]:
@@ -81,18 +74,33 @@ def broken_imports(path: Path, source: str) -> list[str]:
     others = {"torch", *OTHERS.get(own, ())} | ({path.stem} if own == "integrations" else set())
     if own not in MAY_IMPORT:
         return [f"{path}: the law has no layer {own!r}"]
-    for line, module, inside in imports(path, ast.parse(source)):
+    for line, module, when in imports(path, ast.parse(source)):
         top, target = module.split(".")[0], layer(module)
         if top == "fastpeft":
             allowed = target in MAY_IMPORT[own] or target.startswith("__")
+            allowed |= when == CHECK and target in SHOWN.get(own, ())
             package = target
         else:
             allowed = top in sys.stdlib_module_names or top in others
             package = top
         if not allowed:
             found.append(f"{path}:{line}: {own or 'fastpeft'} may not import {module}")
-        elif package in ON_FIRST_USE | ALSO_ON_FIRST_USE.get(own, set()) and own != "kernels" and not inside:
+        elif package in ON_FIRST_USE | ALSO_ON_FIRST_USE.get(own, set()) and own != "kernels" and when != CALL:
             found.append(f"{path}:{line}: {module} is imported on first use, inside a function")
+    return found
+
+
+def broken_parts(path: Path, source: str) -> list[str]:
+    own = layer(module_name(path))
+    law = INSIDE.get(own)
+    if law is None:
+        return []
+    here, found = part(module_name(path)), []
+    if here not in law:
+        return [f"{path}: the law of {own} has no {here!r}"]
+    for line, module, _ in imports(path, ast.parse(source)):
+        if module.startswith(f"fastpeft.{own}.") and part(module) not in law[here]:
+            found.append(f"{path}:{line}: {own}/{here or '__init__'} may not import {own}/{part(module)}")
     return found
 
 
@@ -120,7 +128,7 @@ def misnamed(path: Path, source: str) -> list[str]:
     return []
 
 
-RULES = [broken_imports, narrow_program_ids, bare_asserts, misnamed]
+RULES = [broken_imports, broken_parts, narrow_program_ids, bare_asserts, misnamed]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -150,10 +158,20 @@ def test_law(rule):
         (broken_imports, "fastpeft/methods/a.py", "from ..serving import AdapterBank"),
         (broken_imports, "fastpeft/integrations/peft.py", "import vllm"),
         (broken_imports, "fastpeft/__init__.py", "from .ops import lora_linear"),
+        (
+            broken_imports,
+            "fastpeft/ops/a.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .. import nn",
+        ),
         (broken_imports, "fastpeft/testing.py", "from tests import conftest"),
         (broken_imports, "fastpeft/cli.py", "from bench.harness import run"),
         (broken_imports, "fastpeft/cli.py", "import examples.finetune"),
         (broken_imports, "fastpeft/drawer/a.py", "import torch"),
+        (broken_parts, "fastpeft/serving/bank/a.py", "def f():\n    from ..engine.batcher import Batcher"),
+        (broken_parts, "fastpeft/serving/engine/a.py", "from ..http import service"),
+        (broken_parts, "fastpeft/serving/errors.py", "from .bank.bank import AdapterBank"),
+        (broken_parts, "fastpeft/serving/bank/a.py", "from fastpeft.serving.http.api import ApiError"),
+        (broken_parts, "fastpeft/serving/drawer/a.py", ""),
         (narrow_program_ids, "kernels/a.py", "pid = tl.program_id(0)"),
         (narrow_program_ids, "kernels/a.py", "pid = tl.program_id(0).to(tl.int32)"),
         (narrow_program_ids, "kernels/a.py", "m = tl.program_id(0) * 8 + tl.program_id(1).to(tl.int64)"),
@@ -173,10 +191,35 @@ def test_law_can_fail(rule, path, source):
         ("fastpeft/ops/a.py", "import math\nfrom .. import _check\ndef f():\n    from ..kernels import a"),
         ("fastpeft/integrations/peft.py", "import peft\nfrom peft.tuners import lora\nfrom ..nn import LoraLinear"),
         ("fastpeft/cli.py", "from . import __version__\nimport torch"),
+        ("fastpeft/__init__.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .ops import explain"),
+        ("fastpeft/serving/http/a.py", "from .. import errors\nfrom ..bank import bank\nfrom . import api"),
     ],
 )
 def test_law_can_pass(path, source):
     assert [line for rule in RULES for line in rule(Path(path), source)] == []
+
+
+def test_law_no_circle():
+    """Nor one that an import under TYPE_CHECKING or in a function would close, but for those of LATE."""
+    whole, late = edges({path: (ROOT / path).read_text() for path in FILES})
+    assert circles(whole | (late - LATE)) == []
+    assert [edge for edge in LATE if edge not in late or circles(whole | late - (LATE - {edge})) == []] == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("from .b import x", "from . import a"),
+        ("from .b import x", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a import y"),
+        ("from . import b", "def f():\n    from .a import y"),
+        ("import fastpeft.nn.b", "import importlib\nimportlib.import_module('fastpeft.nn.a')"),
+    ],
+)
+def test_law_a_circle_is_found(first, second):
+    files = {Path("fastpeft/nn/a.py"): first, Path("fastpeft/nn/b.py"): second, Path("fastpeft/nn/__init__.py"): ""}
+    whole, late = edges(files)
+    assert circles(whole | late) == [["fastpeft.nn.a", "fastpeft.nn.b"]]
+    assert circles(edges({**files, Path("fastpeft/nn/b.py"): "import math"})[0]) == []
 
 
 def test_law_every_kernel_has_its_reference():
@@ -184,73 +227,3 @@ def test_law_every_kernel_has_its_reference():
     kernels = {path.stem for path in FILES if path.parts[0] == "kernels" and "@triton.jit" in (ROOT / path).read_text()}
     ops = {path.stem for path in FILES if path.parts[:2] == ("fastpeft", "reference")}
     assert [name for name in kernels if name not in ops and not name.startswith(tuple(f"{op}_" for op in ops))] == []
-
-
-def run(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_import_is_light():
-    run("import sys, fastpeft; assert 'torch' not in sys.modules, 'fastpeft imported torch'")
-
-
-# Each module is the first import of a process of its own, forked after torch was imported once for all.
-IMPORT_FIRST = """
-import importlib, os, sys, torch
-for name in %r:
-    child = os.fork()
-    if child:
-        if os.waitpid(child, 0)[1]:
-            sys.exit(f"fastpeft.{name} as the first import failed")
-        continue
-    importlib.import_module(f"fastpeft.{name}")
-    heavy = {"triton", "transformers", "peft", "safetensors", "torch._dynamo", "fastpeft._C"} & set(sys.modules)
-    assert not heavy or name in ("kernels.lora_linear", "integrations.peft"), heavy
-    assert not torch.cuda.is_initialized(), "CUDA was initialised"
-    from fastpeft import methods, nn, ops, testing
-    os._exit(0)
-"""
-
-
-def test_import_order_is_free():
-    """Whichever module comes first; only a kernel and an integration import the package that they are made for."""
-    run(
-        IMPORT_FIRST
-        % (
-            [
-                "ops",
-                "nn",
-                "methods",
-                "serving",
-                "reference",
-                "testing",
-                "cli",
-                "kernels.lora_linear",
-                "integrations.peft",
-            ],
-        )
-    )
-
-
-def test_works_with_torch_alone():
-    blocked = ("triton", "peft", "transformers", "accelerate", "safetensors", "numpy")
-    run(f"""
-import sys
-sys.modules.update(dict.fromkeys({blocked}))  # None: importing it raises ImportError
-import torch, fastpeft
-x, w, a, b = (torch.ones(s) for s in ((2, 3), (4, 3), (1, 3), (4, 1)))
-assert torch.equal(fastpeft.ops.lora_linear(x, w, a, b), torch.full((2, 4), 6.0))
-layer = torch.nn.Sequential(torch.nn.Linear(3, 4))
-fastpeft.attach(layer, fastpeft.Lora(r=2))
-layer(x).sum().backward()
-""")
-
-
-def test_public_names_resolve():
-    import fastpeft
-
-    assert {name for name in fastpeft.__all__ if getattr(fastpeft, name, None) is None} == set()
-    assert set(fastpeft.__all__) <= set(dir(fastpeft))
-    with pytest.raises(AttributeError, match="nonsense"):
-        _ = fastpeft.nonsense
