@@ -33,8 +33,6 @@ API size_t nullgpu_memory(void);  // bytes: NULLGPU_GIB, or 80 GiB
 enum place { PAGEABLE, PINNED, DEVICE };
 API cudaError_t nullgpu_allocate(void** pointer, size_t bytes, enum place place);
 API cudaError_t nullgpu_free(void* pointer);
-API cudaError_t nullgpu_reserve(long bytes);  // counts memory without an address: negative gives it back
-API cudaError_t nullgpu_register(void* start, size_t bytes);  // addresses of the device, memory counted elsewhere
 API enum place nullgpu_place(const void* pointer);
 
 // Streams. Both are 0 where nothing is wrong, or the error that the call must return.

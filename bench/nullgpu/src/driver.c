@@ -2,7 +2,6 @@
 #include <cuda.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "device.h"
 
@@ -116,32 +115,3 @@ API CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
   return (CUresult)cudaStreamWaitEvent(stream, event, flags);
 }
 API CUresult cuEventRecord(CUevent event, CUstream stream) { return (CUresult)cudaEventRecord(event, stream); }
-
-// ---- virtual memory, which PyTorch's expandable segments are made of
-
-API CUresult cuMemGetAllocationGranularity(size_t* bytes, const CUmemAllocationProp* properties,
-                                           CUmemAllocationGranularity_flags option) {
-  *bytes = (size_t)2 << 20;
-  return CUDA_SUCCESS;
-}
-API CUresult cuMemAddressReserve(CUdeviceptr* pointer, size_t bytes, size_t alignment, CUdeviceptr wanted,
-                                 unsigned long long flags) {
-  void* start = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  *pointer = (CUdeviceptr)start;
-  return start == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : (CUresult)nullgpu_register(start, bytes);
-}
-API CUresult cuMemAddressFree(CUdeviceptr pointer, size_t bytes) { return (CUresult)nullgpu_free((void*)pointer); }
-API CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes, const CUmemAllocationProp* properties,
-                         unsigned long long flags) {
-  *handle = bytes;  // all that is to be known of it
-  return (CUresult)nullgpu_reserve(bytes);
-}
-API CUresult cuMemRelease(CUmemGenericAllocationHandle handle) { return (CUresult)nullgpu_reserve(-(long)handle); }
-API CUresult cuMemMap(CUdeviceptr pointer, size_t bytes, size_t offset, CUmemGenericAllocationHandle handle,
-                      unsigned long long flags) {
-  return CUDA_SUCCESS;
-}
-API CUresult cuMemUnmap(CUdeviceptr pointer, size_t bytes) { return CUDA_SUCCESS; }
-API CUresult cuMemSetAccess(CUdeviceptr pointer, size_t bytes, const CUmemAccessDesc* access, size_t count) {
-  return CUDA_SUCCESS;
-}

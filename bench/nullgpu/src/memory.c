@@ -13,7 +13,7 @@ static struct {
   char* start;
   size_t bytes;
   enum place place;
-  int mapped, counted;  // by this file
+  int own;  // mapped here, not registered
 } blocks[ENTRIES];
 static int used;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -24,15 +24,14 @@ static int find(const void* pointer) {
   return -1;
 }
 
-static cudaError_t add(void* start, size_t bytes, enum place place, int mapped, int counted) {
+static cudaError_t add(void* start, size_t bytes, enum place place, int own) {
   pthread_mutex_lock(&lock);
   int i = 0;
   while (i < used && blocks[i].start) i++;
   cudaError_t error = i == ENTRIES ? cudaErrorMemoryAllocation : cudaSuccess;
   if (!error) {
     if (i == used) used++;
-    blocks[i].start = start, blocks[i].bytes = bytes, blocks[i].place = place;
-    blocks[i].mapped = mapped, blocks[i].counted = counted;
+    blocks[i].start = start, blocks[i].bytes = bytes, blocks[i].place = place, blocks[i].own = own;
   }
   pthread_mutex_unlock(&lock);
   return nullgpu_remember(error);
@@ -46,7 +45,7 @@ enum place nullgpu_place(const void* pointer) {
   return place;
 }
 
-cudaError_t nullgpu_reserve(long bytes) {
+static cudaError_t reserve(long bytes) {
   if (bytes > 0 && (size_t)(nullgpu.bytes + bytes) > nullgpu_memory())
     return nullgpu_remember(cudaErrorMemoryAllocation);
   nullgpu_add(bytes < 0 ? &nullgpu.frees : &nullgpu.allocations, 1);
@@ -60,19 +59,17 @@ cudaError_t nullgpu_allocate(void** pointer, size_t bytes, enum place place) {
   if (!bytes) return cudaSuccess;
   bytes = (bytes + GRANULE - 1) / GRANULE * GRANULE;
   if (place == DEVICE) {
-    cudaError_t error = nullgpu_reserve(bytes);
+    cudaError_t error = reserve(bytes);
     if (error) return error;
   }
   void* start = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (start == MAP_FAILED || add(start, bytes, place, 1, place == DEVICE)) {
-    if (place == DEVICE) nullgpu_reserve(-(long)bytes);
+  if (start == MAP_FAILED || add(start, bytes, place, 1)) {
+    if (place == DEVICE) reserve(-(long)bytes);
     return nullgpu_remember(cudaErrorMemoryAllocation);
   }
   *pointer = start;
   return cudaSuccess;
 }
-
-cudaError_t nullgpu_register(void* start, size_t bytes) { return add(start, bytes, DEVICE, 1, 0); }
 
 cudaError_t nullgpu_free(void* pointer) {
   if (!pointer) return cudaSuccess;
@@ -80,8 +77,8 @@ cudaError_t nullgpu_free(void* pointer) {
   int i = find(pointer);
   cudaError_t error = i < 0 || blocks[i].start != pointer ? cudaErrorInvalidValue : cudaSuccess;
   if (!error) {
-    if (blocks[i].mapped) munmap(blocks[i].start, blocks[i].bytes);
-    if (blocks[i].counted) nullgpu_reserve(-(long)blocks[i].bytes);
+    if (blocks[i].own) munmap(blocks[i].start, blocks[i].bytes);
+    if (blocks[i].place == DEVICE) reserve(-(long)blocks[i].bytes);
     blocks[i].start = NULL;
   }
   pthread_mutex_unlock(&lock);
@@ -102,9 +99,7 @@ API cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned flags) {
 }
 API cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaHostAlloc(pointer, bytes, 0); }
 API cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
-API cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned flags) {
-  return add(pointer, bytes, PINNED, 0, 0);
-}
+API cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned flags) { return add(pointer, bytes, PINNED, 0); }
 API cudaError_t cudaHostUnregister(void* pointer) { return nullgpu_free(pointer); }
 API cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned flags) {
   *device = host;
