@@ -1,11 +1,14 @@
-"""What the tests of the demos share."""
+"""What the tests of the demos share. Examples are scripts: they import one another from their own folder."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+sys.path.append(str(Path(__file__).resolve().parents[3] / "examples"))
 
 
 @pytest.fixture(scope="session")

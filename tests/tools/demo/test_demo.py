@@ -5,8 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import docstrings
+import encoder
+import finetune
+import frozen_head
+import measure
 import peft
 import pytest
+import results
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -14,15 +20,6 @@ from torch.nn.functional import cross_entropy
 import fastpeft
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
-sys.path.append(str(EXAMPLES))
-
-import docstrings  # noqa: E402
-import encoder  # noqa: E402
-import finetune  # noqa: E402
-import frozen_head  # noqa: E402
-import measure  # noqa: E402
-import results  # noqa: E402
-
 TEXT = "Read the lines that {} holds and give back those which match one of the given patterns."
 
 

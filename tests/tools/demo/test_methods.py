@@ -1,20 +1,15 @@
 """The comparison of methods: every line of its table trains what it says, tuning sees no test text, and it runs."""
 
 import re
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-import fastpeft
-
-sys.path.append(str(Path(__file__).resolve().parents[3] / "examples"))
 
 import encoder
 import methods
 import methods_plot
+import pytest
+import torch
 from results import Row
+
+import fastpeft
 
 
 def texts_for(model) -> encoder.Texts:

@@ -1,7 +1,6 @@
 """The serving demo: it runs from end to end, its comparison can fail, and its texts are what they say."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,14 @@ pytest.importorskip("prometheus_client", reason="prometheus-client is not instal
 pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'fastpeft[demo]'")
 
+import serve
+import serve_race
+import serve_texts
+
+from fastpeft import cli
+from tests.support.models import llama
+
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
-sys.path.append(str(EXAMPLES))
-
-import serve  # noqa: E402
-import serve_race  # noqa: E402
-import serve_texts  # noqa: E402
-
-from fastpeft import cli  # noqa: E402
-from tests.support.models import llama  # noqa: E402
 
 
 def test_from_end_to_end_and_again_from_its_own_folder(tmp_path, capsys):
