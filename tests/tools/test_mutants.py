@@ -3,6 +3,7 @@
 The mutants are in tests/tools/mutants/, one file an op, and tests/tools/mutants/run.py is what runs them.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -71,6 +72,7 @@ def test_an_edit_is_of_its_function_alone(runner, file, method, source):
             edited(where, old)
 
 
+@pytest.mark.thorough
 def test_the_tests_that_mutants_run_exist(runner):
     """A test that is renamed must not drop out of a list unseen: pytest refuses an id that it does not find."""
     tests = sorted({test for mutant in runner.load() for test in mutant.tests})
@@ -79,6 +81,7 @@ def test_the_tests_that_mutants_run_exist(runner):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_sample_of_the_mutants_dies(name):
@@ -88,11 +91,9 @@ def test_a_sample_of_the_mutants_dies(name):
 
 
 # What follows forks, so it needs a process that has not imported fastpeft.
-PROLOGUE = f"""
-import os, pathlib, sys
-sys.path.insert(0, {str(RUN.parent)!r})
-import run
-os.environ |= {{"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}}
+PROLOGUE = """
+import os, pathlib, run
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 CHECK = "if a.shape[0] == 0:"
 def survivors(new):
     tests = ("tests/ops/lora_linear/test_errors.py::test_rank_0",)
@@ -101,9 +102,11 @@ def survivors(new):
 
 
 def in_a_process(source: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", PROLOGUE + source], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(RUN.parent)}
+    return subprocess.run([sys.executable, "-c", PROLOGUE + source], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.thorough
 def test_a_mutant_that_changes_nothing_survives():
     """The runner can tell: a comment is no mutant; where its line accepts what it refused, it is one."""
     done = in_a_process("""
@@ -115,6 +118,7 @@ assert survivors("if a.shape[0] < 0:") == []
     assert done.stdout.splitlines()[1].endswith("killed ops/lora_linear/test_errors.py::test_rank_0")
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_an_endless_loop_is_a_death():
     done = in_a_process("""
@@ -125,13 +129,26 @@ assert survivors("while a.shape[0] == 0:\\n        pass\\n    " + CHECK) == []
     assert done.stdout.endswith("killed (timeout) ops/lora_linear/test_errors.py::test_rank_0\n")
 
 
+@pytest.mark.thorough
+def test_waiting_for_ever_is_a_death():
+    """It takes no processor time."""
+    done = in_a_process("""
+run.SECONDS, run.PATIENCE = 12, 1
+assert survivors("while a.shape[0] == 0:\\n        __import__('time').sleep(1)\\n    " + CHECK) == []
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("killed (timeout) ops/lora_linear/test_errors.py::test_rank_0\n")
+
+
+@pytest.mark.thorough
 def test_a_timeout_of_a_test_that_is_slow_by_itself_is_no_verdict(tmp_path):
-    test = "tests/ops/lora_linear/test_memory.py::test_offsets_are_64_bit[reference]"
+    test = "tests/ops/lora_linear/test_edges.py::test_drawn_shapes"
     done = in_a_process(f"run.SECONDS = 6\nrun.demand_speed({test!r}, pathlib.Path({str(tmp_path)!r}))")
     assert done.returncode == 1
     assert done.stderr.startswith(f"{test} does not pass in 1 s without a mutant: no verdict")
 
 
+@pytest.mark.thorough
 def test_a_process_that_has_the_package_tests_no_mutant():
     done = in_a_process("import fastpeft\nsurvivors(CHECK)")
     assert "RuntimeError: run: fastpeft is imported" in done.stderr
