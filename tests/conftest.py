@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from tests.support import session
+
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set before any test module is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -21,7 +23,18 @@ torch.set_num_threads(threads)
 os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
 
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        session.begin()
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        session.end()
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "slow" not in item.keywords)  # so that no worker is left with a long one at the end
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -15,7 +15,7 @@ import torch
 
 from tests.support import cuda_extension
 
-pytestmark = [pytest.mark.xdist_group("cuda build"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 needs_nvcc = pytest.mark.skipif(cuda_extension.missing() is not None, reason=f"{cuda_extension.missing()}")
 ROOT = cuda_extension.ROOT
 

@@ -4,7 +4,10 @@ import pytest
 
 from tests.cuda.emulator import build
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"nothing to emulate with: {build.missing()}")
+pytestmark = [
+    pytest.mark.skipif(build.missing() is not None, reason=f"nothing to emulate with: {build.missing()}"),
+    pytest.mark.thorough,
+]
 
 
 @pytest.mark.parametrize("sanitizer", [(), ("-g", "-O1", "-fsanitize=thread")], ids=["plain", "tsan"])

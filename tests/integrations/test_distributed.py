@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
+from tests.support import session
 
-pytestmark = pytest.mark.xdist_group("distributed")  # so that the processes run once
 WORLD, STEPS, BATCH = 2, 3, 8
 MODES = {
     "ddp": {},
@@ -89,21 +89,24 @@ def main(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where two processes have trained and saved every mode."""
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
-    if not torch.distributed.is_available():
-        pytest.skip("torch is built without torch.distributed")
-    path = tmp_path_factory.mktemp("distributed")
+def train_all(folder):
+    """Two processes train and save every mode."""
     environment = {**os.environ, "PYTHONPATH": str(Path(fastpeft.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(path)], env=environment, stderr=subprocess.PIPE)
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE)
         for rank in range(WORLD)
     ]
     errors = [process.communicate(timeout=600)[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(errors)
-    return path
+
+
+@pytest.fixture
+def folder():
+    """Where two processes have trained and saved every mode, once a session."""
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    return session.once("distributed", train_all)
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if "dropout" not in mode])

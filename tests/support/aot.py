@@ -1,7 +1,8 @@
 """Compiles every kernel that the launchers launch, for GPUs that are not here, and reads what the compiler made of it.
 
     python -m tests.support.aot                     a table: registers, stack, spills, shared memory, dot product
-    python -m tests.support.aot --arch 90 --json    one JSON object a line, for tests/tools/test_targets.py
+    python -m tests.support.aot --arch 90 --op multi_lora --json
+                                                    one JSON object a line, for tests/tools/test_targets.py
 
 The launchers run on meta tensors, and each launch is compiled as it stands (dtypes, constants, divisibility of
 strides, warps, stages), so what is examined is what a GPU would be given. Needs no GPU; not under TRITON_INTERPRET.
@@ -9,10 +10,10 @@ strides, warps, stages), so what is examined is what a GPU would be given. Needs
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +25,6 @@ from triton.runtime.jit import JITFunction, MockTensor
 
 from tests.support.aot_bottleneck import BOTTLENECK, bottleneck
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 89, 90, 100, 120)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -224,24 +224,30 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def rows(architecture: int):
-    """One dict for each distinct kernel that the cases launch, as soon as it is compiled."""
+OPS = {
+    "lora_linear": (lora_linear, LORA_LINEAR),
+    "multi_lora": (multi_lora, MULTI_LORA),
+    "row_linear": (row_linear, ROW_LINEAR),
+    "prompt_gather": (prompt_gather, PROMPT_GATHER),
+    "bottleneck": (bottleneck, BOTTLENECK),
+}
+
+
+def rows(architecture: int, name: str):
+    """One dict for each distinct kernel that the cases of an op launch, as soon as it is compiled."""
     seen, found, case = set(), [], ()
 
-    def record(name, kernel, seconds):
+    def record(kernel_name, kernel, seconds):
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            found.append(
-                {"arch": architecture, "kernel": name, "case": case, "seconds": round(seconds, 2), **examine(kernel)}
-            )
+            numbers = {"seconds": round(seconds, 2), **examine(kernel)}
+            found.append({"arch": architecture, "kernel": kernel_name, "case": case, **numbers})
 
-    cases = [(lora_linear, *case) for case in LORA_LINEAR] + [(multi_lora, *case) for case in MULTI_LORA]
-    cases += [(row_linear, *case) for case in ROW_LINEAR] + [(prompt_gather, *case) for case in PROMPT_GATHER]
-    cases += [(bottleneck, *case) for case in BOTTLENECK]
+    op, cases = OPS[name]
     with compiling(architecture, record):
-        for op, x_dtype, dtype, ranks, dropout, *sizes in cases:
-            names = [str(d).removeprefix("torch.") for d in (x_dtype, dtype)]
-            case = (*dict.fromkeys(names), op.__name__, "r=" + "+".join(map(str, ranks)), f"p={dropout}", f"{sizes}")
+        for x_dtype, dtype, ranks, dropout, *sizes in cases:
+            dtypes = dict.fromkeys(str(d).removeprefix("torch.") for d in (x_dtype, dtype))
+            case = (*dtypes, name, "r=" + "+".join(map(str, ranks)), f"p={dropout}", f"{sizes}")
             op(x_dtype, dtype, ranks, dropout, *sizes)
             yield from found
             found.clear()
@@ -250,10 +256,11 @@ def rows(architecture: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", help="e.g. 90; may be repeated (default: all)")
+    parser.add_argument("--op", choices=OPS, action="append", help="may be repeated (default: all)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    for architecture in options.arch or ARCHITECTURES:
-        for row in rows(architecture):
+    for architecture, name in itertools.product(options.arch or ARCHITECTURES, options.op or OPS):
+        for row in rows(architecture, name):
             if options.json:
                 print(json.dumps(row), flush=True)
                 continue
@@ -264,7 +271,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
         main()

@@ -8,21 +8,22 @@ import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.support import session
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_REQUIRES = ("setuptools", "pybind11", "ninja")  # and no torch: the `requires` of pyproject.toml
 
 
 class Built(NamedTuple):
-    """The wheel, unpacked; its extension; and the seconds of processor time that all of it took."""
+    """The wheel, unpacked; its extension; seconds of processor time; and what nvcc said of each file of csrc/."""
 
     site: Path
     extension: Path
     seconds: float
-    log: str
+    said: dict[str, str]
 
 
 def missing() -> str | None:
@@ -64,17 +65,21 @@ def wheel(source: Path, out: Path, requirements: Path, **variables: str) -> tupl
     return out / done.stdout.splitlines()[-1], done.stdout + done.stderr
 
 
-@functools.cache
-def built() -> Built:
-    """Build it; one xdist group asks for it (``xdist_group("cuda build")``), so that one worker does."""
-    folder = Path(tempfile.mkdtemp(prefix="fastpeft-build-"))
+def _build(folder: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    path, log = wheel(checkout(folder / "source"), folder, isolated(folder / "requirements"))
+    path, _ = wheel(checkout(folder / "source"), folder, isolated(folder / "requirements"))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     shutil.unpack_archive(path, folder / "site", "zip")
+    (folder / "seconds").write_text(str(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+
+
+@functools.cache
+def built() -> Built:
+    """Build it, once a session."""
+    folder = session.once("cuda-extension", _build)
     (extension,) = (folder / "site" / "fastpeft").glob("_C.*.so")
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Built(folder / "site", extension, seconds, log)
+    said = {log.name.removesuffix(".o.log"): log.read_text() for log in (folder / "source" / "build").rglob("*.log")}
+    return Built(folder / "site", extension, float((folder / "seconds").read_text()), said)
 
 
 def cuobjdump(*arguments: str) -> str:

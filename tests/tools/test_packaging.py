@@ -16,9 +16,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {path.name for path in (ROOT / "kernels").glob("*.py")}
 
-# One worker makes the copy and the wheel once.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 WHICH = """
 import fastpeft.kernels.probe, sys
 from fastpeft.kernels import probe

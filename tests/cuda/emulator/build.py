@@ -1,12 +1,13 @@
 """Compiles CUDA sources of csrc/ for the emulator: g++ and CUDA's headers, no nvcc and no GPU."""
 
-import atexit
 import functools
 import os
+import resource
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
+
+from tests.support import session
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
@@ -40,18 +41,26 @@ def build(source: Path, output: Path, *flags: str) -> Path:
     return output
 
 
-@functools.cache
 def library(name: str) -> Path:
-    """The launchers of ``csrc/<name>.cu`` as a shared library, built once for each process."""
-    folder = tempfile.mkdtemp(prefix="fastpeft-emulated-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return build(CSRC / f"{name}.cu", Path(folder) / f"{name}.so", "-shared", "-fPIC")
+    """The launchers of ``csrc/<name>.cu`` as a shared library, built once a session."""
+
+    def make(folder: Path) -> None:
+        build(CSRC / f"{name}.cu", folder / f"{name}.so", "-shared", "-fPIC")
+
+    return session.once(f"emulated-{name}", make) / f"{name}.so"
 
 
 def run(program: Path, seconds: int = 120) -> subprocess.CompletedProcess:
-    """Run what ``build`` made. ThreadSanitizer of older compilers cannot bear addresses as random as new kernels'."""
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=seconds)
+    """Run what ``build`` made, for so many seconds of processor time at most, or ten times as long on a busy machine.
+
+    ThreadSanitizer of older compilers cannot bear addresses as random as new kernels'.
+    """
+
+    def limited(*command: str) -> subprocess.CompletedProcess:
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_CPU, (seconds, seconds))
+        return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=10 * seconds)
+
+    done = limited(str(program))
     if "unexpected memory mapping" in done.stderr:
-        command = ["setarch", "--addr-no-randomize", str(program)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        done = limited("setarch", "--addr-no-randomize", str(program))
     return done

@@ -1,7 +1,6 @@
 """Stands in for fastpeft._C: its ``multi_lora`` runs the kernel's own source on the emulated machine."""
 
 import ctypes
-from pathlib import Path
 
 from tests.cuda.emulator import build
 
@@ -36,15 +35,10 @@ class Fault(RuntimeError):
 class Extension:
     """fastpeft._C with an emulated GPU; ``seed`` orders its events, ``calls`` tells what was asked for."""
 
-    def __init__(self, library: Path):
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self):
+        self.library = ctypes.CDLL(str(build.library("multi_lora")))
         self.library.emulator_error_text.restype = ctypes.c_char_p
         self.seed, self.ahead, self.calls = 1, [], []
-
-    @classmethod
-    def build(cls, folder: Path, *flags: str) -> "Extension":
-        output = folder / "multi_lora.so"
-        return cls(build.build(build.CSRC / "multi_lora.cu", output, "-shared", "-fPIC", *flags))
 
     def multi_lora(
         self, x, stride_xm, k, order, starts, tiles, stride_tiles, tile_count, tile, slices, s, stride_sm, planes,

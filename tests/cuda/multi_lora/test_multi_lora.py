@@ -31,8 +31,8 @@ each_dtype = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 
 
 @pytest.fixture(scope="module")
-def extension(tmp_path_factory):
-    return Extension.build(tmp_path_factory.mktemp("emulated"))
+def extension():
+    return Extension()
 
 
 @pytest.fixture

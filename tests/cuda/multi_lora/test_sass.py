@@ -7,7 +7,6 @@ import pytest
 from tests.support import cuda_extension
 
 pytestmark = [
-    pytest.mark.xdist_group("cuda build"),
     pytest.mark.slow,
     pytest.mark.skipif(cuda_extension.missing() is not None, reason=f"{cuda_extension.missing()}"),
 ]

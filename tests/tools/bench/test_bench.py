@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from bench import bench_lora_linear, clock, harness, lora, plot, report
 from bench.harness import BOTH, FORWARD, FROZEN, PEER
 
+pytestmark = pytest.mark.thorough
 CPU = torch.device("cpu")
 SMALL = lora.Problem("96x64", 40, torch.float32, 8, 0.25, CPU)
 SHARED = replace(SMALL, shape="96x64+32")

@@ -7,6 +7,7 @@ from bench import bench_bottleneck, harness, report
 from bench.bench_bottleneck import FORMS, Problem
 from bench.harness import BOTH, FORWARD
 
+pytestmark = pytest.mark.thorough
 SMALL = Problem(48, 20, "plain", torch.float32, torch.device("cpu"))
 
 

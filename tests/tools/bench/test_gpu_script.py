@@ -14,6 +14,7 @@ import torch
 from bench import harness
 from bench.harness import FROZEN, PEER
 
+pytestmark = pytest.mark.thorough
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -9,6 +9,7 @@ from bench import bench_multi_lora, engines, harness, report
 from bench.harness import FORWARD, FROZEN, PEER
 from bench.mixed_batch import POPULARITIES, Mix, Problem, counts
 
+pytestmark = pytest.mark.thorough
 SMALL = Problem("96x64", 12, "8", "uniform", torch.float32, torch.device("cpu"))
 
 

@@ -9,6 +9,7 @@ from bench import bench_prompt, harness, report
 from bench.bench_prompt import MIXES, Problem
 from bench.harness import BOTH, FORWARD, FROZEN, PEER
 
+pytestmark = pytest.mark.thorough
 GATHER = Problem("prompt_gather", "12x48", 9, "tenants", torch.float32, torch.device("cpu"))
 PREFIX = Problem("prefix_attention", "24x4x32", 6, "one prompt", torch.float32, torch.device("cpu"))
 

@@ -6,6 +6,7 @@ import torch
 from bench import bench_selective, harness, report
 from bench.harness import BOTH, FORWARD, FROZEN, PEER
 
+pytestmark = pytest.mark.thorough
 CPU = torch.device("cpu")
 CASES = {
     "rows": (
