@@ -120,9 +120,9 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spills(float* x) {
 
 @pytest.fixture
 def source(tmp_path):
-    """A checkout whose CUDA files are empty, and what pip would give its build."""
+    """A checkout whose sources of the extension are empty, and what pip would give its build."""
     copy = cuda_extension.checkout(tmp_path / "source")
-    for path in (copy / "csrc").glob("*.cu"):
+    for path in (*(copy / "csrc").glob("*.cu"), copy / "csrc" / "bindings.cpp"):
         path.write_text("")
     return copy, tmp_path, cuda_extension.isolated(tmp_path / "requirements")
 

@@ -67,8 +67,8 @@ def error(response, status, code=None):
     return body["message"]
 
 
-def until(condition, seconds=10.0):
-    """Wait for it."""
+def until(condition, seconds=60.0):
+    """Wait for it, also on a busy machine."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def gpu_script(out, **variables):
     environment = {**os.environ, "PYTHON": sys.executable, **variables}
     command = ["bash", str(ROOT / "bench/gpu.sh"), "--dry", str(out)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_gpu_script_asks_for_what_there_is(tmp_path, monkeypatch, capsys):
     variables = {"PYTHON": str(tmp_path / "python"), "RECORD": str(tmp_path / "record")}
     environment = {**os.environ, **variables, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     lines = [line.split() for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()]
     assert done.returncode == 1, done.stdout + done.stderr
     assert [line[0] for line in lines if line[1] == "FAILED:"] == ["tests"]
