@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tempfile
 from dataclasses import dataclass, field
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -148,6 +149,7 @@ def adapted(base: nn.Module, shape: Shape, way: str, dropout: float, adapters: t
 def _with_unsloth(base: nn.Module) -> None:
     """transformers' blocks with Unsloth's functions in the linears' places; norms and attention stay transformers'."""
     os.environ.setdefault("UNSLOTH_MOE_BACKEND", "native_torch")
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp()  # it writes code where it is imported
     import unsloth  # noqa: F401  changes transformers and PEFT, so nothing else is measured beside it
     from unsloth.kernels import fast_lora as functions
 

@@ -3,8 +3,8 @@
     python -m bench.plot_memory bench/results/memory.jsonl bench/results/memory.svg [--model NAME] [--tokens N]
 
 One panel without and one with gradient checkpointing; a group of bars for each dtype of the adapters and dropout. The
-dotted line is the frozen model's step, below which no adapter can go. The step ends in the last hidden state: the head
-and its loss are alike in all. Colours are chosen to be read on white and on dark.
+dotted line is the frozen model's step. A step ends in the last hidden state: the head and its loss are alike in all.
+Colours are chosen to be read on white and on dark.
 """
 
 import argparse

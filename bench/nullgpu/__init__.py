@@ -4,6 +4,7 @@
 the device.
 """
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Callable
@@ -66,11 +67,15 @@ def is_loaded() -> bool:
     return "NULLGPU" in os.environ
 
 
-def counters() -> Counts:
-    """The counts since the process began."""
+def _library() -> ctypes.CDLL:
     if not is_loaded():
         raise RuntimeError("nullgpu: this process is not on the null GPU, expected `python -m bench.nullgpu SCRIPT`")
-    found = _Counters.in_dll(ctypes.CDLL(LOADED), "nullgpu")
+    return ctypes.CDLL(LOADED)
+
+
+def counters() -> Counts:
+    """The counts since the process began."""
+    found = _Counters.in_dll(_library(), "nullgpu")
     return Counts(*(getattr(found, name) for name in Counts.__dataclass_fields__))
 
 
@@ -79,3 +84,14 @@ def counted(function: Callable[[], object]) -> Counts:
     before = counters()
     function()
     return counters() - before
+
+
+@contextlib.contextmanager
+def reads_zero():
+    """In here the host reads zeros from the device: no kernel wrote anything, so what lies there is what was before."""
+    switch = ctypes.c_int.in_dll(_library(), "nullgpu_reads_zero")
+    switch.value = 1
+    try:
+        yield
+    finally:
+        switch.value = 0

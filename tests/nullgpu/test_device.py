@@ -69,6 +69,13 @@ def test_values_cross_between_host_and_device():
     assert torch.equal(values.cuda().cpu(), values)
 
 
+def test_the_host_can_read_zeros():
+    values = torch.arange(1, 10.0).cuda()
+    with nullgpu.reads_zero():
+        assert values.tolist() == [0.0] * 9
+    assert values.tolist() != [0.0] * 9
+
+
 def test_memory_is_counted_and_costs_nothing():
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1])

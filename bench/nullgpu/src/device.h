@@ -33,6 +33,7 @@ API size_t nullgpu_memory(void);  // bytes: NULLGPU_GIB, or 80 GiB
 enum place { PAGEABLE, PINNED, DEVICE };
 API cudaError_t nullgpu_allocate(void** pointer, size_t bytes, enum place place);
 API cudaError_t nullgpu_free(void* pointer);
+API extern int nullgpu_reads_zero;  // whether the host reads zeros from the device, not what lies there
 API enum place nullgpu_place(const void* pointer);
 
 // Streams. Both are 0 where nothing is wrong, or the error that the call must return.

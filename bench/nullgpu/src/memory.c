@@ -123,6 +123,8 @@ API cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes* found, co
   return cudaSuccess;
 }
 
+int nullgpu_reads_zero;
+
 // Values cross between host and device as they do on a real one. A copy within the device is a kernel's work, and would
 // make pages of memory that nobody touched.
 static cudaError_t copy(void* to, const void* from, size_t bytes, cudaStream_t stream, int waits) {
@@ -140,7 +142,10 @@ static cudaError_t copy(void* to, const void* from, size_t bytes, cudaStream_t s
   nullgpu_add(&nullgpu.pageable, pageable);
   // To pageable memory even an asynchronous copy returns only when it is done.
   nullgpu_add(&nullgpu.syncs, (waits && crosses) || (pageable && target == PAGEABLE));
-  if (crosses || target != DEVICE) memmove(to, from, bytes);
+  if (crosses && source == DEVICE && nullgpu_reads_zero)
+    memset(to, 0, bytes);
+  else if (crosses || target != DEVICE)
+    memmove(to, from, bytes);
   return cudaSuccess;
 }
 
