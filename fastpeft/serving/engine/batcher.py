@@ -5,52 +5,66 @@
         tokens = request.result()
 
 First come, first served. A request whose adapter finds no slot waits for one; later requests that need no new slot may
-overtake it, but only ``max_rows`` times. An error in one request ends that request alone.
+overtake it, but only ``max_rows`` times. An error in one request ends that request alone, in a step too.
 """
 
-import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ... import _check
 from ..bank.bank import AdapterBank
-from ..errors import BankError, BankFull, QueueFull, UnknownAdapter
-from .request import Request, end_ids, prompt_ids
+from ..errors import BankError, QueueFull, UnknownAdapter
+from .admission import Admission
+from .request import Request, end_ids, number, prompt_ids
 from .rows import Rows
 from .sampling import next_tokens
 
-_PREFILL_TOKENS = 4096  # padded prompt tokens that are read at once between two steps
-
 
 class Batcher:
-    """Generates tokens for many requests on one thread of its own.
+    """Generates tokens for many requests on one thread of its own, between ``start`` and ``stop`` or in a ``with``.
 
     Args:
         bank: around a causal language model of transformers, in eval mode.
-        tokenizer: for prompts that are text, and its end-of-sequence token.
-        max_rows: requests that run at once. max_waiting: requests that may wait, None for any number.
-        max_tokens: the longest prompt and completion together; None is the model's ``max_position_embeddings``.
+        tokenizer: of transformers, for prompts that are text, and for its end-of-sequence token.
+        max_rows: how many requests run at once.
+        max_tokens: of the longest prompt and completion together; None is the model's ``max_position_embeddings``.
+        max_waiting: how many requests may wait; None for any number.
         max_cached: tokens that the cache may come to hold, its rows times the longest of them (they are padded to one
-            length); requests wait for room. None for any number.
+            length); requests wait for room. None is ``max_rows`` times ``max_tokens``.
+        stall_seconds: how long a step may take before ``problem`` calls it stuck.
+
+    Attributes:
+        bank: as given.
+        tokenizer: as given.
+        max_rows: as given.
+        max_tokens: as given, or the model's; at most ``max_cached``.
+        max_waiting: as given.
+        max_cached: as given, or the product.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what was expected.
+        TypeError: ``bank`` is no AdapterBank.
+        ValueError: a bound is no integer of at least 1, the model is in training mode, or rows cannot join and leave
+            its kind of cache.
     """
 
     def __init__(
         self,
         bank: AdapterBank,
-        tokenizer: object = None,
+        tokenizer: Any = None,
         max_rows: int = 32,
         max_tokens: int | None = None,
         max_waiting: int | None = None,
         max_cached: int | None = None,
+        stall_seconds: float = 120.0,
     ):
         if not isinstance(bank, AdapterBank):
-            raise TypeError(f"Batcher: bank is {type(bank).__name__}, expected an AdapterBank")
+            raise TypeError(f"Batcher: bank is {_check.shown(bank)}, expected an AdapterBank")
         limits = {"max_tokens": max_tokens, "max_waiting": max_waiting, "max_cached": max_cached}
         for name, value in {"max_rows": max_rows, **limits}.items():
             if value is not None or name == "max_rows":
@@ -65,6 +79,10 @@ class Batcher:
         self._vocabulary = bank.model.get_input_embeddings().num_embeddings
         self._stop_ids = end_ids(bank.model, tokenizer)
         self._rows = Rows(bank)
+        self._admission = Admission(bank, max_rows, self.max_cached)
+        self._stall_seconds = stall_seconds
+        self._began: float | None = None  # the turn that runs
+        self._broken: BaseException | None = None
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -94,27 +112,36 @@ class Batcher:
         """Queue a request.
 
         Args:
-            input_ids: the prompt, ids or (with a tokenizer) text.
-            temperature: 0 is greedy. top_p: draw from the most probable tokens of so much probability together.
-            seed: the same seed draws the same; None a new one.
+            input_ids: the prompt: a list of ids, a tensor ``[L]`` or ``[1, L]``, or with a tokenizer text.
+            adapter: its name, or None for the bare model.
+            max_new_tokens: the most that are generated.
+            temperature: divides the logits; 0 is greedy, as is what float32 cannot tell from it.
+            top_p: draw from the most probable tokens that have so much probability together; 1 is all, 0 the first.
+            seed: the same seed draws the same; None draws a new one.
             on_token: called with each new token on the batcher's thread, which it holds up; an exception in it ends the
                 request.
             stop_token_ids: ids that end it, beside the model's own.
 
+        Returns:
+            The handle, to wait on and to cancel.
+
         Raises:
-            UnknownAdapter, QueueFull, BankError (stopping), TypeError, ValueError.
+            UnknownAdapter: no adapter has that name.
+            QueueFull: ``max_waiting`` requests wait.
+            BankError: the batcher is stopping.
+            TypeError: text without a tokenizer.
+            ValueError: another argument is out of its range, or the request is longer than ``max_tokens``.
         """
         prompt = prompt_ids("submit", input_ids, self.tokenizer, self._vocabulary)
         _check.positive("submit", "max_new_tokens", max_new_tokens)
         if len(prompt) + max_new_tokens > self.max_tokens:
             given = f"{len(prompt)} prompt and {max_new_tokens} new tokens"
             raise ValueError(f"submit: {given} are asked for, expected at most max_tokens={self.max_tokens} together")
-        if not isinstance(temperature, int | float) or not 0 <= temperature < math.inf:
-            raise ValueError(f"submit: temperature is {temperature!r}, expected a number of at least 0")
-        if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-            raise ValueError(f"submit: top_p is {top_p!r}, expected a number in (0, 1]")
+        temperature = number("submit", "temperature", temperature, torch.finfo(torch.float32).max)
+        top_p = number("submit", "top_p", top_p, 1.0)
         if adapter is not None and adapter not in self.bank:
-            raise UnknownAdapter(f"submit: no adapter {adapter!r} in the bank")
+            known = ", ".join(self.bank.names()[:8]) or "none"
+            raise UnknownAdapter(f"submit: no adapter {adapter!r}, expected one of those loaded: {known}")
         stop_ids = self._stop_ids | frozenset(stop_token_ids)
         request = Request(prompt, adapter, max_new_tokens, temperature, top_p, seed, stop_ids, on_token)
         with self._changed:
@@ -127,7 +154,14 @@ class Batcher:
         return request
 
     def start(self) -> "Batcher":
-        """Run on a thread of its own, until ``stop``."""
+        """Run on a thread of its own, until ``stop``.
+
+        Returns:
+            The batcher.
+
+        Raises:
+            BankError: it runs already.
+        """
         with self._changed:
             if self._thread is not None:
                 raise BankError("start: the batcher is running")
@@ -137,10 +171,14 @@ class Batcher:
         return self
 
     def stop(self, drain: bool = True, timeout: float | None = None) -> bool:
-        """Take no more requests and end: after those that are there, or (drain=False) after cancelling them.
+        """Take no more requests, and end.
+
+        Args:
+            drain: finish the requests that are there; False cancels them.
+            timeout: in seconds, how long to wait for the end; None for as long as it takes.
 
         Returns:
-            Whether it has ended within so many seconds.
+            Whether it has ended in that time.
         """
         with self._changed:
             self._stopping, self._cancelling = True, self._cancelling or not drain
@@ -161,17 +199,37 @@ class Batcher:
     def __exit__(self, kind, *_) -> None:
         self.stop(drain=kind is None)
 
+    def problem(self) -> str | None:
+        """Why no request can be served, or None: the thread has ended, a step is stuck, or every forward fails."""
+        thread = self._thread
+        if thread is None or not thread.is_alive():
+            return "the batcher does not run"
+        began = self._began
+        if began is not None and time.monotonic() - began > self._stall_seconds:
+            return f"the step that runs began {time.monotonic() - began:.0f} s ago"
+        broken = self._broken
+        return None if broken is None else f"the model's forward fails ({type(broken).__name__})"
+
     def _run(self) -> None:
-        while True:
+        try:
+            while True:
+                with self._changed:
+                    while not self._waiting and not self._rows.requests:
+                        if self._stopping:
+                            return
+                        self._changed.wait()
+                self._turn()
+        except BaseException as error:  # nobody may wait for a thread that is no more
+            self._rows.clear("error", error)
             with self._changed:
-                while not self._waiting and not self._rows.requests:
-                    if self._stopping:
-                        return
-                    self._changed.wait()
-            self._turn()
+                while self._waiting:
+                    self._waiting.popleft().finish("error", error)
+            raise
 
     def _turn(self) -> None:
         """Let requests in, and take one step with all."""
+        self._began = time.monotonic()
+        before = self._rows.succeeded, self._rows.failed
         try:
             if self._cancelling:  # here, where no request is between the queue and the rows
                 for request in (*self._waiting, *self._rows.requests):
@@ -181,10 +239,24 @@ class Batcher:
                     request.finish("cancelled")
             self._rows.leave()
             self._join(self._admit())
-            if self._rows.requests:
-                self._deal(self._rows.step(), self._rows.requests)
-        except Exception as error:  # a step fails as a whole; who waits is not concerned
+            logits = self._rows.step()
+            if logits is not None:
+                self._deal(logits, self._rows.requests)
+        except Exception as error:  # not a forward's, which ends its own rows alone; who waits is not concerned
             self._rows.clear("error", error)
+        if self._rows.succeeded > before[0]:
+            self._broken = None
+        elif self._rows.failed > before[1]:
+            self._broken = self._probed()
+        self._began = None
+
+    def _probed(self) -> BaseException | None:
+        """What the bare model raises for one token: whether the fault is the requests' or the engine's."""
+        try:
+            self._rows.probe()
+        except Exception as error:
+            return error
+        return None
 
     def _deal(self, logits: Tensor, requests: Sequence[Request]) -> None:
         for request, token in zip(requests, next_tokens(logits, requests), strict=True):
@@ -213,45 +285,12 @@ class Batcher:
 
     def _admit(self) -> list[Request]:
         """The requests that begin now, with leases on their adapters."""
-        admitted, blocked, error = [], None, None
         with self._changed:
             waiting = tuple(self._waiting)
         for request in waiting:
             if request.cancelled:
                 request.finish("cancelled")
-        for request in waiting:
-            if request.done:
-                continue
-            if not self._has_room(request, admitted):
-                break
-            if blocked is not None and (
-                blocked.overtaken >= self.max_rows or not self._needs_no_slot(request, admitted)
-            ):
-                continue
-            try:
-                request.lease = None if request.adapter is None else self.bank._lease("submit", request.adapter)
-            except BankFull as bank_full:
-                blocked, error = request, bank_full
-                continue
-            except Exception as failure:
-                request.finish("error", failure)
-                continue
-            if blocked is not None:
-                blocked.overtaken += 1
-            admitted.append(request)
-        if blocked is not None and not admitted and not self.running:
-            blocked.finish("error", error)  # nobody here will give a slot back
+        admitted = self._admission.admit(waiting, self._rows.requests)
         with self._changed:
             self._waiting = deque(r for r in self._waiting if not r.done and r not in admitted)
         return admitted
-
-    def _has_room(self, request: Request, admitted: Sequence[Request]) -> bool:
-        rows = [*self._rows.requests, *admitted, request]
-        read = max(len(r.prompt) for r in (*admitted, request)) * (len(admitted) + 1)
-        cached = max(len(r.prompt) + r.max_new_tokens for r in rows) * len(rows)
-        return len(rows) <= self.max_rows and cached <= self.max_cached and (not admitted or read <= _PREFILL_TOKENS)
-
-    def _needs_no_slot(self, request: Request, admitted: Sequence[Request]) -> bool:
-        return request.adapter is None or any(
-            other.adapter == request.adapter for other in (*self._rows.requests, *admitted)
-        )

@@ -1,10 +1,13 @@
 """One request for tokens: what was asked, what has come so far, how it ended."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 
+from ... import _check
 from ..bank.lease import Lease
 
 
@@ -12,11 +15,20 @@ class Request:
     """A handle on one request; made by ``Batcher.submit``, read and cancelled by any thread.
 
     Attributes:
-        prompt: the input ids. adapter: its name or None.
-        tokens: the new tokens so far, without the end-of-sequence token.
-        finish_reason: None while it waits or runs; then "stop" (an end-of-sequence token), "length", "cancelled" or
+        prompt: the input ids.
+        adapter: its name, or None for the bare model.
+        max_new_tokens: the most that are generated.
+        temperature: as float32 can hold it; 0 is greedy.
+        top_p: likewise, from 0 to 1.
+        stop_ids: the ids that end it.
+        on_token: called with each new token on the batcher's thread, or None.
+        tokens: the new tokens so far, without the id that ended it.
+        finish_reason: None while it waits or runs; then "stop" (one of ``stop_ids`` came), "length", "cancelled" or
             "error".
         error: the exception, after "error".
+        lease: the hold on its adapter while it runs.
+        overtaken: how many requests came later and began before it.
+        generator: of its draws, None where it is greedy.
     """
 
     def __init__(
@@ -36,8 +48,8 @@ class Request:
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.lease: Lease | None = None
-        self.overtaken = 0  # requests that came later and were let in before
-        self.generator = None
+        self.overtaken = 0
+        self.generator: torch.Generator | None = None
         if temperature > 0:
             self.generator = torch.Generator()
             self.generator.manual_seed(self.generator.seed() if seed is None else seed)
@@ -59,14 +71,28 @@ class Request:
         self._cancelled = True
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end, at most so many seconds; whether it has come."""
+        """Wait for the end.
+
+        Args:
+            timeout: in seconds; None waits as long as it takes.
+
+        Returns:
+            Whether it has come.
+        """
         return self._done.wait(timeout)
 
     def result(self, timeout: float | None = None) -> list[int]:
         """Wait for the end and return the new tokens; those that had come, after ``cancel``.
 
+        Args:
+            timeout: in seconds; None waits as long as it takes.
+
+        Returns:
+            A list of ids, without the one that ended it.
+
         Raises:
-            TimeoutError: not within so many seconds; the request goes on. Whatever ended the request in error.
+            TimeoutError: the end has not come in that time; the request goes on.
+            Exception: whatever ended the request in error.
         """
         if not self._done.wait(timeout):
             raise TimeoutError(f"result: the request has not ended within {timeout} s")
@@ -100,28 +126,45 @@ class Request:
         self._done.set()
 
 
-def prompt_ids(op: str, input_ids: object, tokenizer: object, vocabulary: int) -> list[int]:
+def number(op: str, name: str, value: object, most: float) -> float:
+    """A setting from 0 to ``most`` as float32 has it, in which it is used: below its normal numbers it is 0.
+
+    Raises:
+        ValueError: no number, or not in that range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
+        raise ValueError(f"{op}: {name} is {_check.shown(value)}, expected a number from 0 to {most:g}")
+    return float(value) if value >= torch.finfo(torch.float32).tiny else 0.0
+
+
+def prompt_ids(op: str, input_ids: Any, tokenizer: Any, vocabulary: int) -> list[int]:
     """The prompt as a list of ids: from a list, a tensor ``[L]`` or ``[1, L]``, or text.
 
     Raises:
-        TypeError: text without a tokenizer. ValueError: empty, or not ids of the vocabulary.
+        TypeError: text without a tokenizer, or no list. ValueError: empty, or not ids of the vocabulary.
     """
     if isinstance(input_ids, str):
         if tokenizer is None:
             raise TypeError(f"{op}: input_ids is text, expected ids: there is no tokenizer")
         input_ids = tokenizer(input_ids)["input_ids"]
-    ids = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
+    if isinstance(input_ids, torch.Tensor):
+        input_ids = input_ids.tolist()
+    if not isinstance(input_ids, Iterable):
+        raise TypeError(f"{op}: input_ids is {_check.shown(input_ids)}, expected a list of token ids")
+    ids = list(input_ids)
     ids = ids[0] if len(ids) == 1 and isinstance(ids[0], list) else ids
-    wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocabulary]
-    if not ids or wrong:
-        given = f"a list with {wrong[0]!r}" if wrong else "empty"
-        raise ValueError(f"{op}: input_ids is {given}, expected token ids from 0 to {vocabulary - 1}")
-    return ids
+    expected = f"expected token ids from 0 to {vocabulary - 1}"
+    if not ids:
+        raise ValueError(f"{op}: input_ids is empty, {expected}")
+    for i, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < vocabulary:
+            raise ValueError(f"{op}: input_ids[{i}] is {_check.shown(token)}, {expected}")
+    return [int(token) for token in ids]
 
 
-def end_ids(model: torch.nn.Module, tokenizer: object) -> frozenset[int]:
+def end_ids(model: torch.nn.Module, tokenizer: Any) -> frozenset[int]:
     """The end-of-sequence tokens that the model's configs or the tokenizer name."""
-    found = set()
+    found: set[int] = set()
     for holder in (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer):
         ids = getattr(holder, "eos_token_id", None)
         found.update(ids if isinstance(ids, list | tuple) else [ids] if isinstance(ids, int) else [])

@@ -2,11 +2,16 @@
 
 Rows are padded on the left to one length, with an attention mask and positions of their own. The cache is the model's
 own kind; it must be a plain one, keys and values ``[B, heads, L, D]`` for every layer.
+
+A step that fails is taken back and repeated: without the youngest row where memory ran out, else in halves, until the
+rows are found that fail by themselves. They end; nobody else does.
 """
 
 import contextlib
 import inspect
+import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +21,19 @@ from .request import Request
 
 
 class Rows:
-    """Requests that run, each with its lease, and what the model remembers of them."""
+    """Requests that run, each with its lease, and what the model remembers of them.
+
+    Attributes:
+        requests: in the order in which they joined.
+        succeeded, failed: how many forwards did, so far.
+    """
 
     def __init__(self, bank: AdapterBank):
         self.requests: list[Request] = []
+        self.succeeded = self.failed = 0
         self._bank, self._model, self._device = bank, bank.model, bank.device
-        self._cache, self._length = None, 0
+        self._cache: Any = None
+        self._length = 0
         self._use = contextlib.ExitStack()  # the bank's batch of these rows, kept from step to step
         self._in_use = False
         self._takes = inspect.signature(type(self._model).forward).parameters
@@ -34,7 +46,8 @@ class Rows:
         An error leaves the rows that run as they were.
         """
         length = max(len(request.prompt) for request in requests)
-        cache, pads = self._new_cache(), [length - len(request.prompt) for request in requests]
+        cache: Any = self._new_cache()
+        pads = [length - len(request.prompt) for request in requests]
         ids = [[0] * pad + request.prompt for pad, request in zip(pads, requests, strict=True)]
         with self._bank.use([request.lease for request in requests]):
             logits = self._forward(ids, pads, cache, length)
@@ -53,16 +66,81 @@ class Rows:
         self.requests += requests
         return logits
 
-    def step(self) -> Tensor:
-        """One token on for every row: ``[B, V]``."""
+    def step(self) -> Tensor | None:
+        """One token on for every row, ``[B, V]``; or None if no row is left. Rows that fail end in error, and leave."""
+        while self.requests:
+            try:
+                return self._advance()
+            except Exception as failure:
+                error = failure
+            traceback.clear_frames(error.__traceback__)  # which hold the step's tensors
+            self._leave_use()
+            self._take_back()
+            if len(self.requests) > 1 and not out_of_memory(error):
+                return self._advance_apart()
+            self.requests[-1].finish("error", error)
+            self.leave()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        return None
+
+    def probe(self) -> None:
+        """Read one token with the bare model. Raises what the model raises."""
+        with self._bank.use([None]):
+            self._forward([[0]], [0], self._new_cache(), 1)
+
+    def _advance(self) -> Tensor:
         if not self._in_use:
             self._use.enter_context(self._bank.use([request.lease for request in self.requests]))
             self._in_use = True
-        ids = [[request.tokens[-1]] for request in self.requests]
-        pads = [self._length + 1 - len(r.prompt) - len(r.tokens) for r in self.requests]
-        logits = self._forward(ids, pads, self._cache, self._length + 1)
+        logits = self._next(self.requests, self._cache)
         self._length += 1
         return logits
+
+    def _next(self, requests: Sequence[Request], cache: Any) -> Tensor:
+        ids = [[request.tokens[-1]] for request in requests]
+        pads = [self._length + 1 - len(request.prompt) - len(request.tokens) for request in requests]
+        return self._forward(ids, pads, cache, self._length + 1)
+
+    def _take_back(self) -> None:
+        """Take from the cache what a step that failed has written to some of its layers."""
+        for layer in self._cache.layers:
+            layer.keys, layer.values = (t[:, :, : self._length] for t in _kv(layer))
+
+    def _advance_apart(self) -> Tensor | None:
+        """The step in parts, each with a copy of its rows' cache; the parts that succeed are the rows from now on."""
+        done: list[tuple[list[Request], Tensor, Any]] = []
+
+        def attempt(places: list[int]) -> None:
+            part = [self.requests[i] for i in places]
+            index = torch.tensor(places, device=self._device)
+            try:
+                cache = self._new_cache()
+                for i, layer in enumerate(self._cache.layers):
+                    cache.update(*(t.index_select(0, index) for t in _kv(layer)), i)
+                with self._bank.use([request.lease for request in part]):
+                    done.append((part, self._next(part, cache), cache))
+            except Exception as error:
+                if len(places) == 1:
+                    part[0].finish("error", error)
+                    return
+            else:
+                return
+            middle = len(places) // 2
+            attempt(places[:middle])
+            attempt(places[middle:])
+
+        everyone = list(range(len(self.requests)))
+        attempt(everyone[: len(everyone) // 2])
+        attempt(everyone[len(everyone) // 2 :])
+        if not done:
+            self.requests, self._cache, self._length = [], None, 0
+            return None
+        for layer, *parts in zip(self._cache.layers, *(cache.layers for *_, cache in done), strict=True):
+            layer.keys, layer.values = (torch.cat(pieces) for pieces in zip(*map(_kv, parts), strict=True))
+        self.requests = [request for part, *_ in done for request in part]
+        self._length += 1
+        return torch.cat([logits for _, logits, _ in done])
 
     def leave(self) -> None:
         """Let the rows go whose requests have ended, and the columns that no row needs."""
@@ -91,23 +169,30 @@ class Rows:
         self._use.close()
         self._in_use = False
 
-    def _forward(self, ids: Sequence[Sequence[int]], pads: Sequence[int], cache: object, length: int) -> Tensor:
-        ids = torch.tensor(ids, device=self._device)
+    def _forward(self, ids: Sequence[Sequence[int]], pads: Sequence[int], cache: Any, length: int) -> Tensor:
+        tokens = torch.tensor(ids, device=self._device)
         pad = torch.tensor(pads, device=self._device)[:, None]
         column = torch.arange(length, device=self._device)
-        positions = (column[length - ids.shape[1] :] - pad).clamp(min=0)
+        positions = (column[length - tokens.shape[1] :] - pad).clamp(min=0)
         more = {"logits_to_keep": 1, "position_ids": positions}
+        self.failed += 1  # until it has succeeded
         output = self._model(
-            input_ids=ids,
+            input_ids=tokens,
             attention_mask=(column >= pad).long() if any(pads) else None,
             past_key_values=cache,
             use_cache=True,
             **{name: value for name, value in more.items() if name in self._takes},
         )
+        self.failed, self.succeeded = self.failed - 1, self.succeeded + 1
         return output.logits[:, -1]
 
 
-def _cache_kind(model: nn.Module, device: torch.device):
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no more."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _cache_kind(model: nn.Module, device: torch.device) -> type:
     """The class of the model's cache, if rows can be put together and taken apart in it."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     kind = type(getattr(model(input_ids=ids, use_cache=True), "past_key_values", None))
@@ -123,7 +208,7 @@ def _cache_kind(model: nn.Module, device: torch.device):
     return kind
 
 
-def _kv(layer: object) -> tuple[object, object]:
+def _kv(layer: object) -> tuple[Any, Any]:
     return getattr(layer, "keys", None), getattr(layer, "values", None)
 
 

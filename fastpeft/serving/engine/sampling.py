@@ -11,35 +11,56 @@ from .request import Request
 def next_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
     """Greedy where the temperature is 0, else drawn from the smallest set of tokens with probability ``top_p``.
 
-    A row draws one number in [0, 1) from its generator and takes the token where the cumulated probabilities, largest
-    first, pass it: the same seed and logits give the same token in every batch.
+    A row draws one number in [0, 1) from its generator and takes the token where the cumulated probabilities pass it,
+    which are in the vocabulary's order where ``top_p`` is 1, and largest first where it is less: the same seed and
+    logits give the same token in every batch.
 
     Args:
         logits: ``[B, V]``, any float dtype.
+        requests: whose rows they are, B of them.
 
     Returns:
         Token ids; None for a row with NaN among its logits.
     """
     tokens = logits.argmax(-1)
     drawn = [i for i, request in enumerate(requests) if request.temperature > 0]
-    if drawn:
-        # NaN makes no distribution; the row is dropped below.
-        tokens[drawn] = _draw(logits[drawn].nan_to_num(), [requests[i] for i in drawn])
+    for rows, draw in (
+        ([i for i in drawn if requests[i].top_p == 1], _draw),
+        ([i for i in drawn if requests[i].top_p < 1], _draw_from_the_top),
+    ):
+        if rows:
+            # NaN makes no distribution; the row is dropped below.
+            tokens[rows] = draw(logits[rows].nan_to_num(), [requests[i] for i in rows])
     bad = torch.isnan(logits).any(-1)
     return [None if nan else token for token, nan in zip(tokens.tolist(), bad.tolist(), strict=True)]
 
 
 def _draw(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    column = {"device": logits.device, "dtype": torch.float32}
-    temperature = torch.tensor([request.temperature for request in requests], **column)
-    top_p = torch.tensor([request.top_p for request in requests], **column)
-    logits = logits.float() - logits.float().amax(-1, keepdim=True)  # tiny temperatures then give -inf, never +inf
-    probability, order = (logits / temperature[:, None]).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    cumulated = probability.cumsum(-1)
-    probability = probability.masked_fill(cumulated - probability >= top_p[:, None], 0.0)
+    return _pick(_probability(logits, requests), requests)[:, 0]
+
+
+def _draw_from_the_top(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    top_p = _column([request.top_p for request in requests], logits)
+    probability, order = _probability(logits, requests).sort(dim=-1, descending=True, stable=True)
+    probability = probability.masked_fill(probability.cumsum(-1) - probability >= top_p, 0.0)
     probability[:, 0] = probability[:, 0].clamp(min=torch.finfo(torch.float32).tiny)
+    return order.gather(-1, _pick(probability, requests))[:, 0]
+
+
+def _probability(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)  # tiny temperatures then give -inf, never +inf
+    return (logits / _column([request.temperature for request in requests], logits)).softmax(-1)
+
+
+def _pick(probability: Tensor, requests: Sequence[Request]) -> Tensor:
+    """``[B, 1]``: the first place where the cumulated probabilities pass each row's number."""
     cumulated = probability.cumsum(-1)
-    u = torch.tensor([torch.rand((), generator=request.generator).item() for request in requests], **column)
-    index = torch.searchsorted(cumulated, (u * cumulated[:, -1])[:, None], right=True)
-    kept = (probability > 0).sum(-1, keepdim=True)
-    return order.gather(-1, torch.minimum(index, kept - 1))[:, 0]
+    total = cumulated[:, -1:]
+    u = _column([torch.rand((), generator=request.generator).item() for request in requests], probability)
+    # u * total may round up to the total, which nothing passes: the last place that adds to it is meant then.
+    last = (cumulated < total).sum(-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(cumulated, u * total, right=True), last)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=torch.float32)[:, None]

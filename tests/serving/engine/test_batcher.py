@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -98,9 +99,46 @@ def test_sampled_distribution():
     drawn = torch.tensor(next_tokens(logits, [request] * 20_000))
     expected = torch.tensor([0, 0.5, 0.25, 0.15]) / 0.9
     assert (torch.bincount(drawn, minlength=4) / 20_000 - expected).abs().max() < 5 * (0.25 / 20_000) ** 0.5
+    everything = Request([1], None, 1, 2.0, 1.0, 0, frozenset(), None)
+    drawn = torch.tensor(next_tokens(logits, [everything] * 20_000))
+    assert (torch.bincount(drawn, minlength=4) / 20_000 - probability).abs().max() < 5 * (0.25 / 20_000) ** 0.5
     hot, cold = (Request([1], None, 1, t, p, 0, frozenset(), None) for t, p in ((1e-30, 1.0), (1.0, 1e-9)))
     assert next_tokens(logits[:2], [hot, cold]) == [1, 1]
     assert next_tokens(torch.tensor([[0.0, float("nan")], [0.0, 1.0]]), [hot, hot]) == [None, 1]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-30, 0.0])
+@pytest.mark.parametrize("temperature", [1e-37, 1e-3, 1.0, 3e38])
+def test_no_settings_and_no_logits_stop_the_draw(temperature, top_p):
+    """Every row gets a token that can be drawn, or None where there are NaN, whatever its neighbours have."""
+    from fastpeft.serving.engine.request import Request
+    from fastpeft.serving.engine.sampling import next_tokens
+
+    infinite = float("inf")
+    logits = torch.full((6, 50), -infinite)
+    logits[0, 3:5] = torch.tensor([-1e30, 1e30])
+    logits[1, 7] = 0.0
+    logits[2, :] = 0.0
+    logits[3, 9] = float("nan")
+    logits[4, 2] = infinite
+    for seed in range(20):
+        requests = [Request([1], None, 1, temperature, top_p, seed, frozenset(), None) for _ in logits]
+        tokens = next_tokens(logits, requests)
+        assert [token is None for token in tokens] == [False, False, False, True, False, False]
+        assert all(0 <= token < 50 for token in tokens if token is not None)
+        if temperature == 1.0:
+            assert (tokens[0], tokens[1], tokens[4]) == (4, 7, 2)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-46, 1e-45, 1e-40, np.float32(0), np.float64(1e-300)])
+def test_what_float32_does_not_tell_from_zero_is_greedy(bank, temperature):
+    """A number that float32 rounds to 0 is 0, and harms nobody in the batch."""
+    batcher = Batcher(bank)
+    other = batcher.submit(prompt(5, 1), "bob", max_new_tokens=4)
+    cold = batcher.submit(prompt(5), "alice", max_new_tokens=4, temperature=temperature, top_p=1e-46)
+    step(batcher, 5)
+    assert cold.result(0) == greedy_alone(bank, prompt(5), "alice", 4)
+    assert other.result(0) == greedy_alone(bank, prompt(5, 1), "bob", 4)
 
 
 def test_stops_at_the_end_of_sequence(bank):

@@ -1,5 +1,7 @@
 """What goes wrong around a batcher stays with the request it concerns: errors, full queues and banks, stopping."""
 
+import contextlib
+import sys
 import threading
 import time
 
@@ -78,20 +80,112 @@ def _poisoned(self, x):
     return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-def test_a_failing_step_ends_the_batch_not_the_queue(bank, monkeypatch):
+@contextlib.contextmanager
+def failing(bank, wrong, error=ArithmeticError):
+    """Forwards raise in the last layer, where those before have written to the cache, if ``wrong`` says so of its x."""
+    mlp = bank.model.model.layers[-1].mlp
+
+    def check(_, arguments):
+        if wrong(arguments[0]):
+            raise error("boom")
+
+    handle = mlp.register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def marked(bank, *tokens):
+    """Whether a forward has the embedding of one of the tokens among its inputs, as a count of calls that did."""
+    seen = [False]
+    bank.model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, arguments: seen.__setitem__(0, any(token in arguments[0] for token in tokens))
+    )
+    return lambda _: seen[0]
+
+
+def test_a_failing_step_ends_the_row_that_fails(bank):
+    """Every other row goes on with the tokens that it has alone, whichever layers had been through the step."""
+    batcher = Batcher(bank, max_rows=5)
+    others = [batcher.submit(prompt(3 + i, i), name, max_new_tokens=9) for i, name in enumerate((*NAMES[:3], None))]
+    alone = [greedy_alone(bank, r.prompt, r.adapter, 9) for r in others]
+    token = next(i for i in range(1, VOCAB) if not any(i in tokens for tokens in alone))
+    ill = batcher.submit(prompt(4, 9), "alice", max_new_tokens=9)
+    step(batcher, 2)
+    ill.tokens[-1] = token
+    with failing(bank, marked(bank, token)):
+        step(batcher, 12)
+    with pytest.raises(ArithmeticError, match="boom"):
+        ill.result(0)
+    assert [request.result(0) for request in others] == alone
+    assert not any(adapter.leases for adapter in bank._slots.held if adapter is not None)
+    assert batcher._broken is None
+
+
+def test_when_every_row_fails_the_queue_goes_on(bank):
     batcher = Batcher(bank, max_rows=2)
     running = [batcher.submit(prompt(4, i), "alice", max_new_tokens=5) for i in range(2)]
     waiting = batcher.submit(prompt(6), "bob", max_new_tokens=3)
     step(batcher)
-    with monkeypatch.context() as patch:
-        patch.setattr(batcher._rows, "step", lambda: 1 / 0)
+    with failing(bank, lambda x: x.shape[1] == 1):
         step(batcher)
     for request in running:
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ArithmeticError):
             request.result(0)
     step(batcher, 4)
     assert len(waiting.result(0)) == 3
     assert not any(adapter.leases for adapter in bank._slots.held if adapter is not None)
+
+
+def test_memory_that_runs_out_ends_the_youngest(bank):
+    """As many rows as there is memory for go on."""
+    batcher = Batcher(bank, max_rows=4)
+    requests = [batcher.submit(prompt(4, i), max_new_tokens=6) for i in range(4)]
+    alone = [greedy_alone(bank, request.prompt, None, 6) for request in requests]
+    step(batcher)
+    with failing(bank, lambda x: len(x) > 2, torch.OutOfMemoryError):
+        step(batcher, 6)
+    assert [request.finish_reason for request in requests] == ["length", "length", "error", "error"]
+    assert [request.result(0) for request in requests[:2]] == alone[:2]
+    for request in requests[2:]:
+        with pytest.raises(torch.OutOfMemoryError):
+            request.result(0)
+
+
+def test_what_is_wrong_with_the_engine(bank, monkeypatch):
+    """Its thread, a step that does not end, a model that can do nothing; a request's own fault is none of them."""
+    batcher = Batcher(bank, stall_seconds=0.2)
+    assert batcher.problem() == "the batcher does not run"
+    with batcher:
+        assert batcher.problem() is None
+        with failing(bank, lambda x: x.shape[1] == 7):
+            with pytest.raises(ArithmeticError):
+                batcher.submit(prompt(7)).result(30)
+        assert batcher.problem() is None
+        with failing(bank, lambda x: True):
+            with pytest.raises(ArithmeticError):
+                batcher.submit(prompt(3)).result(30)
+            until(lambda: batcher.problem() == "the model's forward fails (ArithmeticError)")
+        assert batcher.submit(prompt(3), max_new_tokens=1).result(30)
+        until(lambda: batcher.problem() is None)
+        stuck = threading.Event()
+        with failing(bank, lambda x: not stuck.wait(30)):
+            waits = batcher.submit(prompt(3), max_new_tokens=1)
+            until(lambda: str(batcher.problem()).startswith("the step that runs began"))
+            stuck.set()
+            assert waits.result(30)
+        monkeypatch.setattr(batcher, "_turn", lambda: sys.exit(1))
+        with pytest.raises(SystemExit):
+            batcher.submit(prompt(3)).result(30)
+        until(lambda: batcher.problem() == "the batcher does not run")
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.005)
 
 
 def test_bank_full_of_pinned_adapters(bank):
@@ -164,7 +258,11 @@ def test_loads_and_unloads_while_it_runs(bank, folders):
     ("arguments", "error", "message"),
     [
         ({"input_ids": []}, ValueError, "submit: input_ids is empty"),
-        ({"input_ids": [1, VOCAB]}, ValueError, f"a list with {VOCAB}, expected token ids from 0 to {VOCAB - 1}"),
+        (
+            {"input_ids": [1, VOCAB]},
+            ValueError,
+            rf"input_ids\[1\] is {VOCAB} \(int\), expected token ids from 0 to {VOCAB - 1}",
+        ),
         ({"input_ids": "text"}, TypeError, "there is no tokenizer"),
         (
             {"input_ids": [1] * 500},
@@ -172,9 +270,13 @@ def test_loads_and_unloads_while_it_runs(bank, folders):
             "500 prompt and 128 new tokens are asked for, expected at most max_tokens",
         ),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
-        ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
+        ({"input_ids": 3}, TypeError, r"input_ids is 3 \(int\), expected a list"),
+        ({"temperature": -1.0}, ValueError, r"temperature is -1.0 \(float\), expected a number from 0"),
         ({"temperature": float("nan")}, ValueError, "temperature is nan"),
-        ({"top_p": 0}, ValueError, "top_p is 0"),
+        ({"temperature": 1e39}, ValueError, "temperature is 1e\\+39"),
+        ({"temperature": "1"}, ValueError, r"temperature is '1' \(str\)"),
+        ({"temperature": True}, ValueError, "temperature is True"),
+        ({"top_p": 1.5}, ValueError, r"top_p is 1.5 \(float\), expected a number from 0 to 1"),
         ({"adapter": "eve"}, UnknownAdapter, "submit: no adapter 'eve'"),
     ],
 )
