@@ -2,7 +2,17 @@
 
 import contextlib
 import json
+import shutil
 import time
+
+import pytest
+
+# A test file that imports this one is skipped where a package is missing.
+pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'fastpeft[serve]'")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'fastpeft[serve]'")
+pytest.importorskip("prometheus_client", reason="prometheus-client is not installed: pip install 'fastpeft[serve]'")
+pytest.importorskip("httpx", reason="httpx is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
 
 import httpx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -10,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpeft.serving.http.server import background
 from fastpeft.serving.http.service import Limits, Service
+from tests.support.batching import until as until
 from tests.support.models import VOCAB, llama
 
 TEMPLATE = (
@@ -67,9 +78,31 @@ def error(response, status, code=None):
     return body["message"]
 
 
-def until(condition, seconds=60.0):
-    """Wait for it, also on a busy machine."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.005)
+def load(client, path, name="new", **fields):
+    return client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path, **fields})
+
+
+def slow_text(client, **fields):
+    """Open a stream that goes on for long; the response is still open, and nothing of it read."""
+    fields = {"model": "base", "prompt": "abc", "max_tokens": 400, "stream": True, **fields}
+    return client.stream("POST", "/v1/completions", json=fields)
+
+
+def damaged(folder, root):
+    """Good checkpoints and, beside them, one of each kind of bad; returns those."""
+    shutil.copytree(folder, root, dirs_exist_ok=True)
+    for name in ("truncated", "pickled", "no_weights", "no_json", "binary_json", "bad name"):
+        shutil.copytree(folder / "alice", root / name)
+    weights = root / "truncated" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (root / "pickled" / "adapter_model.safetensors").rename(root / "pickled" / "adapter_model.bin")
+    (root / "no_weights" / "adapter_model.safetensors").unlink()
+    (root / "no_json" / "adapter_config.json").write_text("{")
+    (root / "binary_json" / "adapter_config.json").write_bytes(b"\xff\xfe\x00")
+    (root / "no_adapter").mkdir()
+    shutil.copytree(folder / "alice", root.parent / "outside")
+    (root / "linked").symlink_to(root.parent / "outside")
+    (root / "linked_file").mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (root / "linked_file" / file).symlink_to(root.parent / "outside" / file)
+    return {"truncated", "pickled", "no_weights", "no_json", "binary_json", "bad name", "linked", "linked_file"}

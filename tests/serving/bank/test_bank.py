@@ -16,24 +16,6 @@ NAMES = list(SETTINGS)
 MIXED = ["alice", None, "dave", "bob", "carol", "alice", None, "bob"]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return llama()
-
-
-@pytest.fixture(scope="module")
-def folders(model, tmp_path_factory):
-    return checkpoints(model, tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture
-def bank(model, folders):
-    with AdapterBank(model, slots=4, max_rank=16) as bank:
-        for name, folder in folders.items():
-            bank.load(name, folder)
-        yield bank
-
-
 def assert_near(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 

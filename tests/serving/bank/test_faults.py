@@ -17,16 +17,11 @@ from fastpeft.serving import AdapterBank, BadCheckpoint, BankFull
 pytest.importorskip("peft", reason="PEFT is not installed")
 from safetensors.torch import load_file, save_file
 
-from tests.support.lora_checkpoints import SETTINGS, checkpoint, checkpoints
+from tests.support.lora_checkpoints import SETTINGS, checkpoint
 from tests.support.models import llama, prompts
 
 NAMES = list(SETTINGS)
 ATTENTION = "base_model.model.model.layers.0.self_attn"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return checkpoints(llama(), tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture

@@ -6,29 +6,11 @@ import torch
 from fastpeft.serving import AdapterBank, BankError, BankFull
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.support.lora_checkpoints import SETTINGS, checkpoints
-from tests.support.models import llama, prompts
+from tests.support.lora_checkpoints import SETTINGS
+from tests.support.models import prompts
 
 NAMES = list(SETTINGS)
 MIXED = ["alice", None, "dave", "bob", "carol", "alice", None, "bob"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return llama()
-
-
-@pytest.fixture(scope="module")
-def folders(model, tmp_path_factory):
-    return checkpoints(model, tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture
-def bank(model, folders):
-    with AdapterBank(model, slots=4, max_rank=16) as bank:
-        for name, folder in folders.items():
-            bank.load(name, folder)
-        yield bank
 
 
 def test_a_cpu_takes_all_ranks_together(model, folders):

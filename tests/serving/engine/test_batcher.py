@@ -6,36 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastpeft.serving import AdapterBank, Batcher
+from fastpeft.serving import Batcher
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.support.lora_checkpoints import SETTINGS, checkpoints, greedy_alone, same_or_tied
-from tests.support.models import VOCAB, llama
+from tests.support.batching import prompt, step
+from tests.support.lora_checkpoints import SETTINGS, greedy_alone, same_or_tied
 
 NAMES = list(SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return checkpoints(llama(), tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture
-def bank(folders):
-    with AdapterBank(llama(), slots=3, max_rank=16) as bank:
-        for name, folder in folders.items():
-            bank.load(name, folder)
-        yield bank
-
-
-def prompt(length, seed=0):
-    return torch.randint(1, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def step(batcher, times=1):
-    """What the batcher's thread does, at a pace that the test sets."""
-    for _ in range(times):
-        batcher._turn()
 
 
 def test_every_request_as_if_alone(bank):

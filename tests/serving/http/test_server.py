@@ -7,27 +7,14 @@ import shutil
 import pytest
 import torch
 
-pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'fastpeft[serve]'")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install 'fastpeft[serve]'")
-pytest.importorskip("prometheus_client", reason="prometheus-client is not installed: pip install 'fastpeft[serve]'")
 pytest.importorskip("httpx", reason="httpx is not installed")
-pytest.importorskip("peft", reason="PEFT is not installed")
-
 import httpx
 
-from fastpeft.serving.http.detokenize import TextStream
-from tests.support.lora_checkpoints import SETTINGS, checkpoint, checkpoints, greedy_alone, same_or_tied
+from tests.support.lora_checkpoints import SETTINGS, checkpoint, greedy_alone, same_or_tied
 from tests.support.models import llama
 from tests.support.small_server import chat, complete, error, events, serving, tokenizer, until
 
 NAMES = list(SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    checkpoints(llama(), root)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -250,28 +237,6 @@ def test_64_at_once_while_adapters_come_and_go(folder, tmp_path, capsys):
         print(f"\n64 requests, {loads} loads meanwhile: {64 - ties} equal, {ties} that differ at a tie of two logits")
     assert loads >= 3
     assert ties <= 3
-
-
-@pytest.mark.parametrize("stops", [(), ("lo w",), ("zzz", "wor"), ("é",), ("ld\u00e9é",)])
-def test_text_in_pieces_is_the_text(stops):
-    """With a byte-level tokenizer, whose characters may be torn between tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=made)
-    text = "hello world é 漢字 🙂 end, a torn one: "
-    stream, pieces = TextStream(made, stops), []
-    for token in made(text)["input_ids"] + made("é")["input_ids"][:1]:
-        pieces.append(stream.push(token))
-        if stream.stopped:
-            break
-    pieces.append(stream.finish())
-    ends = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    assert "".join(pieces) == (text[: min(ends)] if ends else text + "\ufffd")
-    assert all("\ufffd" not in piece for piece in pieces[:-1])
 
 
 def test_the_tokenizer_of_these_tests_is_one_to_one():

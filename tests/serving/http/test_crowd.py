@@ -1,0 +1,95 @@
+"""Full banks and queues, clients that leave or do not read, steps that fail: who is not concerned goes on."""
+
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.support.small_server import complete, error, load, serving, slow_text, until
+
+
+def test_a_bank_full_of_pinned_adapters(folder):
+    with serving(folder, slots=2) as (service, client):
+        for name in ("alice", "bob"):
+            assert load(client, name, name, load_inplace=True, pin=True).status_code == 200
+        response = complete(client, "carol")
+        error(response, 503, "bank_full")
+        assert response.headers["retry-after"] == "1"
+        error(complete(client, "carol", stream=True), 503, "bank_full")
+        error(load(client, "carol", "carol", load_inplace=True, pin=True), 503, "bank_full")
+        for name in ("alice", "bob", "base"):
+            assert complete(client, name).status_code == 200
+        service.bank.unpin("bob")
+        assert complete(client, "carol").status_code == 200
+
+
+def test_full_queue(folder):
+    with serving(folder, step_seconds=0.02, max_rows=1, queue=2) as (service, client):
+        with slow_text(client) as first:
+            until(lambda: service.batcher.running == 1)
+            with ThreadPoolExecutor(8) as pool:
+                waiting = [pool.submit(complete, client, "alice", max_tokens=2) for _ in range(2)]
+                until(lambda: service.batcher.waiting == 2)
+                refused = list(pool.map(lambda _: complete(client, "bob"), range(4)))
+                for response in refused:
+                    error(response, 429, "queue_full")
+                    assert response.headers["retry-after"] == "1"
+                first.close()
+                assert [request.result(30).status_code for request in waiting] == [200, 200]
+        assert complete(client, "bob").status_code == 200
+
+
+def test_prompts_that_wait_for_the_tokenizer_are_bounded_too(folder):
+    with serving(folder, queue=2) as (service, client), ThreadPoolExecutor(5) as pool:
+        busy = threading.Event()
+        service.tokenizing.submit(busy.wait)
+        requests = [pool.submit(complete, client, "bob", max_tokens=1) for _ in range(5)]
+        until(lambda: sum(request.done() for request in requests) == 3)
+        busy.set()
+        assert sorted(request.result(30).status_code for request in requests) == [200, 200, 429, 429, 429]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_row(folder, stream):
+    with serving(folder, step_seconds=0.05, max_rows=1) as (service, client):
+        body = json.dumps({"model": "alice", "prompt": "abc", "max_tokens": 400, "stream": stream}).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as sock:
+            sock.sendall(head.encode() + b"\r\n\r\n" + body)
+            if stream:
+                assert b"200 OK" in sock.recv(4096)
+            until(lambda: service.batcher.running == 1)
+        until(lambda: service.batcher.running == 0, seconds=10)  # 400 tokens take twenty
+        assert not any(adapter.leases for adapter in service.bank._slots.held if adapter is not None)
+        assert complete(client, "bob", max_tokens=2).status_code == 200
+        assert 'fastpeft_requests_total{adapter="alice",status="499"} 1.0' in client.get("/metrics").text
+
+
+def test_an_error_in_the_middle_of_a_stream_is_an_event(folder):
+    with serving(folder) as (service, client):
+        calls = []
+
+        def break_later(*_):
+            calls.append(1)
+            if len(calls) == 5:
+                raise RuntimeError("boom at /secret/path")
+
+        hook = service.bank.model.register_forward_pre_hook(break_later)
+        text = complete(client, "alice", max_tokens=50, stream=True).text
+        hook.remove()
+        *_, failure, done, _ = text.split("\n\n")
+        assert done == "data: [DONE]"
+        assert json.loads(failure.removeprefix("data: "))["error"]["code"] == "internal_error"
+        assert "secret" not in text
+        assert complete(client, "alice").status_code == 200
+
+
+def test_a_slow_reader_holds_up_nobody(folder):
+    with serving(folder) as (service, client):
+        with slow_text(client):
+            assert complete(client, "bob", max_tokens=20).status_code == 200
+        until(lambda: service.batcher.running == 0)
