@@ -396,6 +396,6 @@ def test_any_problem(gpu, data):
 
 def test_races(tmp_path):
     """Both paths once under ThreadSanitizer."""
-    program = build.build(build.HERE / "race_multi_lora.cpp", tmp_path / "race", "-g", "-O1", "-fsanitize=thread")
+    program = build.build(build.HERE / "race_multi_lora.cpp", tmp_path / "race", "-g1", "-O1", "-fsanitize=thread")
     done = build.run(program)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
