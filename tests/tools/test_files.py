@@ -33,7 +33,6 @@ LONGER = {
     "tests/methods/test_attach.py",
     "tests/methods/test_checkpoint.py",
     "tests/ops/row_linear/test_row_linear.py",
-    "tests/serving/http/test_faults.py",
 }
 # Examples are scripts: what they import of one another lies beside them.
 ON_PATH = {"tests/tools/demo/conftest.py", "bench/nullgpu/__main__.py"}
