@@ -111,7 +111,7 @@ def _add_serve(commands) -> None:
         ("max-rank", 64, "largest rank served"),
         ("max-rows", 32, "requests that run at once"),
         ("queue", 256, "requests that may wait; 429 beyond"),
-        ("max-tokens", None, "prompt and completion of a request together; 413 beyond (default: the model's context)"),
+        ("max-tokens", None, "prompt and completion of a request together; 400 beyond (default: the model's context)"),
         (
             "max-cached",
             None,
@@ -119,6 +119,7 @@ def _add_serve(commands) -> None:
         ),
         ("max-body-bytes", 1 << 20, "size of a request; 413 beyond"),
         ("drain-seconds", 30, "how long SIGTERM waits for requests to end"),
+        ("stall-seconds", 120, "how long a step may take before /health says 503"),
     ):
         shown = "" if default is None else f" (default: {default})"
         add(f"--{name}", type=_positive, default=default, metavar="N", help=what + shown)

@@ -4,7 +4,7 @@ from .bank.bank import AdapterBank
 from .bank.lease import Lease
 from .engine.batcher import Batcher
 from .engine.request import Request
-from .errors import BadCheckpoint, BankError, BankFull, QueueFull, UnknownAdapter
+from .errors import BadCheckpoint, BankError, BankFull, NotFinite, QueueFull, UnknownAdapter
 
 __all__ = [
     "AdapterBank",
@@ -13,6 +13,7 @@ __all__ = [
     "BankFull",
     "Batcher",
     "Lease",
+    "NotFinite",
     "QueueFull",
     "Request",
     "UnknownAdapter",

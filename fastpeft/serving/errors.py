@@ -19,5 +19,9 @@ class BadCheckpoint(BankError, ValueError):
     """A checkpoint that cannot be served, and why."""
 
 
+class NotFinite(BankError, ArithmeticError):
+    """An adapter whose logits are not numbers: its weights, or their scale, overflow the model's dtype."""
+
+
 class QueueFull(BankError):
     """As many requests wait as may wait; try again later."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import _check
 from ..bank.bank import AdapterBank
-from ..errors import BankError, QueueFull, UnknownAdapter
+from ..errors import BankError, NotFinite, QueueFull, UnknownAdapter
 from .admission import Admission
 from .request import Request, end_ids, number, prompt_ids
 from .rows import Rows
@@ -263,7 +263,7 @@ class Batcher:
             if request.cancelled:
                 request.finish("cancelled")
             elif token is None:
-                request.finish("error", BankError(f"the logits of adapter {request.adapter!r} are not numbers"))
+                request.finish("error", NotFinite(f"submit: the logits of adapter {request.adapter!r} are not numbers"))
             else:
                 request.take(token)
         self._rows.leave()

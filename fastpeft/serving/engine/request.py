@@ -1,5 +1,6 @@
 """One request for tokens: what was asked, what has come so far, how it ended."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
@@ -9,6 +10,8 @@ import torch
 
 from ... import _check
 from ..bank.lease import Lease
+
+_log = logging.getLogger("fastpeft.serving")
 
 
 class Request:
@@ -55,6 +58,8 @@ class Request:
             self.generator.manual_seed(self.generator.seed() if seed is None else seed)
         self._cancelled = False
         self._done = threading.Event()
+        self._ending = threading.Lock()
+        self._callbacks: list[Callable[[Request], object]] = []
 
     @property
     def done(self) -> bool:
@@ -100,6 +105,24 @@ class Request:
             raise self.error
         return list(self.tokens)
 
+    def add_done_callback(self, function: Callable[["Request"], object]) -> None:
+        """Have a function called when the request ends, or now if it has ended.
+
+        Args:
+            function: gets the request, on the thread that ends it, which it holds up; its exceptions are logged.
+        """
+        with self._ending:
+            if not self.done:
+                self._callbacks.append(function)
+                return
+        self._call(function)
+
+    def _call(self, function: Callable[["Request"], object]) -> None:
+        try:
+            function(self)
+        except Exception:
+            _log.exception("a done callback of a request failed")
+
     def take(self, token: int) -> None:
         """Add the next token, and end where it ends. Errors of ``on_token`` are this request's alone."""
         if token in self.stop_ids:
@@ -117,13 +140,16 @@ class Request:
 
     def finish(self, reason: str, error: BaseException | None = None) -> None:
         """End it, and give its adapter back. Only the first end counts."""
-        if self._done.is_set():
-            return
-        self.finish_reason, self.error = reason, error
-        lease, self.lease = self.lease, None
-        if lease is not None:
-            lease.release()
-        self._done.set()
+        with self._ending:
+            if self.done:
+                return
+            self.finish_reason, self.error = reason, error
+            lease, self.lease = self.lease, None
+            if lease is not None:
+                lease.release()
+            self._done.set()
+        for function in self._callbacks:
+            self._call(function)
 
 
 def number(op: str, name: str, value: object, most: float) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...methods.formats.peft_files import CONFIG, WEIGHTS
 from ..bank.bank import AdapterBank
 from ..errors import BankError, BankFull, UnknownAdapter
-from .api import ApiError
+from .answers import ApiError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ALPHABET = "1 to 128 letters, digits, '.', '_' and '-', the first a letter or a digit"
@@ -45,7 +45,7 @@ class AdapterFolder:
                     self.errors[entry.name] = error.message
 
     def load(self, name: str, path: str, replace: bool = False, pin: bool = False) -> None:
-        """Read the checkpoint in ``path``, relative to root, and offer it as ``name``.
+        """Read the checkpoint in ``path``, relative to root or absolute within it, and offer it as ``name``.
 
         Raises:
             ApiError: 400 for a name, a path or a checkpoint that is refused, 404 for a folder that is not there, 503
@@ -82,13 +82,14 @@ class AdapterFolder:
 
         Nothing is opened. Who can write to root while a checkpoint is read is trusted.
         """
-        parts = path.split("/")
+        inside = f"{self.root}{os.sep}"
+        parts = path.removeprefix(inside).split("/")
         if len(parts) > _DEPTH or any(_NAME.fullmatch(part) is None for part in parts):
             expected = f"a path relative to the served folder, each part {_ALPHABET}"
             raise ApiError(400, f"lora_path: expected {expected}", "lora_path")
         real = Path(os.path.realpath(self.root.joinpath(*parts)))
-        for inside in (real, *(Path(os.path.realpath(real / file)) for file in (CONFIG, WEIGHTS))):
-            if not inside.is_relative_to(self.root):
+        for read in (real, *(Path(os.path.realpath(real / file)) for file in (CONFIG, WEIGHTS))):
+            if not read.is_relative_to(self.root):
                 raise ApiError(400, f"lora_path: {path!r} leads out of the served folder", "lora_path")
         if not real.is_dir():
             raise ApiError(404, f"lora_path: there is no folder {path!r}", "lora_path")

@@ -1,15 +1,28 @@
-"""OpenAI's requests, responses and errors, as far as they are served. Whatever is not is refused, never ignored."""
+"""OpenAI's requests, as far as they are served.
 
-import time
-import uuid
+What asks for something that is not served is refused, never ignored; what asks for nothing is accepted.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from typing import TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from ... import _check
+from .answers import ApiError
 
 _SEED = 2**63
 _STOPS, _STOP_LENGTH = 4, 256
+_CHOICES = 128
 # What these ask for is not served, so only the value that asks for nothing is accepted.
 _NEUTRAL = {
-    "n": (None, 1),
     "best_of": (None, 1),
     "echo": (None, False),
     "suffix": (None, ""),
@@ -19,40 +32,55 @@ _NEUTRAL = {
     "presence_penalty": (None, 0, 0.0),
     "frequency_penalty": (None, 0, 0.0),
     "tools": (None, []),
-    "tool_choice": (None, "none"),
+    "tool_choice": (None, "auto", "none"),
+    "functions": (None, []),
+    "function_call": (None, "auto", "none"),
     "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    # vLLM's
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0, 0.0),
+    "min_tokens": (None, 0),
+    "repetition_penalty": (None, 1, 1.0),
+    "length_penalty": (None, 1, 1.0),
+    "ignore_eos": (None, False),
+    "use_beam_search": (None, False),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
+    "include_stop_str_in_output": (None, False),
+    "priority": (None, 0),
 }
-
-
-class ApiError(Exception):
-    """An answer that is no success, in OpenAI's form."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        if status == 401:
-            self.headers["WWW-Authenticate"] = "Bearer"
-
-    def body(self) -> dict:
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status)
-        kind = kind or ("server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+# They say who asks and what for, or allow what is not done: whatever they hold, the answer is the same.
+_WITHOUT_EFFECT = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("parallel_tool_calls", "request_id", "cache_salt"),
+}
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_nothing(cls, fields: object) -> object:
+        """Null asks for nothing, whatever it is under: clients send the fields that they have, and messages back."""
+        if not isinstance(fields, dict):
+            return fields
+        known = cls.model_fields
+        return {key: value for key, value in fields.items() if key in known or not (value is None or value == [])}
+
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # of the length of chunks, which nobody but the client can see here
+    continuous_usage_stats: object = None
+
+    @field_validator("continuous_usage_stats")
+    @classmethod
+    def _neutral(cls, value: object) -> object:
+        if value not in (None, False):
+            raise ValueError("is not supported, expected it to be absent or False")
+        return value
 
 
 class _Generation(_Strict):
@@ -61,31 +89,51 @@ class _Generation(_Strict):
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=_CHOICES)
     seed: int | None = Field(None, ge=-_SEED, lt=_SEED)
-    stop: str | list[str] | None = None
+    stop: list[str] | None = None
+    stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # these two say who asks and what for; they change no answer
-    metadata: dict | None = None
-    n: object = None
     logprobs: object = None
     logit_bias: object = None
     presence_penalty: object = None
     frequency_penalty: object = None
+    modalities: object = None
+    top_k: object = None
+    min_p: object = None
+    min_tokens: object = None
+    repetition_penalty: object = None
+    length_penalty: object = None
+    ignore_eos: object = None
+    use_beam_search: object = None
+    skip_special_tokens: object = None
+    spaces_between_special_tokens: object = None
+    include_stop_str_in_output: object = None
+    priority: object = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_has_no_effect(cls, fields: object) -> object:
+        if not isinstance(fields, dict):
+            return fields
+        return {key: value for key, value in fields.items() if key not in _WITHOUT_EFFECT}
 
     @field_validator(*_NEUTRAL, check_fields=False)
     @classmethod
-    def _neutral(cls, value, info):
-        accepted = _NEUTRAL[info.field_name]
+    def _neutral(cls, value: object, info: ValidationInfo) -> object:
+        accepted = _NEUTRAL[str(info.field_name)]
         if not any(type(value) is type(a) and value == a for a in accepted):
             raise ValueError(f"{info.field_name} is not supported, expected it to be absent or {accepted[-1]!r}")
         return value
 
-    @field_validator("stop")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _stops(cls, value):
+    def _stops(cls, value: object) -> object:
         stops = [value] if isinstance(value, str) else value or []
+        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+            raise ValueError("expected a string or a list of strings")
         if len(stops) > _STOPS or any(not 0 < len(stop) <= _STOP_LENGTH for stop in stops):
             raise ValueError(f"expected at most {_STOPS} strings of 1 to {_STOP_LENGTH} characters")
         return stops
@@ -96,20 +144,24 @@ class _Generation(_Strict):
 
 
 class CompletionRequest(_Generation):
-    """POST /v1/completions: one prompt, a text or its tokens."""
+    """POST /v1/completions: a prompt, a text or its tokens, or a list of prompts, each with an answer of its own."""
 
-    prompt: str | list[int] | list[str]
+    prompt: list[str | list[int]]
+    add_special_tokens: bool | None = None
     best_of: object = None
     echo: object = None
     suffix: object = None
 
-    @field_validator("prompt")
+    @field_validator("prompt", mode="before")
     @classmethod
-    def _one_prompt(cls, value):
-        if isinstance(value, list) and value and isinstance(value[0], str):
-            if len(value) > 1:
-                raise ValueError(f"a list of {len(value)} prompts is not supported, expected one prompt a request")
-            return value[0]
+    def _prompts(cls, value: object) -> object:
+        """Always a list of prompts."""
+        if isinstance(value, str) or (isinstance(value, list) and _are_ids(value)):
+            value = [value]
+        if not isinstance(value, list) or not all(isinstance(each, str) or _are_ids(each) for each in value):
+            raise ValueError("expected a string, a list of token ids, or a list of one of them")
+        if not 0 < len(value) <= _CHOICES:
+            raise ValueError(f"{len(value)} prompts, expected 1 to {_CHOICES}")
         return value
 
     @property
@@ -117,27 +169,38 @@ class CompletionRequest(_Generation):
         return self.max_tokens or 16
 
 
-class TextPart(_Strict):
-    type: str
-    text: str
-
-    @field_validator("type")
-    @classmethod
-    def _text(cls, value):
-        if value != "text":
-            raise ValueError(f"{value!r} is not supported, expected 'text'")
-        return value
-
-
 class Message(_Strict):
+    """Of a chat. What an answer's message has besides, null or empty, may come back with it."""
+
     role: str = Field(pattern="^(system|developer|user|assistant)$")
-    content: str | list[TextPart]
+    content: str = ""
     name: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text(cls, value: object, info: ValidationInfo) -> object:
+        """A text, or the texts of its parts, one after the other; an assistant may have said nothing."""
+        if value is None and info.data.get("role") == "assistant":
+            return ""
+        if isinstance(value, str):
+            return value
+        if not isinstance(value, list):
+            raise ValueError("expected a string or a list of parts")
+        for i, part in enumerate(value):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise ValueError(f"part {i} is {_check.shown(kind)}, expected {{'type': 'text', 'text': ...}}")
+        return "".join(part["text"] for part in value)
+
+    @model_validator(mode="after")
+    def _said_something(self) -> "Message":
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise ValueError("content is missing")
+        return self
 
     def plain(self) -> dict[str, str]:
         """What a chat template takes."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": self.role, "content": self.content}
 
 
 class ChatRequest(_Generation):
@@ -145,10 +208,20 @@ class ChatRequest(_Generation):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, object] | None = None
     top_logprobs: object = None
     tools: object = None
     tool_choice: object = None
+    functions: object = None
+    function_call: object = None
     response_format: object = None
+
+    @property
+    def template_variables(self) -> dict[str, object]:
+        """What the chat template is given besides the messages."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}
 
     @property
     def new_tokens(self) -> int | None:
@@ -171,7 +244,15 @@ class UnloadRequest(_Strict):
     lora_int_id: int | None = None
 
 
-def parse(kind: type[BaseModel], body: bytes) -> BaseModel:
+def _are_ids(value: object) -> bool:
+    """A list of numbers, which is no list of prompts; whether they are ids of the vocabulary is asked later."""
+    return isinstance(value, list) and (not value or all(isinstance(each, int) for each in value))
+
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+def parse(kind: type[Parsed], body: bytes) -> Parsed:
     """The request, or ApiError 400 that names the first wrong field."""
     try:
         return kind.model_validate_json(body)
@@ -180,41 +261,3 @@ def parse(kind: type[BaseModel], body: bytes) -> BaseModel:
         param = ".".join(str(part) for part in first["loc"]) or None
         message = first["msg"].removeprefix("Value error, ")
         raise ApiError(400, f"{param}: {message}" if param else message, param) from None
-
-
-class Answer:
-    """Builds the response and the stream's chunks of one request: the same id, time and model in all of them."""
-
-    def __init__(self, model: str, chat: bool):
-        self.chat = chat
-        self.head = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
-            "object": "chat.completion" if chat else "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def whole(self, text: str, finish: str, usage: dict) -> dict:
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
-        return {**self.head, "choices": [choice], "usage": usage}
-
-    def chunk(self, text: str, finish: str | None, first: bool = False) -> dict:
-        if not self.chat:
-            content = {"text": text}
-        elif first:
-            content = {"delta": {"role": "assistant", "content": text}}
-        else:
-            content = {"delta": {"content": text} if text else {}}
-        return self._chunk([{"index": 0, **content, "logprobs": None, "finish_reason": finish}])
-
-    def usage_chunk(self, usage: dict) -> dict:
-        return {**self._chunk([]), "usage": usage}
-
-    def _chunk(self, choices: list) -> dict:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": choices}
-
-
-def usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

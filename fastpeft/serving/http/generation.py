@@ -3,15 +3,18 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
-from .api import Answer, ApiError, ChatRequest, CompletionRequest, parse, usage
+from .answers import Answer, ApiError, usage
+from .api import ChatRequest, CompletionRequest, parse
+from .completion import Completion
 from .metrics import DISCONNECTED, Measured
-from .service import Completion, Service
+from .service import Service
 
 _BODY_SECONDS = 60.0
 _DISCARD_SECONDS, _DISCARD_BYTES = 1.0, 64 << 20
@@ -25,13 +28,14 @@ class Generation(Response):
         self.background = None
         self._streaming = False
 
-    async def __call__(self, scope, receive, send) -> None:
-        measured, completion, status = Measured(self.service.metrics), None, DISCONNECTED
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        measured, status = Measured(self.service.metrics), DISCONNECTED
+        begun: list[Completion] = []
         try:
             asked = parse(self.kind, await body_of(self.request, self.service.limits.max_body_bytes))
-            completion = await self.service.begin(asked, measured)
+            begun = await self.service.begin(asked, measured)
             answer = Answer(asked.model, self.kind is ChatRequest)
-            work = self._stream(completion, answer, asked, send) if asked.stream else self._whole(completion, answer)
+            work = self._stream(begun, answer, asked, send) if asked.stream else self._whole(begun, answer)
             response = await _while_connected(receive, work)
             if response is not None:
                 await response(scope, receive, send)
@@ -42,52 +46,90 @@ class Generation(Response):
                 await self._events(send, error.body(), "[DONE]", last=True)
             else:
                 await error_response(error)(scope, receive, send)
-        except _GoneError:
+        except (_GoneError, ClientDisconnect):
             pass
         except Exception:
             status = 500
             raise
         finally:
-            if completion is not None:
+            for completion in begun:
                 completion.close()
             measured.end(status)
 
-    async def _whole(self, completion: Completion, answer: Answer) -> Response:
-        text, reason = "", None
-        async for piece, finish in completion.pieces():
-            text, reason = text + piece, finish
-        counts = usage(completion.prompt_tokens, completion.completion_tokens)
-        return JSONResponse(answer.whole(text, reason, counts))
+    async def _whole(self, begun: Sequence[Completion], answer: Answer) -> Response:
+        texts = []
+        for completion in begun:
+            text, reason = "", None
+            async for piece, finish in completion.pieces():
+                text, reason = text + piece, finish
+            texts.append((text, reason))
+        return JSONResponse(answer.whole(texts, _counts(begun)))
 
-    async def _stream(self, completion: Completion, answer: Answer, asked: CompletionRequest | ChatRequest, send):
-        async for piece, finish in completion.pieces():
+    async def _stream(
+        self, begun: Sequence[Completion], answer: Answer, asked: CompletionRequest | ChatRequest, send: Send
+    ) -> None:
+        async for index, piece, finish in _merged(begun):
             if not self._streaming:  # only now: an error before the first token still has its own status
                 self._streaming = True
                 head = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
                 await send({"type": "http.response.start", "status": 200, "headers": head})
                 if answer.chat:
-                    await self._events(send, answer.chunk("", None, first=True))
+                    await self._events(send, *(answer.chunk("", None, i, first=True) for i in range(len(begun))))
             if finish is None or (piece and answer.chat):
-                await self._events(send, answer.chunk(piece, None))
+                await self._events(send, answer.chunk(piece, None, index))
                 piece = ""
             if finish is not None:
-                await self._events(send, answer.chunk(piece, finish))
+                await self._events(send, answer.chunk(piece, finish, index))
         if asked.stream_options and asked.stream_options.include_usage:
-            counts = usage(completion.prompt_tokens, completion.completion_tokens)
-            await self._events(send, answer.usage_chunk(counts))
+            await self._events(send, answer.usage_chunk(_counts(begun)))
         await self._events(send, "[DONE]", last=True)
 
-    async def _events(self, send, *events: dict | str, last: bool = False) -> None:
+    async def _events(self, send: Send, *events: dict | str, last: bool = False) -> None:
         texts = (event if isinstance(event, str) else json.dumps(event, ensure_ascii=False) for event in events)
         body = "".join(f"data: {text}\n\n" for text in texts).encode("utf-8", "replace")
         await send({"type": "http.response.body", "body": body, "more_body": not last})
+
+
+def _counts(begun: Sequence[Completion]) -> dict[str, int]:
+    """Tokens of all choices; a prompt that has several counts once."""
+    prompts = sum(completion.prompt_tokens for completion in begun if completion.first)
+    return usage(prompts, sum(completion.completion_tokens for completion in begun))
+
+
+async def _merged(begun: Sequence[Completion]) -> AsyncIterator[tuple[int, str, str | None]]:
+    """(choice, piece, finish reason) of several completions, as they come."""
+    if len(begun) == 1:
+        async for piece, finish in begun[0].pieces():
+            yield 0, piece, finish
+        return
+    arrived: asyncio.Queue[tuple[int, str, str | None] | BaseException] = asyncio.Queue()
+
+    async def follow(index: int, completion: Completion) -> None:
+        try:
+            async for piece, finish in completion.pieces():
+                arrived.put_nowait((index, piece, finish))
+        except Exception as error:
+            arrived.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(follow(i, completion)) for i, completion in enumerate(begun)]
+    try:
+        left = len(begun)
+        while left:
+            item = await arrived.get()
+            if isinstance(item, BaseException):
+                raise item
+            left -= item[2] is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 class _GoneError(Exception):
     """The client has disconnected."""
 
 
-async def _while_connected(receive, work: Awaitable) -> object:
+async def _while_connected(receive: Receive, work: Awaitable[Response | None]) -> Response | None:
     """The work's result; when the client disconnects first, the work is cancelled and _GoneError raised."""
 
     async def disconnected():

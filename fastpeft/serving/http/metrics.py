@@ -8,13 +8,15 @@ from ..engine.batcher import Batcher
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+UNKNOWN = "unknown"  # the adapter of a request whose model is none
 DISCONNECTED = 499  # the status of a request whose client went away first
 
 
 class Metrics:
     """The registry of one server. Adapter labels are known names only, so no client can make new ones."""
 
-    def __init__(self, batcher: Batcher):
+    def __init__(self, batcher: Batcher, base: str):
+        self._bank, self._constant = batcher.bank, frozenset((base, UNKNOWN))
         self.registry = CollectorRegistry()
         made = {"registry": self.registry}
         self.requests = Counter("fastpeft_requests", "Requests that ended", ["adapter", "status"], **made)
@@ -33,7 +35,17 @@ class Metrics:
         ):
             Gauge(f"fastpeft_{name}", what, **made).set_function(value)
 
+    def label(self, adapter: str) -> str:
+        """The adapter's name, or "unloaded" for one that is no more: names that come and go leave nothing behind."""
+        return adapter if adapter in self._constant or adapter in self._bank else "unloaded"
+
+    def forget(self, adapter: str) -> None:
+        """Drop what was counted of an adapter that was unloaded."""
+        for counter in (self.requests, self.prompt, self.generated):
+            counter.remove_by_labels({"adapter": adapter})
+
     def text(self) -> bytes:
+        """The page."""
         return generate_latest(self.registry)
 
 
@@ -42,21 +54,24 @@ class Measured:
 
     def __init__(self, metrics: Metrics):
         self._metrics, self._start = metrics, time.perf_counter()
-        self.adapter, self._tokens, self._ended = "unknown", 0, False
+        self.adapter, self._tokens, self._ended = UNKNOWN, 0, False
 
     def prompt(self, tokens: int) -> None:
-        self._metrics.prompt.labels(self.adapter).inc(tokens)
+        self._metrics.prompt.labels(self._label()).inc(tokens)
 
     def token(self) -> None:
         if not self._tokens:
             self._metrics.first.observe(time.perf_counter() - self._start)
         self._tokens += 1
-        self._metrics.generated.labels(self.adapter).inc()
+        self._metrics.generated.labels(self._label()).inc()
+
+    def _label(self) -> str:
+        return self._metrics.label(self.adapter)
 
     def end(self, status: int) -> None:
         if self._ended:
             return
         self._ended = True
-        self._metrics.requests.labels(self.adapter, str(status)).inc()
+        self._metrics.requests.labels(self._label(), str(status)).inc()
         if self._tokens:
             self._metrics.latency.observe(time.perf_counter() - self._start)

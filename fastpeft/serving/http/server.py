@@ -2,8 +2,8 @@
 
     fastpeft serve MODEL --adapters DIR
 
-Also vLLM's endpoints for loading and unloading adapters, /health and /metrics. Every other answer is an error in
-OpenAI's form. One process, one model; the event loop speaks HTTP, the batcher's thread runs the model.
+Also vLLM's endpoints for loading and unloading adapters, /health (liveness), /ready and /metrics. Every other answer is
+an error in OpenAI's form. One process, one model; the event loop speaks HTTP, the batcher's thread runs the model.
 """
 
 import asyncio
@@ -21,16 +21,19 @@ try:
     from fastapi import APIRouter, Depends, FastAPI, Request
     from fastapi.responses import PlainTextResponse, Response
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 
-    from .api import ApiError, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest, parse
+    from .answers import ApiError, log
+    from .api import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest, parse
     from .generation import Generation, body_of, error_response
-    from .metrics import CONTENT_TYPE
-    from .service import Service, log
+    from .metrics import CONTENT_TYPE, DISCONNECTED
+    from .service import Service
 except ImportError as error:
     if error.name not in ("uvicorn", "fastapi", "starlette", "pydantic", "prometheus_client"):
         raise
     raise ImportError(f"serving needs {error.name}: pip install 'fastpeft[serve]'", name=error.name) from error
 
+_KEEP_ALIVE = 75  # seconds: longer than clients keep idle connections, so that none is closed under a new request
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -40,27 +43,51 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_):
         service.batcher.start()
-        watch = asyncio.create_task(service.watch())
         yield
-        watch.cancel()
         await asyncio.to_thread(service.stop)
 
     # No pages of documentation: they would load scripts from elsewhere.
     app = FastAPI(title="fastpeft", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for kind in (ApiError, HTTPException, Exception):
+    for kind in (ApiError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
-    app.add_api_route("/health", _health, methods=["GET"])
+    app.include_router(_probes(service))
     app.include_router(_routes(service), dependencies=[Depends(_key_check(api_key))])
     return app
 
 
-async def _health() -> Response:
-    return Response()
+def _probes(service: Service) -> APIRouter:
+    """For whoever watches over the process; without a key."""
+    router = APIRouter()
+
+    async def health() -> Response:
+        """Liveness: 503 where only a new process helps."""
+        problem = service.problem()
+        return Response(status_code=200) if problem is None else PlainTextResponse(problem, 503)
+
+    async def ready() -> Response:
+        """Readiness: 503 also where requests would be refused for now."""
+        problem = service.problem()
+        if problem is None and service.batcher.waiting >= service.limits.queue:
+            problem = "the queue is full"
+        return Response(status_code=200) if problem is None else PlainTextResponse(problem, 503)
+
+    async def version() -> dict[str, str]:
+        from ... import __version__
+
+        return {"version": __version__}
+
+    for path, function in (("/health", health), ("/ping", health), ("/ready", ready), ("/version", version)):
+        router.add_api_route(path, function, methods=["GET", "HEAD"])
+    return router
 
 
-async def _answer_error(_: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=DISCONNECTED)  # which nobody reads
     if isinstance(error, HTTPException):
-        error = ApiError(error.status_code, str(error.detail))
+        served = "served are /v1/completions, /v1/chat/completions and /v1/models"
+        detail = f"There is no {request.url.path[:200]} here; {served}" if error.status_code == 404 else error.detail
+        error = ApiError(error.status_code, str(detail))
     if not isinstance(error, ApiError):
         error = ApiError(500, "The request failed", code="internal_error")  # the log has it
     return error_response(error)
@@ -101,6 +128,7 @@ def _routes(service: Service) -> APIRouter:
     async def unload(request: Request):
         asked = parse(UnloadRequest, await body_of(request, service.limits.max_body_bytes))
         await in_thread(service.folder.unload, asked.lora_name)
+        service.metrics.forget(asked.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     @router.get("/metrics")
@@ -183,5 +211,6 @@ def _config(service: Service, api_key: str | None) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, round(service.limits.drain_seconds)),
     )

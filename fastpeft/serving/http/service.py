@@ -1,35 +1,42 @@
 """What a server does, without HTTP: names, prompts, requests in the batcher, text."""
 
 import asyncio
-import logging
+import inspect
 import time
 from collections import deque
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ..bank.bank import AdapterBank
 from ..engine.batcher import Batcher
-from ..engine.request import Request
-from ..errors import BankError, BankFull, QueueFull, UnknownAdapter
+from ..errors import BankError, QueueFull
 from .adapter_folder import AdapterFolder
-from .api import ApiError, ChatRequest, CompletionRequest
+from .answers import ApiError, as_api_error
+from .api import ChatRequest, CompletionRequest
+from .completion import Completion
 from .detokenize import TextStream
 from .metrics import Measured, Metrics
-
-_TICK = 0.01  # seconds between two looks for requests that ended without a token
-log = logging.getLogger("uvicorn.error")
 
 
 @dataclass(frozen=True)
 class Limits:
     """Of one server.
 
-    max_tokens: prompt and completion together, None is the model's context. max_cached: of all rows of the batch, each
-    counted as the longest; None is ``max_rows`` times ``max_tokens``.
+    Args:
+        slots: adapters on the device at once, and the most in one batch.
+        max_rank: the largest rank that is served.
+        max_rows: requests that run at once.
+        queue: requests that may wait; 429 beyond.
+        max_body_bytes: of a request; 413 beyond.
+        max_tokens: prompt and completion of a request together; None is the model's context.
+        max_cached: tokens of all rows of the batch, each counted as the longest; None is ``max_rows`` times
+            ``max_tokens``.
+        drain_seconds: how long SIGTERM waits for requests to end.
+        stall_seconds: how long a step may take before /health calls it stuck.
     """
 
     slots: int = 8
@@ -40,30 +47,41 @@ class Limits:
     max_tokens: int | None = None
     max_cached: int | None = None
     drain_seconds: float = 30.0
+    stall_seconds: float = 120.0
 
 
 class Service:
     """A model, its bank, its batcher and the folder of its adapters.
 
     Args:
-        model: a causal language model of transformers, in eval mode. tokenizer: of transformers.
+        model: a causal language model of transformers, in eval mode.
+        tokenizer: of transformers.
         adapters: folder of PEFT checkpoints, all loaded now; see ``folder.errors`` for those that were not.
         name: of the base model, in requests.
+        limits: of memory, lengths and times.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: object, adapters: str | Path, name: str, limits: Limits = Limits()):
+    def __init__(self, model: nn.Module, tokenizer: Any, adapters: str | Path, name: str, limits: Limits = Limits()):
         self.tokenizer, self.name, self.limits = tokenizer, name, limits
         self.created = int(time.time())
         self.bank = AdapterBank(model, slots=limits.slots, max_rank=limits.max_rank)
-        most = {"max_rows": limits.max_rows, "max_tokens": limits.max_tokens, "max_cached": limits.max_cached}
-        self.batcher = Batcher(self.bank, tokenizer, max_waiting=limits.queue, **most)
+        self.batcher = Batcher(
+            self.bank,
+            tokenizer,
+            max_rows=limits.max_rows,
+            max_tokens=limits.max_tokens,
+            max_waiting=limits.queue,
+            max_cached=limits.max_cached,
+            stall_seconds=limits.stall_seconds,
+        )
         self.folder = AdapterFolder(self.bank, adapters, name)
         self.folder.scan()
-        self.metrics = Metrics(self.batcher)
+        self.metrics = Metrics(self.batcher, name)
         # One thread each: tokenizers are not made for several at once, and one load at a time keeps memory in bounds.
         self.tokenizing, self.loading = (ThreadPoolExecutor(1, name) for name in ("tokenize", "load-adapter"))
-        self._active: set[Completion] = set()
-        self._arrived: deque[tuple[Completion, int]] = deque()
+        self._template_reserved = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
+        self._arrived: deque[tuple[Completion, int | None]] = deque()
+        self._woken = False
         self._prompts = 0  # that are being tokenized, or wait for it
 
     def adapter(self, name: str) -> str | None:
@@ -76,38 +94,66 @@ class Service:
         detail = f", its checkpoint is refused: {reason}" if reason else ""
         raise ApiError(404, f"The model {name[:200]!r} does not exist{detail}", "model", "model_not_found")
 
-    async def begin(self, request: CompletionRequest | ChatRequest, measured: Measured) -> "Completion":
-        """Queue the request. Raises ApiError: 400, 404, 413, 429, 503."""
+    def problem(self) -> str | None:
+        """Why nobody can be served, or None."""
+        return self.batcher.problem()
+
+    async def begin(self, request: CompletionRequest | ChatRequest, measured: Measured) -> list[Completion]:
+        """Queue the request: a completion for each choice, all or none. Raises ApiError: 400, 404, 429, 503."""
         adapter = self.adapter(request.model)
         measured.adapter = adapter or self.name
         stops = request.stop or []
         if isinstance(request, ChatRequest):
-            ids = await self._in_tokenizer(self._chat_ids, request)
+            prompts = [await self._in_tokenizer(self._chat_ids, request)]
             stops = stops if self.tokenizer.chat_template else [*stops, _NEXT_USER]
         else:
-            ids = request.prompt
-            ids = await self._in_tokenizer(self._ids, ids) if isinstance(ids, str) else ids
+            special = request.add_special_tokens is not False
+            prompts = [
+                await self._in_tokenizer(self._ids, each, special) if isinstance(each, str) else each
+                for each in request.prompt
+            ]
+        begun: list[Completion] = []
+        try:
+            for ids in prompts:
+                for i in range(request.n or 1):
+                    begun.append(self._begin(request, ids, i, adapter, measured, stops))
+        except BaseException:
+            for completion in begun:
+                completion.close()
+            raise
+        measured.prompt(sum(map(len, prompts)))
+        return begun
+
+    def _begin(
+        self,
+        request: CompletionRequest | ChatRequest,
+        ids: list[int],
+        choice: int,
+        adapter: str | None,
+        measured: Measured,
+        stops: list[str],
+    ) -> Completion:
         room = self.batcher.max_tokens - len(ids)
         new = request.new_tokens or max(room, 1)
         if new > room:
-            given = f"{len(ids)} tokens of prompt and {new} to generate"
-            message = f"{given} are more than the {self.batcher.max_tokens} that a request may have"
-            raise ApiError(413, message, code="context_length_exceeded")
-        completion = Completion(self, measured, len(ids), new, TextStream(self.tokenizer, stops))
+            most, given = self.batcher.max_tokens, f"{len(ids)} in the prompt, {new} in the completion"
+            message = f"This model's maximum context length is {most} tokens. However, {len(ids) + new} were requested"
+            raise ApiError(400, f"{message} ({given}).", code="context_length_exceeded")
+        completion = Completion(self.deliver, measured, len(ids), new, TextStream(self.tokenizer, stops), choice == 0)
         try:
             completion.handle = self.batcher.submit(
                 ids,
                 adapter=adapter,
                 max_new_tokens=new,
                 temperature=1.0 if request.temperature is None else request.temperature,
-                top_p=request.top_p or 1.0,
-                seed=request.seed,
+                top_p=1.0 if request.top_p is None else request.top_p,
+                seed=None if request.seed is None else request.seed + choice,
                 on_token=completion.on_token,
+                stop_token_ids=request.stop_token_ids or (),
             )
         except (BankError, ValueError, TypeError) as error:
             raise as_api_error(error) from None
-        self._active.add(completion)
-        measured.prompt(len(ids))
+        completion.handle.add_done_callback(completion.on_end)
         return completion
 
     async def _in_tokenizer(self, function, *arguments):
@@ -126,35 +172,36 @@ class Service:
         messages = [message.plain() for message in request.messages]
         if not self.tokenizer.chat_template:
             return self._ids(plain_chat(messages))
+        reserved = sorted(self._template_reserved & request.template_variables.keys())
+        if reserved:
+            raise ApiError(
+                400, f"chat_template_kwargs: {reserved[0]!r} is not the client's to set", "chat_template_kwargs"
+            )
         try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **request.template_variables
+            )
         except Exception as error:  # a template may refuse what it likes: roles that do not alternate, a system message
             raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
         return self._ids(text, special=False)
 
-    def deliver(self, completion: "Completion", token: int) -> None:
-        """From the batcher's thread to the event loop, which is woken once for all tokens of a step.
+    def deliver(self, completion: Completion, token: int | None) -> None:
+        """From the batcher's thread to the event loop, which is woken once for all tokens of a step; None is the end.
 
         A closed loop raises here, which ends the request.
         """
-        idle = not self._arrived
         self._arrived.append((completion, token))
-        if idle:
+        # The loop takes the mark away before it looks: whatever came until then it finds, and for what comes after it
+        # is woken again.
+        if not self._woken:
+            self._woken = True
             completion.loop.call_soon_threadsafe(self._hand_out)
 
     def _hand_out(self) -> None:
+        self._woken = False
         while self._arrived:
             completion, token = self._arrived.popleft()
             completion.tokens.put_nowait(token)
-
-    async def watch(self) -> None:
-        """Runs as long as the server: tells completions that their request has ended."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(_TICK)
-            for completion in [c for c in self._active if c.handle.done]:
-                self._active.discard(completion)
-                loop.call_soon(completion.tokens.put_nowait, None)  # after the tokens, which came the same way
 
     def stop(self) -> None:
         """Cancel what still runs and take the bank off the model."""
@@ -162,65 +209,6 @@ class Service:
         self.tokenizing.shutdown()
         self.loading.shutdown()
         self.bank.close()
-
-
-class Completion:
-    """One request from its first token to its last, in the event loop that made it."""
-
-    handle: Request
-
-    def __init__(self, service: Service, measured: Measured, prompt: int, new: int, text: TextStream):
-        self.tokens: asyncio.Queue[int | None] = asyncio.Queue()
-        self.prompt_tokens, self.completion_tokens = prompt, 0
-        self._service, self._measured, self._new, self._text = service, measured, new, text
-        self.loop = asyncio.get_running_loop()
-
-    def on_token(self, token: int) -> None:
-        """On the batcher's thread."""
-        self._service.deliver(self, token)
-
-    async def pieces(self) -> AsyncIterator[tuple[str, str | None]]:
-        """Text as it comes, and with the last piece why it ended: "stop" or "length". Raises ApiError.
-
-        A piece is all that has come since the one before: each costs a system call, in which the loop gives the
-        interpreter to the batcher, and where those take longer than a step, tokens would pile up.
-        """
-        while True:
-            tokens = [await self.tokens.get()]
-            while not self.tokens.empty():
-                tokens.append(self.tokens.get_nowait())
-            piece, finish = self._text_of(tokens)
-            if piece or finish:
-                yield piece, finish
-            if finish:
-                return
-
-    def _text_of(self, tokens: list[int | None]) -> tuple[str, str | None]:
-        piece = ""
-        for token in tokens:
-            if token is None:
-                return piece + self._ended(), "stop"
-            self.completion_tokens += 1
-            self._measured.token()
-            piece += self._text.push(token)
-            if self._text.stopped:
-                return piece, "stop"
-            if self.completion_tokens == self._new:
-                return piece + self._text.finish(), "length"
-        return piece, None
-
-    def _ended(self) -> str:
-        """What is left when the request has ended without a last token."""
-        if self.handle.finish_reason == "error":
-            raise as_api_error(self.handle.error)
-        if self.handle.finish_reason == "cancelled":
-            raise ApiError(503, "The server is stopping", code="stopping")
-        return self._text.finish()
-
-    def close(self) -> None:
-        """Free the request's row, if it has one."""
-        self.handle.cancel()
-        self._service._active.discard(self)
 
 
 _NEXT_USER = "\nuser:"
@@ -232,21 +220,3 @@ def plain_chat(messages: list[dict[str, str]]) -> str:
     The answer then also ends where the next line would begin with ``user:``.
     """
     return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
-
-
-def as_api_error(error: BaseException) -> ApiError:
-    """Of the bank or the batcher."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, QueueFull):
-        return ApiError(429, "The queue is full, try again later", code="queue_full", retry_after=1)
-    if isinstance(error, BankFull):
-        return ApiError(503, "All slots for adapters are pinned or in use", code="bank_full", retry_after=1)
-    if isinstance(error, UnknownAdapter):
-        return ApiError(404, "The model was unloaded", "model", "model_not_found")
-    if isinstance(error, ValueError | TypeError):
-        return ApiError(400, str(error).removeprefix("submit: "), "prompt")
-    if isinstance(error, BankError) and "stopping" in str(error):
-        return ApiError(503, "The server is stopping", code="stopping")
-    log.error("a request failed", exc_info=error)
-    return ApiError(500, "The request failed", code="internal_error")

@@ -52,5 +52,6 @@ def _service(options: argparse.Namespace) -> Service:
         max_tokens=options.max_tokens,
         max_cached=options.max_cached,
         drain_seconds=options.drain_seconds,
+        stall_seconds=options.stall_seconds,
     )
     return Service(model.to(device).eval(), tokenizer, options.adapters, name, limits)

@@ -93,3 +93,69 @@ def test_a_slow_reader_holds_up_nobody(folder):
         with slow_text(client):
             assert complete(client, "bob", max_tokens=20).status_code == 200
         until(lambda: service.batcher.running == 0)
+
+
+def test_a_temperature_that_float32_rounds_to_zero_harms_nobody(folder):
+    with serving(folder, step_seconds=0.02) as (_, client), ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(complete, client, name, max_tokens=40) for name in ("alice", "bob", "carol")]
+        for value in (1e-46, 1e-40):
+            assert complete(client, temperature=value, max_tokens=3).status_code == 200
+        assert [request.result(30).status_code for request in others] == [200] * 3
+
+
+def test_health_tells_of_a_model_that_can_do_nothing(folder):
+    with serving(folder) as (service, client):
+
+        def fail(*_):
+            raise RuntimeError("the device is gone, says /secret/path")
+
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        hook = service.bank.model.register_forward_pre_hook(fail)
+        error(complete(client, max_tokens=2), 500, "internal_error")
+        until(lambda: client.get("/health").status_code == 503)
+        assert client.get("/ready").text == "the model's forward fails (RuntimeError)"
+        hook.remove()
+        assert complete(client, max_tokens=2).status_code == 200
+        until(lambda: client.get("/health").status_code == 200)
+
+
+def test_a_client_that_leaves_before_its_body_has_arrived_is_no_error(folder):
+    with serving(folder) as (_, client):
+        for path in ("completions", "load_lora_adapter"):
+            head = (
+                f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+            )
+            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as sock:
+                sock.sendall(head.encode() + b"Content-Length: 100\r\n\r\n{")
+        until(lambda: 'status="499"} 1.0' in client.get("/metrics").text)
+        assert 'status="500"' not in client.get("/metrics").text
+
+
+def test_an_adapter_that_overflows_is_the_clients_error(folder):
+    with serving(folder) as (service, client):
+        for site in service.bank._sites:
+            if site.lora_b is not None:
+                site.lora_b.fill_(1e30)
+        assert "logits of adapter 'alice' are not numbers" in error(
+            complete(client, "alice"), 400, "adapter_not_finite"
+        )
+        assert complete(client).status_code == 200
+
+
+def test_no_token_and_no_end_is_lost_between_the_threads(folder):
+    """However the loop and the batcher's thread interleave: here the loop looks before and after each that arrives."""
+    with serving(folder) as (service, client):
+        arrived, hand_out = service._arrived, service._hand_out
+
+        class Interleaved(type(arrived)):
+            def append(self, item):
+                for act in (lambda: None, lambda: super(Interleaved, self).append(item)):
+                    act()
+                    done = threading.Event()
+                    item[0].loop.call_soon_threadsafe(lambda done=done: (hand_out(), done.set()))
+                    done.wait(10)
+
+        service._arrived = Interleaved()
+        for _ in range(20):
+            body = complete(client, "alice", max_tokens=9).json()
+            assert body["usage"]["completion_tokens"] == 9

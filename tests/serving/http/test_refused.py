@@ -17,7 +17,11 @@ def client(folder):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"top_k": 5}, "top_k"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"ignore_eos": True}, "ignore_eos"),
         ({"best_of": 3}, "best_of"),
         ({"echo": True}, "echo"),
         ({"logprobs": 0}, "logprobs"),
@@ -30,18 +34,20 @@ def client(folder):
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 2.5}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"seed": 2**63}, "seed"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["a"] * 5}, "stop"),
-        ({"stop": 5}, "stop.str"),
+        ({"stop": 5}, "stop"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"what": 1}}, "stream_options.what"),
         ({"max_token": 5}, "max_token"),
         ({"model": None}, "model"),
-        ({"prompt": None}, "prompt.str"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": ["a", 5]}, "prompt"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": {"a": "b"}}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [96]}, "prompt"),
@@ -65,11 +71,14 @@ def test_wrong_fields(client, fields, param):
         "hi",
         [{"role": "tool", "content": "x"}],
         [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
         [{"role": "user", "content": [{"type": "image_url"}]}],
     ],
     ids=str,
 )
 def test_wrong_messages(client, messages):
+    error(chat(client, chat_template_kwargs={"tokenize": True}), 400)
     error(client.post("/v1/chat/completions", json={"model": "base", "messages": messages}), 400)
     error(chat(client, tools=[{"type": "function"}]), 400)
 
@@ -107,14 +116,16 @@ def test_unknown_model_path_and_method(client):
     error(complete(client, "../alice"), 404, "model_not_found")
     error(client.get("/v1/nothing"), 404)
     error(client.get("/v1/completions"), 405)
+    assert "There is no /v1/responses here" in error(client.post("/v1/responses", json={}), 404)
+    error(client.post("/v1/embeddings", json={}), 404)
     error(client.get("/docs"), 404)
     error(client.get("/openapi.json"), 404)
 
 
 def test_too_large(client):
     error(complete(client, prompt="x" * 5000), 413, "body_too_large")
-    error(complete(client, prompt="x" * 100), 413, "context_length_exceeded")
-    error(complete(client, max_tokens=62), 413, "context_length_exceeded")
+    assert "maximum context length is 64" in error(complete(client, prompt="x" * 100), 400, "context_length_exceeded")
+    error(complete(client, max_tokens=62), 400, "context_length_exceeded")
     assert complete(client, max_tokens=61).json()["usage"]["total_tokens"] == 64
     assert chat(client, content="x").json()["usage"]["total_tokens"] == 64  # without max_tokens, what fits
 
@@ -141,3 +152,10 @@ def test_api_key(folder):
             for path in ("completions", "chat/completions", "load_lora_adapter", "unload_lora_adapter"):
                 error(client.post(f"/v1/{path}", json={}, headers=header), 401, "invalid_api_key")
             assert client.get("/health", headers=header).status_code == 200
+
+
+def test_a_part_that_is_no_text_is_named(client):
+    parts = [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+    response = chat(client, content=parts)
+    assert "part 1 is 'image_url' (str), expected {'type': 'text'" in error(response, 400)
+    assert response.json()["error"]["param"] == "messages.0.content"

@@ -164,7 +164,7 @@ def test_metrics(folder):
         complete(client, "alice", "hello", max_tokens=4)
         complete(client, "alice", "hello", max_tokens=4, stream=True)
         complete(client, "no such thing")
-        complete(client, "alice", n=2)
+        complete(client, "alice", n=0)
         response = client.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain")
         rows = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
@@ -243,3 +243,29 @@ def test_the_tokenizer_of_these_tests_is_one_to_one():
     text = "".join(chr(i) for i in range(31, 127))
     assert tokenizer().decode(tokenizer()(text)["input_ids"]) == text
     assert torch.unique(torch.tensor(tokenizer()(text)["input_ids"])).numel() == 96
+
+
+def test_ids_that_end_the_text(served):
+    service, client = served
+    tokens = greedy_alone(service.bank, service.tokenizer("hello")["input_ids"], "bob", 12)
+    choice = complete(client, "bob", "hello", max_tokens=12, stop_token_ids=[tokens[6]]).json()["choices"][0]
+    assert choice["text"] == service.tokenizer.decode(tokens[: tokens.index(tokens[6])])
+    assert choice["finish_reason"] == "stop"
+
+
+def test_probes(client):
+    from fastpeft import __version__
+
+    for path in ("/health", "/ready", "/ping"):
+        assert (client.get(path).status_code, client.head(path).status_code) == (200, 200)
+    assert client.get("/version").json() == {"version": __version__}
+
+
+def test_metrics_forget_what_is_unloaded(folder):
+    with serving(folder, slots=2) as (_, client):
+        for i in range(5):
+            client.post("/v1/load_lora_adapter", json={"lora_name": f"v{i}", "lora_path": "alice"})
+            assert complete(client, f"v{i}", max_tokens=2).status_code == 200
+            assert f'adapter="v{i}"' in client.get("/metrics").text
+            client.post("/v1/unload_lora_adapter", json={"lora_name": f"v{i}"})
+        assert 'adapter="v' not in client.get("/metrics").text
