@@ -79,8 +79,8 @@ __device__ __forceinline__ void down(const Params<T>& p) {
 #pragma unroll
     for (int i = 0; i < RANKS / 4; ++i) {
       const int row = m0 + t * 2 + i % 2, r = i / 4 * 16 + q + i / 2 % 2 * 8;
-      const uint32_t value = ptx::pack<T>(sum[i / 4][i % 4] * factor, 0.f);
-      if (row < p.M && r < p.R) reinterpret_cast<uint16_t*>(p.s)[row * p.stride_s + r] = static_cast<uint16_t>(value);
+      const uint16_t value = ptx::pack<T>(sum[i / 4][i % 4] * factor, 0.f);
+      if (row < p.M && r < p.R) ptx::store_global(reinterpret_cast<uint16_t*>(p.s) + row * p.stride_s + r, value);
     }
     ptx::fence_async_global();  // TMA will read what was stored here
     __syncwarp();

@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_chunk(const Params& p, const Item& item, co
     if (slice.aligned_b) {
       ptx::copy_async_16(to + i * 8, from, left * int(sizeof(T)));
     } else {
-      *reinterpret_cast<uint4*>(to + i * 8) = load8<T, false>(from, left, false);
+      ptx::store_shared_16(to + i * 8, load8<T, false>(from, left, false));
     }
   }
 }

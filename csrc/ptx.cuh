@@ -1,8 +1,8 @@
 // Named operations of the Hopper kernels: each is one PTX instruction, or a few, and nothing else.
 //
 // Kernels reach the machine only through this header, so that the same source also runs on a CPU: with
-// FASTPEFT_EMULATOR defined, the same names come from tests/cuda/emulator/ptx_emulated.h. An operation added here is
-// added there. Shared-memory arguments are ordinary pointers; strides and counts are in bytes.
+// FASTPEFT_EMULATOR defined, the same names come from tests/cuda/emulator/. An operation added here is added there.
+// Shared-memory arguments are ordinary pointers; strides and counts are in bytes.
 #pragma once
 #ifdef FASTPEFT_EMULATOR
 #include "ptx_emulated.h"
@@ -150,6 +150,12 @@ PTX void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::
 
 /// The same for global memory.
 PTX void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+/// Stores to global memory what asynchronous copies will read, after that fence.
+PTX void store_global(uint16_t* to, uint16_t value) { *to = value; }
+
+/// Stores 16 bytes to shared memory that asynchronous copies will read or overwrite, after fence_async_shared.
+PTX void store_shared_16(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }
 
 PTX uint32_t load_acquire(const uint32_t* flag) {
   uint32_t value;

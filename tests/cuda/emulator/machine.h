@@ -1,4 +1,4 @@
-// The emulated GPU: what a block, a cluster and a grid are, and run_grid, which runs a kernel's own source on them.
+// The emulated GPU: what a block, a cluster and a grid are. grid.h runs a kernel's own source on them.
 //
 // Modelled, each as unkindly as the programming model allows:
 //   threads       scheduled in random order, seeded; a hang is a fault that names who waits for what
@@ -6,10 +6,14 @@
 //                 them only when nobody can go on without; and a store reads its source as late as its thread allows
 //                 (wait_group, or the kernel's end)
 //   mbarrier      phases, arrivals, byte counts; arriving too often, or in an unknown or finished place, is a fault
-//   wgmma         through its shared-memory descriptors, both operand orders; done warp by warp, each as late as its own
-//                 wait_group allows: a warp knows nothing of the other three
-//   mma.sync, stmatrix, named barriers, clusters, distributed shared memory, setmaxnreg's register budget
-//   proxy fence   shared memory written by stmatrix and stored by TMA without fence.proxy.async is a fault
+//   wgmma         through its shared-memory descriptors, both operand orders; done warp by warp, each as late as its
+//                 own wait_group allows: a warp knows nothing of the other three; wgmma_fence must follow each wait
+//   convergence   operations that PTX calls aligned: all 32 lanes execute the same ones, and none comes later than the
+//                 others because it had to wait meanwhile; compilers often bring warps together, and promise nothing
+//   setmaxnreg    by whole warpgroups, from a pool of what the launch gave; who wants more than is left, waits
+//   proxy fence   shared memory written by stmatrix, cp.async or store_shared_16 and then read or overwritten by a bulk
+//                 copy, and global memory written by store_global and then read by TMA, want fence.proxy.async
+//   mma.sync, stmatrix, named barriers, clusters, distributed shared memory, mbarrier_fence_init
 //   griddepcontrol  the kernel ahead is over only when all threads wait for it
 //   residency     run_grid can keep most clusters waiting until the first have left (`resident`)
 //
@@ -17,7 +21,7 @@
 //   - products are summed in float, in order of k; the tensor core's own order and truncation differ;
 //   - memory is sequentially consistent and flags take effect at once.
 // Not seen: missing memory fences or too weak an order between threads other than by ThreadSanitizer (which takes each
-// operation here to order as its PTX says), proxy fences around ordinary stores, shared-memory bank conflicts,
+// operation here to order as its PTX says), proxy fences around other stores, shared-memory bank conflicts,
 // instruction-level constraints that ptxas checks, and speed.
 #pragma once
 #include <cuda_bf16.h>
@@ -41,7 +45,17 @@ struct Barrier {
 struct Mbarrier {
   uint32_t arrivals, pending, phase = 0;
   int64_t bytes = 0;
+  bool shown = false;  // to other blocks and to copies, by mbarrier_fence_init
   Queue queue;
+};
+
+/// What lanes do together. `what` and `trace` are those of the first lane to come, which the others must share.
+struct Warp {
+  Barrier barrier;
+  const char* what = nullptr;
+  uint64_t trace = 0;
+  uint32_t left = 0;  // lanes that have finished
+  int registers = 0;  // of each lane
 };
 
 /// One wgmma instruction, as one thread issued it.
@@ -62,7 +76,9 @@ struct Warpgroup {
     if (done[warp] == calls.size()) calls.push_back(issued);
     if (calls[done[warp]++] != issued) throw Fault("wgmma: the warpgroup has diverged");
   }
-  bool together() const { return std::all_of(done, done + 4, [&](size_t n) { return n == calls.size(); }); }
+  bool together() const {
+    return std::all_of(done, done + 4, [&](size_t n) { return n == calls.size(); });
+  }
 };
 
 struct Cluster;
@@ -80,9 +96,11 @@ struct Block {
   std::map<int, Barrier> barriers;         // named
   std::vector<uint32_t> unfenced;          // for every 16 bytes, who wrote them without a proxy fence since (+ 1)
   std::vector<Thread*> threads;
+  std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
-  std::vector<int> registers;  // by warpgroup, after setmaxnreg
-  void* copies = nullptr;      // ThreadSanitizer's name for this block's asynchronous copies
+  int free_registers = 0;  // given back by setmaxnreg
+  Queue wanting_registers;
+  void* copies = nullptr;  // ThreadSanitizer's name for this block's asynchronous copies
 
   /// The shared-memory address of `size` bytes at `pointer`.
   uint32_t address(const void* pointer, size_t size, const char* what) const {
@@ -97,6 +115,10 @@ struct Block {
     if (found == mbarriers.end()) throw Fault("mbarrier: used before it was initialised");
     if (!threads_alive) throw Fault("mbarrier: its block has finished");
     return found->second;
+  }
+  Mbarrier& shown_mbarrier(uint32_t address) {
+    if (!mbarrier(address).shown) throw Fault("mbarrier: a copy or another block uses it before mbarrier_fence_init");
+    return mbarrier(address);
   }
 };
 
@@ -121,14 +143,27 @@ struct Thread {
   std::vector<uint32_t> wrote;                             // 16-byte units of shared memory, since the last proxy fence
   uint32_t exchange[8] = {};                               // what a warp-wide operation shows to the other lanes
   uint32_t cluster_generation = 0;
+  uint64_t trace = 0;             // which aligned operations it executed, and whether it had waited before them
+  bool waited = false;            // for other threads or copies, since its warp last came together
+  bool fenced = false;            // by wgmma_fence, since registers of wgmma may have been touched
+  uint64_t proxy_fence = 0;       // when fence_async_global was last executed
+  std::vector<uintptr_t> stored;  // addresses in global memory, since then
   std::unique_ptr<Fiber> fiber;
 
   uint32_t lane() const { return index.x % 32; }
   uint32_t warp() const { return index.x / 32; }
 };
 
+/// Of an element in global memory that `by` stored: when its proxy fence came after that; 0 as long as it has not.
+struct Stored {
+  const Thread* by;
+  uint64_t fenced;
+};
+
 struct Grid {
   Index grid, block;
+  std::map<uintptr_t, Stored> stored;  // by address; the end of a kernel fences everything
+  uint64_t proxy_fences = 0;
   std::vector<std::unique_ptr<Cluster>> clusters;
 };
 inline Grid grid;
@@ -163,9 +198,27 @@ inline void arrive_and_wait(Barrier& barrier, uint32_t count, const char* what,
   happens_after(&barrier);
 }
 
-enum : int { WARPS = 1000 };  // the names of barriers that PTX does not name: a warp each from here on
+/// An operation that PTX calls aligned: all lanes of a warp execute it, together. A lane that had to wait since its
+/// warp last came together (`__syncwarp`, a shuffle), where others had not, comes later than they. Found out when the
+/// lanes meet the next time, or at their end.
+inline void aligned(const char* what, uint64_t detail = 0) {
+  Thread& me = self();
+  for (uint64_t value : {uint64_t(reinterpret_cast<uintptr_t>(what)), detail, uint64_t(me.waited)})
+    me.trace = (me.trace ^ value) * 0x9E3779B97F4A7C15 + (me.trace >> 29);
+}
 
-inline void warp_sync(const char* what) { arrive_and_wait(self().block->barriers[WARPS + self().warp()], 32, what); }
+inline void compare_lanes(Warp& warp, bool first, const char* what) {
+  if (first) warp.what = what, warp.trace = self().trace;
+  if (std::string(warp.what) != what) throw Fault(std::string(what) + ": other lanes are at " + warp.what);
+  if (warp.trace != self().trace) throw Fault(std::string(what) + ": the warp had not converged before");
+}
+
+/// All lanes of the warp; the last one does `last`.
+inline void warp_sync(const char* what, const std::function<void()>& last = {}) {
+  Warp& warp = self().block->warps[self().warp()];
+  compare_lanes(warp, !warp.barrier.arrived, what);
+  arrive_and_wait(warp.barrier, 32, what, last);
+}
 
 /// The lanes of this thread's warp, after all of them have shown `values`.
 inline Thread* const* exchange(std::initializer_list<uint32_t> values, const char* what) {
@@ -211,105 +264,6 @@ inline std::function<void()> asynchronous(Block* block, void* done, std::functio
     }
     tsan_switch(here);
   };
-}
-
-inline void finish_thread(Thread& me) {
-  if (!me.open.empty() || !me.groups.empty()) throw Fault("exit: wgmma still unfinished");
-  if (!me.stores.empty() || !me.batches.empty()) throw Fault("exit: bulk stores still read shared memory");
-  if (!me.copies.empty()) throw Fault("exit: asynchronous copies still unfinished");
-  if (!--me.block->threads_alive)
-    for (const Warpgroup& warpgroup : me.block->warpgroups)
-      if (!warpgroup.together()) throw Fault("wgmma: the warpgroup has diverged");
-  --me.block->cluster->threads_alive;
-}
-
-template <class Body>
-std::unique_ptr<Cluster> start_cluster(uint32_t first, uint32_t blocks, uint32_t threads, size_t bytes, Body body) {
-  auto cluster = std::make_unique<Cluster>();
-  cluster->threads_alive = static_cast<size_t>(blocks) * threads;
-  for (uint32_t rank = 0; rank < blocks; ++rank) {
-    auto block = std::make_unique<Block>();
-    block->cluster = cluster.get();
-    block->index = first + rank;
-    block->rank = rank;
-    block->threads_alive = threads;
-    block->bytes = bytes;
-    block->storage = std::make_unique<uint8_t[]>(bytes + 2048);
-    const auto address = reinterpret_cast<uintptr_t>(block->storage.get());
-    block->base = block->storage.get() + ((address + 1023) / 1024 * 1024 - address);
-    memset(block->base + Block::START, 0xff, bytes);  // NaN
-    block->unfenced.assign(bytes / 16 + 2, 0);
-    block->warpgroups.resize((threads + 127) / 128);
-    block->registers.assign((threads + 127) / 128, 0);
-    block->copies = tsan_create();
-    cluster->blocks.push_back(std::move(block));
-  }
-  for (auto& block : cluster->blocks) {
-    for (uint32_t x = 0; x < threads; ++x) {
-      auto thread = new Thread;
-      thread->index = {x, 0, 0};
-      thread->block = block.get();
-      thread->fiber = std::make_unique<Fiber>([thread, body] {
-        body();
-        Unseen unseen;
-        finish_thread(*thread);
-      });
-      thread->fiber->user = thread;
-      block->threads.push_back(thread);
-      scheduler.ready.push_back(thread->fiber.get());
-      ++scheduler.alive;
-    }
-  }
-  return cluster;
-}
-
-inline void free_cluster(Cluster& cluster) {
-  for (auto& block : cluster.blocks) {
-    for (Thread* thread : block->threads) delete thread;
-    tsan_destroy(block->copies);
-  }
-}
-
-inline std::string who_waits() {
-  std::map<std::string, int> waiting;
-  for (auto& cluster : grid.clusters)
-    for (auto& block : cluster->blocks)
-      for (Thread* thread : block->threads)
-        if (thread->fiber->waits_for) ++waiting[thread->fiber->waits_for];
-  std::string text;
-  for (auto& [what, count] : waiting) text += std::to_string(count) + " threads at " + what + "; ";
-  return text;
-}
-
-/// Runs `kernel(args...)` on `blocks` (x, y, z) blocks, in clusters of `cluster` along x, of `threads` threads with
-/// `bytes` of dynamic shared memory. Throws Fault.
-template <class Kernel, class... Args>
-void run_grid(Kernel kernel, Index blocks, uint32_t cluster, uint32_t threads, size_t bytes, Args... args) {
-  Unseen unseen;
-  scheduler = Scheduler{};
-  waiting_for_ahead = 0;
-  behind.clear();
-  scheduler.seed = settings.seed * 0x9E3779B97F4A7C15 | 1;
-  grid = Grid{blocks, {threads, 1, 1}, {}};
-  const uint32_t total = blocks.x * blocks.y * blocks.z;
-  if (!total || blocks.x % cluster) throw Fault("run_grid: the grid is empty, or no multiple of the cluster");
-  uint32_t next = 0;
-  auto body = [&kernel, arguments = std::make_tuple(args...)] {
-    Seen seen;
-    std::apply(kernel, arguments);
-  };
-  auto refill = [&] {
-    std::erase_if(grid.clusters, [](auto& c) { return !c->threads_alive ? (free_cluster(*c), true) : false; });
-    for (; next < total && grid.clusters.size() < settings.resident; next += cluster)
-      grid.clusters.push_back(start_cluster(next, cluster, threads, bytes, body));
-  };
-  try {
-    run_all(refill, who_waits);
-  } catch (...) {
-    for (auto& c : grid.clusters) free_cluster(*c);
-    grid.clusters.clear();
-    throw;
-  }
 }
 
 }  // namespace emulator

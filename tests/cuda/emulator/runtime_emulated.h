@@ -66,9 +66,8 @@ inline CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint3
                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
   const bool half = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const bool plain = half && rank == 2 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && steps[0] == 1 && steps[1] == 1;
-  const bool placed =
-      base && reinterpret_cast<uintptr_t>(base) % 16 == 0 && strides[0] % 16 == 0 && strides[0] < 1ull << 40 &&
-                      strides[0] >= sizes[0] * 2;
+  const bool placed = base && reinterpret_cast<uintptr_t>(base) % 16 == 0 && strides[0] % 16 == 0 &&
+                      strides[0] < 1ull << 40 && strides[0] >= sizes[0] * 2;
   const bool sized = sizes[0] && sizes[1] && sizes[0] <= 1ull << 32 && sizes[1] <= 1ull << 32;
   const bool boxed = box[0] && box[1] && box[0] * 2 <= 128 && box[0] * 2 % 16 == 0 && box[1] <= 256;
   if (!plain || !placed || !sized || !boxed || swizzle != CU_TENSOR_MAP_SWIZZLE_128B ||

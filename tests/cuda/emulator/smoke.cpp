@@ -58,6 +58,32 @@ __global__ void poll(uint32_t* flag) {
   }
 }
 
+__global__ void starve() { ptx::registers_increase<232>(); }  // nobody gives any back
+
+__global__ void one_lane_aligned() {
+  if (threadIdx.x == 0) ptx::wgmma_fence();
+}
+
+__global__ void one_lane_waits() {
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(ptx::dynamic_shared());
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(barrier, 1);
+    ptx::mbarrier_arrive(barrier);
+    ptx::mbarrier_wait(barrier, 0);
+  }
+  ptx::cluster_sync();
+}
+
+__global__ void copy_over_a_store(const float* in) {
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(ptx::dynamic_shared());
+  if (threadIdx.x) return;
+  ptx::mbarrier_init(barrier, 1);
+  ptx::mbarrier_fence_init();
+  ptx::store_shared_16(barrier + 2, uint4{});
+  ptx::mbarrier_arrive_expect(barrier, 16);
+  ptx::bulk_load(barrier + 2, in, 16, barrier);
+}
+
 template <class... Args>
 static bool fails(const char* with, Args... args) {
   try {
@@ -97,6 +123,10 @@ int main() {
   for (int i = 0; i < 128; ++i) ok &= out[i] == 1 + i / 8;
   ok &= fails("deadlock: 64 threads at mbarrier_wait", hang, emulator::Index{1, 1, 1}, 1, 64, 64);
   ok &= fails("more arrivals", arrive_twice, emulator::Index{1, 1, 1}, 1, 32, 64);
+  ok &= fails("at setmaxnreg.inc", starve, emulator::Index{1, 1, 1}, 1, 384, 64);
+  ok &= fails("had not converged", one_lane_aligned, emulator::Index{1, 1, 1}, 1, 32, 64);
+  ok &= fails("had not converged", one_lane_waits, emulator::Index{1, 1, 1}, 1, 32, 64);
+  ok &= fails("without fence_async_shared", copy_over_a_store, emulator::Index{1, 1, 1}, 1, 32, 64, in);
   ok &= fails("livelock", poll, emulator::Index{1, 1, 1}, 1, 32, 64, &zero);
   ok &= leaves_no_context_behind();
   puts(ok ? "ok" : "FAILED");

@@ -3,9 +3,14 @@
 
 namespace ptx {
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() {
+  Unseen unseen;
+  emulator::aligned("wgmma_fence");
+  self().fenced = true;
+}
 inline void wgmma_commit() {
   Unseen unseen;
+  emulator::aligned("wgmma_commit");
   self().groups.push_back(std::move(self().open));
   self().open.clear();
 }
@@ -14,6 +19,8 @@ inline void wgmma_commit() {
 template <int N>
 void wgmma_wait() {
   Unseen unseen;
+  emulator::aligned("wgmma_wait");
+  self().fenced = false;  // what follows may read and write the registers
   Block& block = *self().block;
   const uint32_t warp = self().warp();
   auto finish = [&] {  // the last lane to come does the work of all 32
@@ -30,13 +37,15 @@ void wgmma_wait() {
       for (int i = 0; i < 32; ++i) lanes[i]->groups.pop_front();
     }
   };
-  emulator::arrive_and_wait(block.barriers[emulator::WARPS + warp], 32, "wgmma_wait", finish);
+  emulator::warp_sync("wgmma_wait", finish);
 }
 
 template <class T, int N, bool B_IS_N_MAJOR>
 struct Wgmma {
   static void mma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     Unseen unseen;
+    emulator::aligned("wgmma", a ^ b << 7 ^ accumulate);
+    if (!self().fenced) throw Fault("wgmma: no wgmma_fence since its registers could be touched");
     self().open.push_back({run, d, a, b, accumulate});
   }
 

@@ -65,6 +65,12 @@ def test_nothing_is_on_the_stack(compiled):
     assert {stacks[name] for name in compiled} == {"0"}
 
 
+def test_registers_at_launch(compiled):
+    """What setmaxnreg deals out: with another number for each thread, (40 + 2 x 232) would not be 3 of them."""
+    said, kernels = compiled
+    assert re.findall(r"Used (\d+) registers", said) == ["168"] * len(kernels)
+
+
 @pytest.mark.parametrize("name", KERNELS, ids=str)
 def test_instructions(compiled, name):
     code, (_, columns, form, ranks) = compiled[name], name

@@ -1,8 +1,8 @@
 """Mutants of csrc/lora_linear, as run.py says. The emulator builds each one anew.
 
 What no test here can see, and what would: an edit of the PTX in csrc/ptx.cuh or csrc/wgmma.cuh, beyond what
-test_cuda_lora_linear_sass.py reads; fence_async_global or __threadfence removed (memory is sequentially consistent in
-the emulator): repeated runs on a GPU.
+tests/cuda/lora_linear/test_sass.py reads; __threadfence removed (memory is sequentially consistent in the emulator):
+repeated runs on a GPU.
 """
 
 TESTS = (
@@ -46,6 +46,7 @@ MUTANTS = {
             "(leading >> 4) << 16 |\n         static_cast<uint64_t>(stride >> 4) << 32",
             "(stride >> 4) << 16 |\n         static_cast<uint64_t>(leading >> 4) << 32",
         ),
+        "no fence between registers and wgmma": ("    ptx::wgmma_fence();\n", ""),
         "x advances by half a step": ("x + step * (32 >> 4)", "x + step * (16 >> 4)"),
         "n-major w advances by half a step": ("(N_MAJOR ? 16 * 128 : 32)", "(N_MAJOR ? 8 * 128 : 32)", BACKWARD),
         "only the last step accumulates": ("accumulate || step > 0)", "accumulate || step > 1)"),
@@ -113,6 +114,12 @@ MUTANTS = {
     },
     "csrc/lora_linear_down.cuh": {
         "S used one unit early": (".ready(m0 / BLOCK_M)) < units)", ".ready(m0 / BLOCK_M)) + 1 < units)", DOWN),
+        "S stored without a proxy fence": ("    ptx::fence_async_global();  // TMA will", "    // TMA will", DOWN),
+        "S read without a proxy fence": (
+            "  ptx::fence_async_global();\n}\n\n}  // namespace",
+            "}\n\n}  // namespace",
+            DOWN,
+        ),
         "counters left as they are": ("workspace.words[i] = 0;", "workspace.words[i] += 0;", DOWN),
         "counters reset by the first to leave": (
             "workspace.finished(), 1) + 1 < gridDim.x",
@@ -153,6 +160,20 @@ MUTANTS = {
             "ptx::registers_increase<DOWN_RANKS ? 200 : 232>()",
             "ptx::registers_increase<DOWN_RANKS ? 216 : 240>()",
         ),
+        "fewer registers given back": (
+            "ptx::registers_decrease<DOWN_RANKS ? 96 : 40>()",
+            "ptx::registers_decrease<DOWN_RANKS ? 104 : 48>()",
+        ),
+        "one thread gives registers back": (
+            "    ptx::registers_decrease<",
+            "    if (threadIdx.x == 0) ptx::registers_decrease<",
+        ),
+        "one warp gives registers back": (
+            "    ptx::registers_decrease<",
+            "    if (threadIdx.x < 32) ptx::registers_decrease<",
+        ),
+        "the producer's warp arrives in parts": ("  __syncwarp();\n", ""),
+        "barriers not shown to the other block": ("    ptx::mbarrier_fence_init();\n", ""),
     },
     "csrc/dropout.cuh": {
         "rows counted from 0": ("static_cast<uint64_t>(row + 1)", "static_cast<uint64_t>(row)", MASK),

@@ -2,8 +2,7 @@
 """Mutants of csrc/multi_lora, as run.py says. The emulator builds each one anew.
 
 What no test here can see, and what would: an edit of the PTX itself, beyond what test_cuda_multi_lora_sass.py reads;
-fence_async_shared removed between ordinary writes to a stage and the bulk copy after them (the emulator's proxies do not
-differ for ordinary stores): repeated runs on a GPU; a prefetch of the wrong bytes, which is only slower: the benchmark;
+a prefetch of the wrong bytes, which is only slower: the benchmark;
 the cluster's second barrier kept whole where it is split: the benchmark.
 """
 
@@ -50,6 +49,8 @@ MUTANTS = {
         "slot 0 for all": ("static_cast<const T*>(slice.b) + item.slot * slice.stride_bs + c.n * slice.stride_bn;\n  if", "static_cast<const T*>(slice.b) + c.n * slice.stride_bn;\n  if"),
         "columns past the true rank": ("left = max(0, min(c.rank - r, 8))", "left = 8"),
         "whole rows in one piece": ("slice.stride_bn == rank", "slice.stride_bn >= rank"),
+        "no proxy fence before a bulk copy": ("      if (BULK) ptx::fence_async_shared();", "      //"),
+        "barriers not shown to copies": ("      ptx::mbarrier_fence_init();\n", ""),
         "too few bytes announced": ("ptx::mbarrier_arrive_expect(barrier, bytes);", "ptx::mbarrier_arrive_expect(barrier, bytes / 2);", FULL),
         "parity never turns": ("        phases ^= 1u << i % 2;\n", "", FULL),
         "copies not waited for": ("        ptx::copy_async_wait();\n", ""),
