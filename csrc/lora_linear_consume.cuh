@@ -112,21 +112,34 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void add_bias(const T* bias, int column, int end, float* a) {
+  /// Asks for the bias of the tile, a part of it for each lane: pairs of columns 2 lane + 64 i.
+  __device__ __forceinline__ void load_bias(uint32_t (&pairs)[N / 64], const Params<T>& p, int n0) {
+    const uint16_t* bias = reinterpret_cast<const uint16_t*>(p.bias);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // a holds columns c, c + 1 of two rows, then c + 8, c + 9 of the two
+    for (int i = 0; i < N / 64; ++i) {
+      const int c = n0 + i * 64 + thread % 32 * 2;
+      const uint32_t even = bias && c < p.N ? bias[c] : 0, odd = bias && c + 1 < p.N ? bias[c + 1] : 0;
+      pairs[i] = even | odd << 16;
+    }
+  }
+
+  /// a holds columns 16 j + 2 (lane % 4) and the next of two rows, then the columns 8 further.
+  __device__ __forceinline__ void add_bias(uint32_t pairs, int j, float* a) {
 #pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        const int c = column + half * 8 + odd;
-        const float value = c < end ? static_cast<float>(bias[c]) : 0.f;
-        a[half * 4 + odd] += value;
-        a[half * 4 + 2 + odd] += value;
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t pair = __shfl_sync(0xffffffffu, pairs, j * 8 + half * 4 + thread % 4);
+      const float2 bias = ptx::unpack<T>(pair);
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        a[half * 4 + row * 2] += bias.x;
+        a[half * 4 + row * 2 + 1] += bias.y;
       }
     }
   }
 
   /// Rounds, and stores 64 columns at a time through the staging buffers: one fills while TMA empties the other.
-  __device__ __forceinline__ void store(const Maps& maps, const Params<T>& p, int m0, int n0) {
+  __device__ __forceinline__ void store(const Maps& maps, const Params<T>& p, const uint32_t (&bias)[N / 64], int m0,
+                                        int n0) {
     const int lane = thread % 32, row = thread / 32 * 16 + lane % 16;
 #pragma unroll
     for (int chunk = 0; chunk < N / 64; ++chunk) {
@@ -136,7 +149,7 @@ struct Consumer {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         float* a = acc + chunk * 32 + j * 8;
-        if (p.bias) add_bias(p.bias, n0 + chunk * 64 + j * 16 + lane % 4 * 2, p.N, a);
+        if (p.bias) add_bias(bias[chunk], j, a);
         const int line = (j * 2 + lane / 16) ^ (row & 7);  // the swizzle: 16-byte units of a row, permuted by the row
         ptx::stmatrix_x4(staging + row * 64 + line * 8, ptx::pack<T>(a[0], a[1]), ptx::pack<T>(a[2], a[3]),
                          ptx::pack<T>(a[4], a[5]), ptx::pack<T>(a[6], a[7]));
@@ -164,12 +177,14 @@ __device__ __forceinline__ void consume(Shared<T, Config>& shared, const Maps& m
     const bool masked_first = FORM == Form::BACKWARD && tiles.low;
     if (masked_first) consumer.low_rank_backward(p, tiles.low, m0, n0);
     consumer.template next_tile<BLOCK_K / 16>(masked_first);
+    uint32_t bias[Config::BLOCK_N / 64] = {};
+    if (FORM == Form::FORWARD) consumer.load_bias(bias, p, n0);  // arrives under the products
     const int full = tiles.base + (FORM == Form::FORWARD && tiles.low ? tiles.low - 1 : 0);
 #pragma unroll 1
     for (int i = 1; i < full; ++i) consumer.template next_tile<BLOCK_K / 16>();
     if (FORM == Form::FORWARD && tiles.low) consumer.short_tile(p.R - (tiles.low - 1) * BLOCK_K, true);
     consumer.finish_tiles();
-    consumer.store(maps, p, m0, n0);
+    consumer.store(maps, p, bias, m0, n0);
   }
   if (consumer.thread == 0) ptx::bulk_wait<0>();
 }

@@ -95,6 +95,16 @@ def test_main_loop(compiled, name):
         assert [text for _, text in body if "WARPGROUP.DEPBAR" in text] == ["WARPGROUP.DEPBAR.LE gsb0, 0x1"]
 
 
+@pytest.mark.parametrize("name", [name for name in KERNELS if name[2] == 0], ids=str)
+def test_bias_arrives_under_the_products(compiled, name):
+    """Nothing is loaded between the last product and the last store."""
+    texts = [text for _, text in compiled[1][name]]
+    last = max(i for i, text in enumerate(texts) if "gsb0, 0x0" in text)
+    stored = max(i for i, text in enumerate(texts) if "UTMASTG" in text)
+    assert not any("LDG" in text for text in texts[last:stored])
+    assert sum("LDG.E.U16" in text for text in texts[:last]) == name[1] // 32  # a lane's columns of the tile
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(("ranks", "loads"), [(16, 12), (64, 9)])
 def test_loads_for_s_are_in_flight_together(compiled, dtype, ranks, loads):

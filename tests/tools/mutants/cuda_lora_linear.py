@@ -68,11 +68,8 @@ MUTANTS = {
             "",
         ),
         "last wgmma is not waited for": ("    ptx::wgmma_wait<0>();\n", "    ptx::wgmma_wait<1>();\n"),
-        "bias in the wrong columns": (
-            "const int c = column + half * 8 + odd;",
-            "const int c = column + half * 4 + odd;",
-        ),
-        "bias read past its end": ("c < end ? static_cast<float>(bias[c]) : 0.f", "static_cast<float>(bias[c])"),
+        "bias in the wrong columns": ("j * 8 + half * 4 + thread % 4", "j * 8 + half * 2 + thread % 4"),
+        "bias read past its end": ("bias && c + 1 < p.N ? bias[c + 1] : 0", "bias ? bias[c + 1] : 0"),
         "short tile too short": ("if (columns > 32) {", "if (columns > 33) {"),
         "staging overwritten before it is stored": (
             "if (thread == 0) ptx::bulk_wait_read<1>();",
