@@ -1,5 +1,6 @@
 // The consumers of lora_linear.cuh: two warpgroups that multiply, mask, add the bias, round and store.
 #pragma once
+#include "lora_linear_mask.cuh"
 #include "lora_linear_tiles.cuh"
 
 namespace lora_linear {
@@ -79,36 +80,15 @@ struct Consumer {
     }
   }
 
-  /// Backward: the mask's bits of this thread's elements, two for each pair of columns.
-  __device__ __forceinline__ void draw_mask(uint32_t (&bits)[N / 64], const dropout::Mask& mask, int m0, int n0) {
-    const int row = m0 + thread / 32 * 16 + thread % 32 / 4;
-    const dropout::RowKey keys[2] = {dropout::row_key(*mask.seed, row), dropout::row_key(*mask.seed, row + 8)};
-#pragma unroll
-    for (int i = 0; i < N / 64; ++i) {
-      bits[i] = 0;
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        const int pair = i * 16 + j, column = n0 + pair / 2 * 8 + thread % 4 * 2;
-        bits[i] |= dropout::keep_pair(keys[pair % 2], column / 2, mask.threshold) << (2 * j);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void apply_mask(const uint32_t (&bits)[N / 64], float inverse_keep) {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) acc[i] = bits[i / 32] >> (i % 32) & 1 ? acc[i] * inverse_keep : 0.f;
-  }
-
-  /// The low-rank product alone, masked.
-  __device__ __forceinline__ void low_rank_backward(const Params<T>& p, int low, int m0, int n0) {
+  /// Backward: the low-rank product alone, masked.
+  __device__ __forceinline__ void low_rank_backward(const Params<T>& p, int low, const TileMask<N>& mask) {
 #pragma unroll 1
     for (int i = 0; i < low - 1; ++i) next_tile<BLOCK_K / 16>(i > 0);
     short_tile(p.R - (low - 1) * BLOCK_K, low > 1);
     if (p.mask.threshold) {
-      uint32_t bits[N / 64];
-      draw_mask(bits, p.mask, m0, n0);
       finish_tiles();
-      apply_mask(bits, p.inverse_keep);
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) acc[i] = mask.keeps(i) ? acc[i] * p.inverse_keep : 0.f;
     }
   }
 
@@ -169,22 +149,53 @@ template <class T, class Config, Form FORM>
 __device__ __forceinline__ void consume(Shared<T, Config>& shared, const Maps& maps, const Params<T>& p) {
   const Tiles tiles = Tiles::of<Config>(p);
   Consumer<T, Config, FORM> consumer(shared);
-  for (int tile = blockIdx.x / CLUSTER; tile < tiles.count(); tile += gridDim.x / CLUSTER) {
+  const bool masked = FORM == Form::BACKWARD && tiles.low && p.mask.threshold;
+  const int64_t seed = masked ? *p.mask.seed : 0;
+  TileMask<Config::BLOCK_N> mask;  // of the next low-rank product
+  struct Place {
+    int m0, n0;
+  };
+  const auto locate = [&](int tile) -> Place {
     int pair, column;
     tiles.locate(tile, pair, column);
-    const int m0 = (pair * CLUSTER + ptx::cluster_rank()) * BLOCK_M + consumer.index * 64;
-    const int n0 = column * Config::BLOCK_N;
+    return {(pair * CLUSTER + static_cast<int>(ptx::cluster_rank())) * BLOCK_M + consumer.index * 64,
+            column * Config::BLOCK_N};
+  };
+  const auto begin_mask = [&](int tile) {
+    const int warp = consumer.thread / 32, lane = consumer.thread % 32;
+    const Place at = locate(tile);
+    mask.begin(seed, at.m0 + warp * 16 + lane / 4, at.n0 + lane % 4 * 2);
+  };
+  int tile = blockIdx.x / CLUSTER;
+  if (masked) {
+    begin_mask(tile);
+    mask.finish(p.mask.threshold);
+  }
+  while (tile < tiles.count()) {
     const bool masked_first = FORM == Form::BACKWARD && tiles.low;
-    if (masked_first) consumer.low_rank_backward(p, tiles.low, m0, n0);
+    if (masked_first) consumer.low_rank_backward(p, tiles.low, mask);
     consumer.template next_tile<BLOCK_K / 16>(masked_first);
-    uint32_t bias[Config::BLOCK_N / 64] = {};
-    if (FORM == Form::FORWARD) consumer.load_bias(bias, p, n0);  // arrives under the products
+    const int next = tile + gridDim.x / CLUSTER;
     const int full = tiles.base + (FORM == Form::FORWARD && tiles.low ? tiles.low - 1 : 0);
+    int i = 1;
+    if (masked && next < tiles.count()) {  // while this tile is multiplied
+      begin_mask(next);
 #pragma unroll 1
-    for (int i = 1; i < full; ++i) consumer.template next_tile<BLOCK_K / 16>();
+      for (; i < full && !mask.complete(); ++i) {
+        consumer.template next_tile<BLOCK_K / 16>();
+        mask.draw(p.mask.threshold);
+      }
+    }
+    const Place at = locate(tile);
+    uint32_t bias[Config::BLOCK_N / 64] = {};
+    if (FORM == Form::FORWARD) consumer.load_bias(bias, p, at.n0);  // arrives under the products
+#pragma unroll 1
+    for (; i < full; ++i) consumer.template next_tile<BLOCK_K / 16>();
     if (FORM == Form::FORWARD && tiles.low) consumer.short_tile(p.R - (tiles.low - 1) * BLOCK_K, true);
+    if (masked && next < tiles.count()) mask.finish(p.mask.threshold);
     consumer.finish_tiles();
-    consumer.store(maps, p, bias, m0, n0);
+    consumer.store(maps, p, bias, at.m0, at.n0);
+    tile = next;
   }
   if (consumer.thread == 0) ptx::bulk_wait<0>();
 }

@@ -95,19 +95,25 @@ MUTANTS = {
             "next_tile<BLOCK_K / 16>(false);",
             BACKWARD,
         ),
-        "mask's bits overlap": ("mask.threshold) << (2 * j);", "mask.threshold) << j;", MASKED),
-        "one row's mask for two": ("keys[pair % 2]", "keys[0]", MASKED),
-        "mask of the block's first columns": (
-            "const int pair = i * 16 + j, column = n0 + pair",
-            "const int pair = i * 16 + j, column = pair",
+        "mask of the block's first columns": ("at.n0 + lane % 4 * 2", "lane % 4 * 2", MASKED),
+        "the mask of the tile before": ("begin_mask(next);", "begin_mask(tile);", MASKED),
+        "the mask is not drawn to its end": (
+            "next < tiles.count()) mask.finish(p.mask.threshold);",
+            "next < 0) mask.finish(p.mask.threshold);",
             MASKED,
         ),
-        "1 / (1 - p) dropped": ("acc[i] * inverse_keep", "acc[i]", MASKED),
+        "1 / (1 - p) dropped": ("acc[i] * p.inverse_keep", "acc[i]", MASKED),
         "a base tile under the mask": (
-            "finish_tiles();\n      apply_mask",
-            "finish_tiles();\n      next_tile<4>();\n      apply_mask",
+            "finish_tiles();\n#pragma unroll",
+            "finish_tiles();\n      next_tile<4>();\n#pragma unroll",
             MASKED,
         ),
+    },
+    "csrc/lora_linear_mask.cuh": {
+        "mask's bits overlap": ("threshold) << (2 * i);", "threshold) << i;", MASKED),
+        "one row's mask for two": ("keys_[i % 2]", "keys_[0]", MASKED),
+        "columns drawn twice": ("pair_ += 8;", "pair_ += 4;", MASKED),
+        "words not pushed down": ("i + 1 < N / 64 ? words_[i + 1] : bits", "bits", MASKED),
     },
     "csrc/lora_linear_down.cuh": {
         "S used one unit early": (".ready(m0 / BLOCK_M)) < units)", ".ready(m0 / BLOCK_M)) + 1 < units)", DOWN),
