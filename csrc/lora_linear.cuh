@@ -42,16 +42,16 @@ __global__ void __launch_bounds__(THREADS, 1)
     ptx::mbarrier_fence_init();
   }
   ptx::cluster_sync();
-  // Registers are dealt by warpgroup, 168 each at first: (40 + 2 · 232) or (96 + 2 · 200) in place of 3 · 168.
+  // Registers are dealt by warpgroup, 168 each at first: (40 + 2 · 232) in place of 3 · 168, unless S needs its share.
   if (threadIdx.x < 128) {
-    ptx::registers_decrease<DOWN_RANKS ? 96 : 40>();
+    if (!DOWN_RANKS) ptx::registers_decrease<40>();
     if (threadIdx.x == 0) {
       produce<T, Config, FORM, (DOWN_RANKS > 0)>(shared, maps, p);
     } else if (DOWN_RANKS && threadIdx.x >= 32) {
       down<DOWN_RANKS ? DOWN_RANKS : 16>(p);
     }
   } else {
-    ptx::registers_increase<DOWN_RANKS ? 200 : 232>();
+    if (!DOWN_RANKS) ptx::registers_increase<232>();
     consume<T, Config, FORM>(shared, maps, p);
   }
   // The producer's warp comes together again: the barrier below is for whole warps.

@@ -35,7 +35,7 @@ __device__ __forceinline__ uint4 load8(const T* row, int k, int K) {
 /// over k has no order of its own. Rows past M and ranks past R repeat the last one; nobody stores them.
 template <int RANKS, class T>
 __device__ __forceinline__ void down_rows(float (&sum)[RANKS / 16][4], const Params<T>& p, int m0) {
-  constexpr int STEPS = RANKS > 16 ? 1 : 4;  // whose loads are in flight together: what 96 registers hold
+  constexpr int STEPS = RANKS > 16 ? 3 : 8;  // whose loads are in flight together: what 168 registers hold
   const int lane = threadIdx.x % 32, q = lane / 4, t = lane % 4;
   const int row = min(m0 + q, p.M - 1);
   const bool masked = p.mask.threshold != 0;
@@ -104,8 +104,10 @@ template <class T>
 __device__ __forceinline__ void wait_for_down(const Params<T>& p, int m0) {
   if (m0 >= p.M) return;
   const uint32_t units = (min(p.M - m0, BLOCK_M) + DOWN_ROWS - 1) / DOWN_ROWS;
-  while (ptx::load_acquire(Workspace{p.workspace}.ready(m0 / BLOCK_M)) < units) {
+  const uint32_t* ready = Workspace{p.workspace}.ready(m0 / BLOCK_M);
+  while (ptx::load_relaxed(ready) < units) {
   }
+  ptx::load_acquire(ready);  // once: each one empties the L1 cache, under the loads of S
   ptx::fence_async_global();
 }
 

@@ -157,6 +157,13 @@ PTX void store_global(uint16_t* to, uint16_t value) { *to = value; }
 /// Stores 16 bytes to shared memory that asynchronous copies will read or overwrite, after fence_async_shared.
 PTX void store_shared_16(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }
 
+/// For a loop that waits: orders nothing.
+PTX uint32_t load_relaxed(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
 PTX uint32_t load_acquire(const uint32_t* flag) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");

@@ -156,6 +156,12 @@ inline void store_shared_16(void* to, uint4 value) {
   }
   *static_cast<uint4*>(to) = value;
 }
+inline uint32_t load_relaxed(const uint32_t* flag) {
+  Unseen unseen;
+  self().waited = true;
+  emulator::yield();
+  return *flag;
+}
 inline uint32_t load_acquire(const uint32_t* flag) {
   Unseen unseen;
   self().waited = true;

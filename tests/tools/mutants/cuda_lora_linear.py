@@ -116,13 +116,14 @@ MUTANTS = {
         "words not pushed down": ("i + 1 < N / 64 ? words_[i + 1] : bits", "bits", MASKED),
     },
     "csrc/lora_linear_down.cuh": {
-        "S used one unit early": (".ready(m0 / BLOCK_M)) < units)", ".ready(m0 / BLOCK_M)) + 1 < units)", DOWN),
+        "S used one unit early": ("load_relaxed(ready) < units)", "load_relaxed(ready) + 1 < units)", DOWN),
         "S stored without a proxy fence": ("    ptx::fence_async_global();  // TMA will", "    // TMA will", DOWN),
         "S read without a proxy fence": (
             "  ptx::fence_async_global();\n}\n\n}  // namespace",
             "}\n\n}  // namespace",
             DOWN,
         ),
+        "S's counter read without an order": ("  ptx::load_acquire(ready);", "  //", RACES),
         "counters left as they are": ("workspace.words[i] = 0;", "workspace.words[i] += 0;", DOWN),
         "counters reset by the first to leave": (
             "workspace.finished(), 1) + 1 < gridDim.x",
@@ -160,20 +161,20 @@ MUTANTS = {
             RACES,
         ),
         "more registers than there are": (
-            "ptx::registers_increase<DOWN_RANKS ? 200 : 232>()",
-            "ptx::registers_increase<DOWN_RANKS ? 216 : 240>()",
+            "ptx::registers_increase<232>()",
+            "ptx::registers_increase<240>()",
         ),
         "fewer registers given back": (
-            "ptx::registers_decrease<DOWN_RANKS ? 96 : 40>()",
-            "ptx::registers_decrease<DOWN_RANKS ? 104 : 48>()",
+            "ptx::registers_decrease<40>()",
+            "ptx::registers_decrease<48>()",
         ),
         "one thread gives registers back": (
-            "    ptx::registers_decrease<",
-            "    if (threadIdx.x == 0) ptx::registers_decrease<",
+            "if (!DOWN_RANKS) ptx::registers_decrease",
+            "if (!threadIdx.x) ptx::registers_decrease",
         ),
         "one warp gives registers back": (
-            "    ptx::registers_decrease<",
-            "    if (threadIdx.x < 32) ptx::registers_decrease<",
+            "if (!DOWN_RANKS) ptx::registers_decrease",
+            "if (threadIdx.x < 32) ptx::registers_decrease",
         ),
         "the producer's warp arrives in parts": ("  __syncwarp();\n", ""),
         "barriers not shown to the other block": ("    ptx::mbarrier_fence_init();\n", ""),
