@@ -39,7 +39,7 @@ test-oldest: .venv/oldest
 # Against AdapterHub's library, which pins an older transformers.
 test-adapters: .venv/adapters
 	PYTHONPATH=$(CURDIR)/.venv/adapters $(PY) -c "import adapters"
-	PYTHONPATH=$(CURDIR)/.venv/adapters $(PYTEST) tests/integrations/adapters/test_library.py
+	PYTHONPATH=$(CURDIR)/.venv/adapters $(PYTEST) tests/integrations/adapters
 
 # On a GPU that computes nothing: host time, launches, synchronisations, memory and capture of PyTorch's CUDA build.
 test-nullgpu: .venv-nullgpu/ready

@@ -7,7 +7,7 @@ from tests.support.models import FAMILIES, build, close, logits
 
 adapters = pytest.importorskip("adapters", reason="adapters is not installed: make test-adapters")
 
-__all__ = ["FAMILIES", "FORMS", "IMPOSSIBLE", "PRESETS", "adapters", "bottleneck", "build", "close", "logits", "theirs"]
+__all__ = ["ALL", "CASES", "PRESETS", "adapters", "bottleneck", "build", "close", "loaded", "logits", "theirs"]
 
 PRESETS = {
     "seq_bn": lambda: adapters.SeqBnConfig(reduction_factor=4),
@@ -50,6 +50,8 @@ IMPOSSIBLE = {(name, "residual between") for name in FAMILIES if name not in ("b
     ("qwen2", "without the norm after"),
     ("qwen2", "its own norm after instead"),
 }
+ALL = {**PRESETS, **FORMS}
+CASES = [(name, form) for name in FAMILIES for form in ALL if (name, form) not in IMPOSSIBLE]
 
 
 def theirs(name: str, config) -> torch.nn.Module:
@@ -63,4 +65,13 @@ def theirs(name: str, config) -> torch.nn.Module:
         for path, parameter in model.named_parameters():
             if "adapters.a." in path:
                 parameter.add_(torch.randn(parameter.shape) / 3)
+    return model.eval()
+
+
+def loaded(name, folder, **settings):
+    """The library's model with the adapter from a folder active."""
+    model = build(name)
+    adapters.init(model)
+    adapter = model.load_adapter(str(folder), **settings)
+    model.set_active_adapters(adapter)
     return model.eval()
