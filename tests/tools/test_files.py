@@ -21,7 +21,6 @@ LONGER = {
     "tests/cuda/emulator/machine.h",
     "tests/cuda/emulator/ptx_emulated.h",
     "tests/cuda/multi_lora/test_multi_lora.py",
-    "tests/integrations/test_training.py",
     "tests/methods/bottleneck/test_attach.py",
     "tests/methods/lora/test_module.py",
     "tests/methods/lora/test_sharing.py",
