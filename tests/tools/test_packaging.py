@@ -160,6 +160,7 @@ def test_transformers_from_the_root_with_the_kernels_package(checkout, stub):
     assert run(FORWARD, checkout, PYTHONPATH=str(stub)).split() == ["True", str(stub / "kernels" / "__init__.py")]
 
 
+@pytest.mark.thorough
 def test_transformers_breaks_if_kernels_has_an_init(checkout, stub, tmp_path):
     """Why kernels/__init__.py is forbidden, and proof that the test above can fail."""
     copy = shutil.copytree(checkout, tmp_path / "copy")

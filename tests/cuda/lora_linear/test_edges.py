@@ -146,6 +146,7 @@ def test_refuses_rows_over_each_other(gpu):
         gpu.forward(x, *zeros((4, 16), (1, 4), (4, 4)))
 
 
+@pytest.mark.slow
 def test_races(tmp_path):
     """Every form once under ThreadSanitizer."""
     done = build.run(build.build(build.HERE / "race.cpp", tmp_path / "race", "-g1", "-O1", "-fsanitize=thread"))

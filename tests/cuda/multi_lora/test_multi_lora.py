@@ -394,6 +394,7 @@ def test_any_problem(gpu, data):
     assert_exact(with_slots(p, mapping))
 
 
+@pytest.mark.slow
 def test_races(tmp_path):
     """Both paths once under ThreadSanitizer."""
     program = build.build(build.HERE / "race_multi_lora.cpp", tmp_path / "race", "-g1", "-O1", "-fsanitize=thread")

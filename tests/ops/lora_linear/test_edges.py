@@ -149,6 +149,7 @@ def test_checkpointing_draws_the_same_mask_again(backend, reentrant):
     assert torch.allclose((dx * p.x).sum(), (y * p.dys[0]).sum(), rtol=1e-4)
 
 
+@pytest.mark.slow
 @each_backend
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(data=st.data())

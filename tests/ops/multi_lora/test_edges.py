@@ -249,6 +249,7 @@ def test_seeds_are_drawn_where_none_are_given(backend):
     assert not torch.equal(*draw(1))  # every slice has its own mask
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_any_problem(data):

@@ -198,6 +198,8 @@ def test_the_bundled_model_is_found_or_named(monkeypatch):
     assert encoder.path_of("org/model") == "org/model"
 
 
+@pytest.mark.thorough
+@pytest.mark.slow
 def test_whole_demo(tiny_bert, tmp_path):
     """`fastpeft demo --quick`: the table, the sentences, the picture, and an adapter that plain PEFT reads."""
     out = tmp_path / "out"

@@ -39,6 +39,8 @@ def test_every_method_starts_as_the_model_and_learns(name, tiny_bert):
     assert len(set(sizes.values())) == 1, "PEFT's and ours train different numbers of parameters"
 
 
+@pytest.mark.thorough
+@pytest.mark.slow
 def test_tuning_sees_no_test_text_and_judges_what_was_not_learnt(tiny_bert, monkeypatch, capsys):
     seen = []
 
@@ -70,6 +72,7 @@ def test_tuning_sees_no_test_text_and_judges_what_was_not_learnt(tiny_bert, monk
     assert "best 0.1" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_whole_demo(tiny_bert, tmp_path, capsys):
     out = tmp_path / "out"
     chosen = [word for name in ("prompt", "norms", "5 % of rows") for word in ("--method", name)]

@@ -22,6 +22,8 @@ from tests.support.models import llama
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 
 
+@pytest.mark.thorough
+@pytest.mark.slow
 def test_from_end_to_end_and_again_from_its_own_folder(tmp_path, capsys):
     """Made on the spot; then the model that the first run has saved, as `--model` takes any other."""
     first, second = tmp_path / "first", tmp_path / "second"
