@@ -10,10 +10,13 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from . import _check, _device
 
 ORDER = ("cuda", "triton", "reference")
 UNASKED = "cuda, unasked"  # the reason against cuda where nobody asked for it
@@ -27,6 +30,7 @@ def choose(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
     """The backend that serves ``op`` for these facts.
 
     Args:
+        op: the public name, for errors.
         requested: a backend's name, or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
         reasons: for each backend the function that returns None, or why it cannot serve the facts; for ``UNASKED``
             one that returns None where cuda is to be taken without being asked for.
@@ -35,30 +39,58 @@ def choose(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
     Raises:
         ValueError: no such backend, or it cannot serve the call.
     """
-    requested = requested or os.environ.get("FASTPEFT_BACKEND") or None
+    source = "backend"
+    if requested is None:
+        source, requested = "FASTPEFT_BACKEND", os.environ.get("FASTPEFT_BACKEND") or None
     if requested is None:
         # Triton's interpreter serves CPU tensors, but only those who ask for it: it proves kernels, slowly.
-        order = ORDER if facts[0].device.type != "cpu" else ("reference",)
-        return next(name for name in order if _against(name, reasons, facts) is None)
-    if requested not in ORDER:
-        raise ValueError(f"{op}: backend={requested!r}, expected one of {', '.join(ORDER)}")
+        if facts[0].device.type == "cpu":
+            return "reference"
+        return next(name for name in ORDER if _against(name, reasons, facts) is None)
+    _check.one_of(op, source, requested, ORDER)
     reason = reasons[requested](*facts)
     if reason is not None:
         raise ValueError(f"{op}: backend={requested!r} cannot serve this call: {reason}")
     return requested
 
 
-def explain(op: str, requested: str | None, reasons: Reasons, *facts) -> str:
-    """The choice for these facts, its kernel configurations, and the reasons against the other backends."""
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call, and why not the others. ``str`` is all of it as text, a line for each fact.
+
+    Attributes:
+        op: the op's name, as in ``fastpeft.ops``.
+        backend: which serves the call: "cuda", "triton" or "reference".
+        configuration: a line for each kernel that the call runs, with its tile sizes; empty where PyTorch serves.
+        reasons: for every other backend why it does not serve the call, or that it would if asked to.
+    """
+
+    op: str
+    backend: str
+    configuration: tuple[str, ...]
+    reasons: Mapping[str, str]
+
+    def __str__(self) -> str:
+        others = (f"{name}: {reason}" for name, reason in self.reasons.items())
+        return "\n  ".join([f"{self.op}: served by {self.backend}", *others, *self.configuration])
+
+
+def explain(op: str, page: str, requested: str | None, reasons: Reasons, *facts) -> Explanation:
+    """The choice for these facts, its kernel configurations, and the reasons against the other backends.
+
+    Args:
+        op: a public name; page: the basename of the files that implement it.
+        requested, reasons, facts: as in ``choose``.
+    """
     chosen = choose(op, requested, reasons, *facts)
-    lines = [f"{op}: served by {chosen}"]
+    against = {}
     for name in ORDER:
         if name != chosen:
             found = reasons[name](*facts)
             unasked = None if found else _against(name, reasons, facts)
-            lines.append(f"  {name}: {found or 'can serve this call'}{f', if asked to: {unasked}' if unasked else ''}")
-    describe = getattr(load(op, chosen), "describe", None)
-    return "\n".join(lines + ([f"  {line}" for line in describe(*facts)] if describe else []))
+            against[name] = f"{found or 'can serve this call'}{f', if asked to: {unasked}' if unasked else ''}"
+    describe = getattr(load(page, chosen), "describe", None)
+    return Explanation(op, chosen, tuple(describe(*facts)) if describe else (), against)
 
 
 def _against(name: str, reasons: Reasons, facts: tuple) -> str | None:
@@ -106,15 +138,9 @@ def interpreting() -> bool:
 
 
 @_constant
-def capability(device_index: int) -> int:
-    """Compute capability as one number: 80, 90, ..."""
-    return _capability(device_index)
-
-
-@functools.cache
-def _capability(device_index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(device_index)
-    return 10 * major + minor
+def capability(device: torch.device) -> int:
+    """Compute capability of a CUDA device as one number: 80, 90, ..."""
+    return _device.capability(device)
 
 
 @functools.cache
@@ -132,7 +158,7 @@ def triton_reason(device: torch.device, oldest: int = 80) -> str | None:
     if missing is not None:
         return missing
     if device.type == "cuda":
-        found = capability(torch.cuda.current_device() if device.index is None else device.index)
+        found = capability(device)
         return f"sm_{found} < sm_{oldest}" if found < oldest else None
     if device.type == "cpu" and interpreting():
         return None
@@ -146,7 +172,7 @@ def cuda_reason(x: torch.Tensor, capabilities: str, fits: Callable[[int], bool])
         return missing
     if x.device.type != "cuda":
         return f"device {x.device.type} (the kernels of fastpeft._C run on CUDA devices)"
-    found = capability(torch.cuda.current_device() if x.device.index is None else x.device.index)
+    found = capability(x.device)
     if not fits(found):
         return f"sm_{found}, expected {capabilities}"
     return cuda_unusable()
@@ -160,7 +186,7 @@ def cuda_unasked(op: str, x: torch.Tensor, n: int, rank: int) -> str | None:
         return f"no measurement says that it is faster ({where} is empty)"
     if not x.is_cuda or cuda_missing() is not None:
         return None  # there are better reasons
-    found, k = capability(torch.cuda.current_device() if x.device.index is None else x.device.index), x.shape[-1]
+    found, k = capability(x.device), x.shape[-1]
     sizes = x.numel() // max(1, k), k, n, rank
     if choice.measured(op, found, *sizes) is None:
         return f"{where} has no measurement on sm_{found} for M, K, N, R = {sizes}"

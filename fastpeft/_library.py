@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._check import PLAIN
+
 _LIBRARY = torch.library.Library("fastpeft", "DEF")
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def register_op(
@@ -113,11 +114,11 @@ def _plain_tensors(args: Sequence, places: Sequence[int]) -> list[Tensor] | None
     tensors = []
     for place in places:
         arg = args[place]
-        if type(arg) in _PLAIN:
+        if type(arg) in PLAIN:
             tensors.append(arg)
         elif isinstance(arg, (list, tuple)):
             tensors.extend(arg)
-            if not all(type(t) in _PLAIN for t in arg):
+            if not all(type(t) in PLAIN for t in arg):
                 return None
         elif arg is not None:
             return None
@@ -126,6 +127,19 @@ def _plain_tensors(args: Sequence, places: Sequence[int]) -> list[Tensor] | None
 
 def _count(arg: Tensor | Sequence[Tensor] | None) -> int:
     return 1 if isinstance(arg, Tensor) else 0 if arg is None else len(arg)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts a call on x to, or None: it is off, x is float64, or on the meta device, which has none."""
+    device_type = x.device.type
+    if device_type == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def cast(value, dtype: torch.dtype, kept: torch.dtype | None = None):
+    """A tensor in ``dtype``, except one of the dtype ``kept``; anything else as it is, for a check to refuse."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype != kept else value
 
 
 def _without_autocast(implementation: Callable) -> Callable:

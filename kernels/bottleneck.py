@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bottleneck_backward import run as run_backward
+from .bottleneck_backward import run as backward
 from .bottleneck_launch import (
     DECODE,
+    EPS,
     STEPS,
     blocks_of,
     config,
@@ -34,6 +35,8 @@ from .bottleneck_launch import (
 )
 from .bottleneck_tiles import activate, add_bias, dot, finish, project, row_stats, rows_of, slot_of
 from .launch import capability, launch, math, split
+
+__all__ = ["backward", "config", "describe", "empty_kept", "forward", "needs_x"]
 
 FUSED_WIDTH, FUSED_WIDTH_WIDE = 256, 64  # the hidden tile and a weight's tile side by side, without spills
 FUSED_BLOCKS = 128  # blocks of rows from which one kernel keeps a GPU busy; below, two of more programs each
@@ -57,7 +60,7 @@ def _fused_kernel(
     r = tl.arange(0, BLOCK_R).to(tl.int64)
     mean, rstd = tl.zeros((BLOCK_M,), ACC), tl.zeros((BLOCK_M,), ACC)
     if NORM != "":
-        mean, rstd = row_stats(x_ptr, row, m_ok, K, tl.load(numbers_ptr + 1), stride_x, NORM, ACC, BLOCK_M, BLOCK_K)
+        mean, rstd = row_stats(x_ptr, row, m_ok, K, tl.load(numbers_ptr + EPS), stride_x, NORM, ACC, BLOCK_M, BLOCK_K)
         tl.store(stats_ptr + m, mean, mask=m_ok)
         tl.store(stats_ptr + stride_stats + m, rstd, mask=m_ok)
     z = project(
@@ -98,7 +101,7 @@ def _hidden_kernel(
     r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mean, rstd = tl.zeros((BLOCK_M,), ACC), tl.zeros((BLOCK_M,), ACC)
     if NORM != "":
-        mean, rstd = row_stats(x_ptr, row, m_ok, K, tl.load(numbers_ptr + 1), stride_x, NORM, ACC, BLOCK_M, BLOCK_K)
+        mean, rstd = row_stats(x_ptr, row, m_ok, K, tl.load(numbers_ptr + EPS), stride_x, NORM, ACC, BLOCK_M, BLOCK_K)
         first_program = m_ok & (tl.zeros_like(m) + pid_r + pid_p == 0)
         tl.store(stats_ptr + m, mean, mask=first_program)
         tl.store(stats_ptr + stride_stats + m, rstd, mask=first_program)
@@ -153,37 +156,14 @@ def _hidden_up_kernel(
     )  # fmt: skip
 
 
-def forward(x: Tensor, weights, residual: Tensor | None, settings, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, weights, residual: Tensor | None, settings, seed: Tensor | None, routing
+) -> tuple[Tensor, Tensor]:
     """y, and where there is a norm the rows' means and reciprocal deviations ``[2, M]``.
 
-    ``weights``, ``settings`` and below ``routing`` are ``fastpeft.reference``'s Weights, Settings and Routing.
+    ``weights``, ``settings`` and ``routing`` are ``fastpeft.reference``'s Weights, Settings and Routing, or None. With
+    a routing each slot's rows have their own weights; a row without an adapter is its residual, or 0.
     """
-    return _forward(x, weights, residual, settings, seed, None)
-
-
-def grouped_forward(
-    x: Tensor, weights, residual: Tensor | None, settings, seeds: Tensor | None, routing
-) -> tuple[Tensor, Tensor]:
-    """``forward`` of each slot's rows; a row without an adapter is its residual, or 0."""
-    return _forward(x, weights, residual, settings, seeds, routing)
-
-
-def backward(dy: Tensor, x: Tensor, kept: Tensor, weights, settings, seed: Tensor | None, needs: tuple[bool, ...]):
-    """dx and the gradient of every one of the ``weights``; None where ``needs``, in this order, does not ask for it."""
-    return run_backward(dy, x, kept, weights, settings, seed, None, needs)
-
-
-def grouped_backward(dy, x, kept, weights, settings, seeds, routing, needs):
-    """``backward`` of each slot's rows. The gradients of slots without rows are 0."""
-    return run_backward(dy, x, kept, weights, settings, seeds, routing, needs)
-
-
-def needs_x(needs: tuple[bool, ...], norm: bool) -> bool:
-    """Whether ``backward`` reads x: always, since it computes h again."""
-    return any(needs)
-
-
-def _forward(x, weights, residual, settings, seed, routing):
     (m, k), hidden, n = x.shape, weights.down.shape[-2], weights.up.shape[-2]
     residual = x if settings.own else residual
     dtype = x.dtype if residual is None else residual.dtype
@@ -208,6 +188,11 @@ def _forward(x, weights, residual, settings, seed, routing):
         ACTIVATION=settings.activation, NORM=norm, DROPOUT=seed is not None, GROUPED=routing is not None,
     )  # fmt: skip
     return y, stats
+
+
+def needs_x(needs: tuple[bool, ...], norm: bool) -> bool:
+    """Whether ``backward`` reads x: always, since it computes h again."""
+    return any(needs)
 
 
 def _hidden_and_up(x, weights, residual, settings, seed, routing, y, stats):

@@ -1,10 +1,24 @@
 """The backward kernels of bottleneck and their launchers; see ``bottleneck.py``."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .bottleneck_launch import blocks_of, config, factor_of, norm_of, numbers_of, seed_stride, strides_of, tables_of
+from .bottleneck_launch import (
+    FACTOR,
+    THRESHOLD,
+    blocks_of,
+    config,
+    factor_of,
+    norm_of,
+    numbers_of,
+    seed_stride,
+    strides_of,
+    tables_of,
+)
 from .bottleneck_tiles import activate, add_bias, column_sum, dot, normalised, project, rows_of, slope, slot_of
 from .dropout import keep_tile
 from .launch import capability, launch, math, reduce_partials, split
@@ -47,7 +61,7 @@ def _hidden_backward_kernel(
         g = tl.load(dy_tile, mask=m_ok[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         if DROPOUT:
             seed = tl.load(seed_ptr + slot * stride_seed)
-            threshold = tl.load(numbers_ptr + 2).to(tl.int32)
+            threshold = tl.load(numbers_ptr + THRESHOLD).to(tl.int32)
             g = tl.where(keep_tile(seed, threshold, drawn, n0, BLOCK_K), g, 0.0).to(g.dtype)
         if scale_ptr is not None:
             scale_tile = scale_ptr + slot * stride_scale[0] + n * stride_scale[1]
@@ -55,7 +69,7 @@ def _hidden_backward_kernel(
         u_tile = u_ptr + slot * stride_u[0] + n[:, None] * stride_u[1] + r[None, :] * stride_u[2]
         u = tl.load(u_tile, mask=(n < N)[:, None] & r_ok[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
         dh = dot(g, u, dh, PRECISION)
-    dz = dh * tl.load(numbers_ptr) * slope(z, ACTIVATION)
+    dz = dh * tl.load(numbers_ptr + FACTOR) * slope(z, ACTIVATION)
     tl.store(dz_ptr + h_tile, dz, mask=h_ok)
     if NORM != "":  # the sums over k of dẑ and of dẑ ∘ x̂, as sums over r; those over other blocks of r are added later
         dw = tl.load(dw_ptr + slot * stride_zb + r, mask=r_ok, other=0.0)
@@ -137,7 +151,7 @@ def _weight_gradient_kernel(
             x = normalised(x, mean, rstd, NORM, ACC)
         if DROPOUT:
             seed = tl.load(seed_ptr + pid_p * stride_seed)
-            threshold = tl.load(numbers_ptr + 2).to(tl.int32)
+            threshold = tl.load(numbers_ptr + THRESHOLD).to(tl.int32)
             x = tl.where(keep_tile(seed, threshold, m - start, pid_k * BLOCK_K, BLOCK_K), x, 0.0).to(x.dtype)
         acc = dot(tl.trans(x.to(s.dtype)), s, acc, PRECISION)
         if s_sum_ptr is not None:
@@ -152,7 +166,13 @@ def _weight_gradient_kernel(
         tl.store(x_sum_ptr + pid_p * stride_x_sum + k, x_sum, mask=k < tl.where(pid_r == 0, K, 0))
 
 
-def run(dy, x, stats, weights, settings, seed, routing, needs):
+def run(
+    dy: Tensor, x: Tensor, stats: Tensor, weights, settings, seed: Tensor | None, routing, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """dx and the gradient of every one of the ``weights``; None where ``needs``, in this order, does not ask for it.
+
+    ``stats`` is what ``forward`` kept. The gradients of slots without rows are 0.
+    """
     need_x, need_down, need_down_bias, need_up, need_up_bias, need_scale, need_norm, need_norm_bias = needs
     dz, h, means = _hidden_backward(dy, x, stats, weights, settings, seed, routing)
     dx = _dx(dz, x, stats, means, dy, weights, settings, routing) if need_x else None

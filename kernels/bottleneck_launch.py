@@ -4,9 +4,10 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from .dropout import threshold
+from .._mask import LANES, threshold
 from .launch import Config, math
 
 STEPS = ("fused", "hidden", "up", "hidden_backward", "dx", "outer")
@@ -39,12 +40,16 @@ def norm_of(weights, settings) -> str:
 
 def factor_of(scale: float, dropout: float) -> float:
     """Of what the mask keeps."""
-    return scale * 65536 / (65536 - threshold(dropout))
+    return scale * LANES / (LANES - threshold(dropout))
 
 
 def numbers_of(settings, x: Tensor, weight: Tensor) -> Tensor:
     """``[3]``: the branch's factor, eps, and the threshold of the mask."""
     return _numbers_table(settings.scale, settings.eps, settings.dropout, math(x, weight).torch, x.device)
+
+
+# What ``numbers_of`` holds, in this order.
+FACTOR, EPS, THRESHOLD = map(tl.constexpr, range(3))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .bottleneck_launch import FACTOR, THRESHOLD
 from .dropout import keep_tile
 
 
@@ -166,9 +167,9 @@ def finish(
         u += tl.load(ub_ptr + n * stride_ub[1], mask=n < N, other=0.0).to(ACC)[None, :]
     if scale_ptr is not None:
         u *= tl.load(scale_ptr + n * stride_scale[1], mask=n < N, other=0.0).to(ACC)[None, :]
-    u *= tl.load(numbers_ptr)
+    u *= tl.load(numbers_ptr + FACTOR)
     if DROPOUT:
-        threshold = tl.load(numbers_ptr + 2).to(tl.int32)
+        threshold = tl.load(numbers_ptr + THRESHOLD).to(tl.int32)
         u = tl.where(keep_tile(tl.load(seed_ptr), threshold, drawn, n0, BLOCK_K), u, 0.0)
     if res_ptr is not None:
         u += tl.load(res_ptr + row[:, None] * stride_res[0] + n[None, :] * stride_res[1], mask=y_ok, other=0.0).to(ACC)

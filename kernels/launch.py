@@ -1,7 +1,6 @@
-"""What every launcher needs: the branch table, launch options, and the fixed-order sum of partial results."""
+"""What every launcher needs: configurations, launch options, and the fixed-order sum of partial results."""
 
 import contextlib
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import threshold
+from .. import _device
 
 # Enough programs to fill a large GPU twice. A constant, not the device's count: bits must not depend on the board.
 TARGET_PROGRAMS = 264
@@ -58,35 +57,9 @@ def math(x: Tensor, a: Tensor) -> Math:
     return Math(torch.float32, tl.float32, "ieee" if x.dtype == a.dtype else "tf32x3")
 
 
-@functools.lru_cache(maxsize=4096)
-def branch_table(
-    ranks: tuple[int, ...],
-    scales: tuple[float, ...],
-    dropouts: tuple[float, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """``[P, 5]``: first column, past-the-end column, scale, 1 / (1 - p), threshold of every branch.
-
-    Kernels read these as data, so a new alpha, rank or dropout compiles nothing.
-    """
-    rows, start = [], 0
-    for rank, scale, dropout in zip(ranks, scales, dropouts, strict=True):
-        dropped = threshold(dropout)
-        rows.append([start, start + rank, scale, 65536 / (65536 - dropped), dropped])
-        start += rank
-    return torch.tensor(rows, dtype=dtype, device=device)
-
-
-@functools.cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 def capability(tensor: Tensor) -> int:
     """Compute capability of the tensor's device, 80, 90, ...; 0 in the interpreter."""
-    return _capability(tensor.device.index) if tensor.is_cuda else 0
+    return _device.capability(tensor.device)
 
 
 @contextlib.contextmanager

@@ -12,215 +12,22 @@ data and on K, R and the tile's size, never on the other tokens. Sums cut along 
 
 from collections.abc import Sequence
 
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .dropout import keep_tile
-from .launch import Config, launch, math
+from .launch import math
+from .multi_lora_backward import run as backward
+from .multi_lora_products import DECODE, add_expanded, config, planes, ranks_of, write_shrunk
 
-DECODE = 16  # tokens a tile where weights, not tokens, are what there is to read
-
-
-def config(step: str, columns: int, dtype: torch.dtype, tile: int, dropout: bool = False) -> Config:
-    """The tile sizes of ``step`` for S with so many columns and tiles of ``tile`` tokens: the largest without spills.
-
-    Dropout's masks take registers too; one more pipeline stage or fewer decides on some architectures.
-    """
-    block_r = min(max(16, triton.next_power_of_2(columns)), 64)
-    wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
-    if step == "shrink":
-        if wide:
-            return (
-                Config(tile, 32, block_r, 4, 1) if dropout else Config(tile, 32, block_r, 8 if tile > DECODE else 4, 3)
-            )
-        return Config(tile, 128 if tile <= DECODE else 64, block_r, 4, 3)
-    if step == "expand":
-        if wide:
-            return Config(tile, 32 if dropout else 64, 16, 4, 2)
-        if dropout:
-            return Config(tile, 128 if tile <= DECODE else 64, min(block_r, 32), 8, 2)
-        return Config(tile, 64, 16, 4, 2) if tile <= DECODE else Config(tile, 64, min(block_r, 32), 8, 2)
-    if step == "outer":
-        return Config(32, 64, min(block_r, 32), 8 if wide else 4, 2)
-    raise ValueError(f"config: step is {step!r}, expected shrink, expand or outer")
+__all__ = ["add_", "backward", "config", "describe", "expand_", "forward", "planes", "shrink"]
 
 
-def planes(k: int, tile: int) -> int:
-    """Into how many sums x's columns are cut: by K alone, so that a token's bits do not depend on the batch."""
-    return min(16, triton.cdiv(k, 256)) if tile <= DECODE else min(4, triton.cdiv(k, 1024))
-
-
-@triton.jit
-def _rank(rank_ptr, index, largest, RANKS: tl.constexpr):
-    """A slot's true rank; a table that claims more than there is, or less than none, is not believed."""
-    rank = largest
-    if RANKS:
-        rank = tl.minimum(tl.maximum(tl.load(rank_ptr + index), 0), largest)
-    return rank
-
-
-@triton.jit
-def _tile(order_ptr, starts_ptr, tiles_ptr, stride_tiles, index, slot, BLOCK_M: tl.constexpr):
-    """A tile's places in the order, the place of its slot's first token, its tokens, and which of them exist."""
-    start = tl.load(starts_ptr + slot).to(tl.int64)
-    m = tl.load(tiles_ptr + stride_tiles + index).to(tl.int64) + tl.arange(0, BLOCK_M)
-    m_ok = m < tl.load(starts_ptr + slot + 1)
-    return m, start, tl.load(order_ptr + m, mask=m_ok, other=0).to(tl.int64), m_ok
-
-
-@triton.jit
-def _shrink_kernel(
-    x_ptr, a_ptrs, s_ptr, order_ptr, starts_ptr, tiles_ptr, scale_ptr, rank_ptr, threshold_ptr, seed_ptr,
-    stride_tiles, K, SPAN, firsts, sizes, stride_scale, stride_rank, stride_seed,
-    stride_xm, stride_xk, strides_as, strides_ar, strides_ak, stride_sp, stride_sm, stride_sr,
-    SLICES: tl.constexpr, RANKS: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    pid_m, pid_r, pid_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    slot = tl.load(tiles_ptr + pid_m).to(tl.int64)
-    if slot < 0:
-        return
-    m, start, token, m_ok = _tile(order_ptr, starts_ptr, tiles_ptr, stride_tiles, pid_m, slot, BLOCK_M)
-    column = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    first = pid_p * SPAN
-    k = first + tl.arange(0, BLOCK_K)
-    x_tile = x_ptr + token[:, None] * stride_xm + k[None, :] * stride_xk  # [BLOCK_M, BLOCK_K]
-    # Columns of several slices lie in one tile of A: each takes its pointer, step, rank and scale from its own slice.
-    a_tile = a_ptrs[0] + slot * strides_as[0] + k[:, None] * strides_ak[0] + column[None, :] * strides_ar[0]
-    block_k = tl.full((BLOCK_R,), BLOCK_K, tl.int64)  # times a stride: past 2**31 when columns lie far apart
-    step = block_k * strides_ak[0]
-    r_ok = column < _rank(rank_ptr, slot, sizes[0], RANKS)
-    scale = tl.full((BLOCK_R,), 1.0, ACC) * tl.load(scale_ptr + slot)
-    for p in tl.static_range(1, SLICES):
-        mine, r = column >= firsts[p], column - firsts[p]
-        other = a_ptrs[p] + slot * strides_as[p] + k[:, None] * strides_ak[p] + r[None, :] * strides_ar[p]
-        a_tile = tl.where(mine[None, :], other, a_tile)  # [BLOCK_K, BLOCK_R]
-        step = tl.where(mine, block_k * strides_ak[p], step)
-        r_ok = tl.where(mine, r < _rank(rank_ptr, p * stride_rank + slot, sizes[p], RANKS), r_ok)
-        scale = tl.where(mine, tl.load(scale_ptr + p * stride_scale + slot), scale)
-    if tl.sum(r_ok.to(tl.int32), 0) == 0:
-        return
-    acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
-    x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
-    for k0 in range(first, tl.minimum(first + SPAN, K), BLOCK_K):
-        k_ok = k0 + tl.arange(0, BLOCK_K) < K
-        x = tl.load(x_tile, mask=m_ok[:, None] & k_ok[None, :], other=0.0)
-        a = tl.load(a_tile, mask=k_ok[:, None] & r_ok[None, :], other=0.0)
-        if DROPOUT:
-            threshold = tl.load(threshold_ptr + slot)
-            for p in tl.static_range(SLICES):
-                keep = keep_tile(tl.load(seed_ptr + p * stride_seed + slot), threshold, m - start, k0, BLOCK_K)
-                mine = (column >= firsts[p]) & (column < firsts[p] + sizes[p])
-                a_p = tl.where(mine[None, :], a, 0.0).to(a.dtype)
-                kept = tl.where(keep, x, 0.0).to(a.dtype)
-                acc = tl.dot(kept, a_p, acc, input_precision=PRECISION, out_dtype=ACC)
-        else:
-            acc = tl.dot(x.to(a.dtype), a, acc, input_precision=PRECISION, out_dtype=ACC)
-        x_tile += x_step
-        a_tile += step[None, :]
-    if DROPOUT:
-        scale = scale * _inverse_keep(threshold_ptr, slot, ACC)
-    s_tile = s_ptr + pid_p * stride_sp + m[:, None] * stride_sm + column[None, :] * stride_sr
-    tl.store(s_tile, acc * scale[None, :], mask=m_ok[:, None] & r_ok[None, :])
-
-
-@triton.jit
-def _inverse_keep(threshold_ptr, slot, ACC: tl.constexpr):
-    return tl.full((), 65536.0, ACC) / (65536 - tl.load(threshold_ptr + slot)).to(ACC)
-
-
-@triton.jit
-def _low_rank(
-    s_ptr, b_ptr, m, m_ok, k, N, rank, stride_sp, stride_sm, stride_sr, stride_bk, stride_br,
-    PLANES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
-    for r0 in range(0, rank, BLOCK_R):
-        r = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)
-        s_tile = s_ptr + m[:, None] * stride_sm + r[None, :] * stride_sr  # [BLOCK_M, BLOCK_R]
-        b_tile = b_ptr + r[:, None] * stride_br + k[None, :] * stride_bk  # [BLOCK_R, BLOCK_K]
-        s_ok = m_ok[:, None] & (r < rank)[None, :]
-        s = tl.load(s_tile, mask=s_ok, other=0.0)
-        for plane in tl.static_range(1, PLANES):
-            s += tl.load(s_tile + tl.full((), plane, tl.int64) * stride_sp, mask=s_ok, other=0.0)
-        b = tl.load(b_tile, mask=(r < rank)[:, None] & (k < N)[None, :], other=0.0)
-        acc = tl.dot(s, b.to(ACC), acc, input_precision=PRECISION, out_dtype=ACC)
-    return acc
-
-
-@triton.jit
-def _expand_kernel(
-    s_ptr, b_ptrs, y_ptrs, order_ptr, starts_ptr, tiles_ptr, rank_ptr, threshold_ptr, seed_ptr,
-    stride_tiles, firsts, sizes, widths, blocks, stride_rank, stride_seed,
-    stride_sp, stride_sm, stride_sr, strides_bs, strides_bk, strides_br, strides_ym, strides_yk,
-    SLICES: tl.constexpr, SUM: tl.constexpr, PLANES: tl.constexpr, RANKS: tl.constexpr, DROPOUT: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    pid_m, pid_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    slot = tl.load(tiles_ptr + pid_m).to(tl.int64)
-    if slot < 0:
-        return
-    m, start, token, m_ok = _tile(order_ptr, starts_ptr, tiles_ptr, stride_tiles, pid_m, slot, BLOCK_M)
-    total = tl.zeros((BLOCK_M, BLOCK_K), ACC)
-    for p in tl.static_range(SLICES):
-        block = pid_k if SUM else pid_k - blocks[p]
-        if (block >= 0) & (block * BLOCK_K < widths[p]):  # always so in a sum
-            k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-            acc = _low_rank(
-                s_ptr + firsts[p] * stride_sr, b_ptrs[p] + slot * strides_bs[p], m, m_ok, k, widths[p],
-                _rank(rank_ptr, p * stride_rank + slot, sizes[p], RANKS),
-                stride_sp, stride_sm, stride_sr, strides_bk[p], strides_br[p],
-                PLANES, ACC, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
-            )  # fmt: skip
-            if DROPOUT:
-                seed, threshold = tl.load(seed_ptr + p * stride_seed + slot), tl.load(threshold_ptr + slot)
-                keep = keep_tile(seed, threshold, m - start, block * BLOCK_K, BLOCK_K)
-                acc = tl.where(keep, acc * _inverse_keep(threshold_ptr, slot, ACC), 0.0)
-            if SUM:
-                total += acc
-            else:
-                y_tile = y_ptrs[p] + token[:, None] * strides_ym[p] + k[None, :] * strides_yk[p]
-                y_ok = m_ok[:, None] & (k < widths[p])[None, :]
-                tl.store(y_tile, tl.load(y_tile, mask=y_ok, other=0.0).to(ACC) + acc, mask=y_ok)
-    if SUM:
-        k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-        y_tile = y_ptrs[0] + token[:, None] * strides_ym[0] + k[None, :] * strides_yk[0]
-        tl.store(y_tile, total, mask=m_ok[:, None] & (k < widths[0])[None, :])
-
-
-@triton.jit
-def _outer_kernel(
-    s_ptr, x_ptr, g_ptr, order_ptr, starts_ptr, rank_ptr, threshold_ptr, seed_ptr,
-    K, R, stride_sm, stride_sr, stride_xm, stride_xk, stride_gs, stride_gr, stride_gk,
-    RANKS: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    pid_k, pid_r, slot = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    r_ok = r < _rank(rank_ptr, slot, R, RANKS)
-    acc = tl.zeros((BLOCK_K, BLOCK_R), ACC)
-    start, stop = tl.load(starts_ptr + slot), tl.load(starts_ptr + slot + 1)
-    for m0 in range(start, stop, BLOCK_M):
-        m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
-        token = tl.load(order_ptr + m, mask=m < stop, other=0).to(tl.int64)
-        x_tile = x_ptr + token[:, None] * stride_xm + k[None, :] * stride_xk
-        s_tile = s_ptr + m[:, None] * stride_sm + r[None, :] * stride_sr
-        x = tl.load(x_tile, mask=(m < stop)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        s = tl.load(s_tile, mask=(m < stop)[:, None] & r_ok[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
-        if DROPOUT:
-            seed, threshold = tl.load(seed_ptr + slot), tl.load(threshold_ptr + slot)
-            keep = keep_tile(seed, threshold, m - start, pid_k * BLOCK_K, BLOCK_K)
-            x = tl.where(keep, x, 0.0)
-        acc = tl.dot(tl.trans(x.to(ACC)), s, acc, input_precision=PRECISION, out_dtype=ACC)
-    if DROPOUT:
-        acc = acc * _inverse_keep(threshold_ptr, slot, ACC)
-    g_tile = g_ptr + slot * stride_gs + k[:, None] * stride_gk + r[None, :] * stride_gr
-    tl.store(g_tile, acc, mask=(k < K)[:, None] & (r < R)[None, :])
+def forward(
+    ys: Sequence[Tensor], x: Tensor, lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], routing, slots
+) -> Tensor:
+    """``y_p += S_p B_pᵀ`` for each token that has an adapter, in place; returns S as ``shrink`` does."""
+    s = shrink(x, lora_as, routing, slots)
+    expand_(ys, s, lora_bs, routing, slots)
+    return s
 
 
 def shrink(x: Tensor, lora_as: Sequence[Tensor], routing, slots) -> Tensor:
@@ -230,125 +37,25 @@ def shrink(x: Tensor, lora_as: Sequence[Tensor], routing, slots) -> Tensor:
     written.
     """
     acc, parts = math(x, lora_as[0]), planes(x.shape[1], routing.tile)
-    s = x.new_empty(parts, x.shape[0], sum(_ranks(lora_as)), dtype=acc.torch)
-    _shrink(x, lora_as, s, routing, slots)
+    s = x.new_empty(parts, x.shape[0], sum(ranks_of(lora_as)), dtype=acc.torch)
+    write_shrunk(x, lora_as, s, routing, slots)
     return s
 
 
 def expand_(ys: Sequence[Tensor], s: Tensor, lora_bs: Sequence[Tensor], routing, slots) -> None:
     """``y_p += S_p B_pᵀ`` for each token that has an adapter, in place."""
-    _expand(ys, s, lora_bs, routing, slots._replace(thresholds=None), total=False)
+    add_expanded(ys, s, lora_bs, routing, slots._replace(thresholds=None), total=False)
 
 
 def add_(ys: Sequence[Tensor], x: Tensor, lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], routing, slots) -> None:
-    """``expand_`` of ``shrink``."""
-    expand_(ys, shrink(x, lora_as, routing, slots), lora_bs, routing, slots)
-
-
-def expand_backward(
-    dys: Sequence[Tensor], s: Tensor | None, lora_bs: Sequence[Tensor], routing, slots, need_ds: bool, need_db: bool
-) -> tuple[Tensor | None, list[Tensor] | None]:
-    """``dS_p = scale_p · dY_p B_p`` as ``[1, T, R]`` and, for every p, ``dB_p = dY_pᵀ S_p`` of each slot."""
-    slots, ds, dbs = slots._replace(thresholds=None), None, None
-    ranks = [b.shape[2] for b in lora_bs]
-    if need_ds:
-        acc = math(dys[0], lora_bs[0])
-        ds = dys[0].new_empty(1, dys[0].shape[0], sum(ranks), dtype=acc.torch)
-        for p, (dy, b, ds_p) in enumerate(zip(dys, lora_bs, ds.split(ranks, 2), strict=True)):
-            parts = planes(dy.shape[1], routing.tile)
-            partial = ds_p if parts == 1 else ds.new_empty(parts, *ds_p.shape[1:])
-            _shrink(dy, [b.mT], partial, routing, slots.of(p))
-            if parts > 1:
-                torch.sum(partial, 0, keepdim=True, out=ds_p)
-    if need_db:
-        s = s[0] if s.shape[0] == 1 else s.sum(0)
-        dbs = [
-            _outer(s_p, dy, routing, slots.of(p), b.dtype).mT.contiguous()
-            for p, (s_p, dy, b) in enumerate(zip(s.split(ranks, 1), dys, lora_bs, strict=True))
-        ]
-    return ds, dbs
-
-
-def shrink_backward(
-    ds: Tensor, x: Tensor, lora_as: Sequence[Tensor], routing, slots, need_dx: bool, need_da: bool
-) -> tuple[Tensor | None, list[Tensor] | None]:
-    """``dX = Σ_p mask_p ∘ (dS_p A_p) / (1 - p)`` and, for every p, ``dA_p = dS_pᵀ drop_p(x)`` of each slot."""
-    dx = das = None
-    if need_dx:
-        dx = torch.zeros_like(x, memory_format=torch.contiguous_format)  # tokens without an adapter stay 0
-        _expand([dx], ds, [a.mT for a in lora_as], routing, slots, total=True)
-    if need_da:
-        parts = ds[0].split(_ranks(lora_as), 1)
-        das = [_outer(ds_p, x, routing, slots.of(p), a.dtype) for p, (ds_p, a) in enumerate(zip(parts, lora_as))]
-    return dx, das
-
-
-def _shrink(x, lora_as, s, routing, slots):
-    k, columns, acc = x.shape[1], s.shape[2], math(x, lora_as[0])
-    c = config("shrink", columns, lora_as[0].dtype, routing.tile, slots.thresholds is not None)
-    span = triton.cdiv(triton.cdiv(k, s.shape[0]), c.block_k) * c.block_k
-    tiles, ranks = routing.tiles.shape[1], _ranks(lora_as)
-    launch(
-        _shrink_kernel, (tiles, triton.cdiv(columns, c.block_r), s.shape[0]), c, acc,
-        x, tuple(lora_as), s, routing.order, routing.starts, routing.tiles, *slots,
-        routing.tiles.stride(0), k, span, _firsts(ranks), tuple(ranks), *_strides(slots),
-        *x.stride(), *_transposed(lora_as), *s.stride(),
-        SLICES=len(lora_as), RANKS=slots.ranks is not None, DROPOUT=slots.thresholds is not None,
-    )  # fmt: skip
-
-
-def _expand(ys, s, lora_bs, routing, slots, total):
-    widths, ranks = tuple(b.shape[1] for b in lora_bs), [b.shape[2] for b in lora_bs]
-    acc, dropout = math(s, lora_bs[0]), slots.thresholds is not None
-    c = config("expand", max(ranks), lora_bs[0].dtype, routing.tile, dropout)
-    blocks, tiles = [triton.cdiv(width, c.block_k) for width in widths], routing.tiles.shape[1]
-    launch(
-        _expand_kernel, (tiles, blocks[0] if total else sum(blocks)), c, acc,
-        s, tuple(lora_bs), tuple(ys), routing.order, routing.starts, routing.tiles, *slots[1:],
-        routing.tiles.stride(0), _firsts(ranks), tuple(ranks), widths, _firsts(blocks), *_strides(slots)[1:],
-        *s.stride(), *_transposed(lora_bs), *zip(*(y.stride() for y in ys), strict=True),
-        SLICES=len(lora_bs), SUM=total, PLANES=s.shape[0], RANKS=slots.ranks is not None, DROPOUT=dropout,
-    )  # fmt: skip
-
-
-def _outer(s, x, routing, slots, dtype):
-    """``Sᵀ drop(x)`` of each slot: ``[slots, R, K]``."""
-    k, rank, acc, c = x.shape[1], s.shape[1], math(x, s), config("outer", s.shape[1], x.dtype, routing.tile)
-    g = x.new_empty(routing.slots, rank, k, dtype=dtype)
-    launch(
-        _outer_kernel, (triton.cdiv(k, c.block_k), triton.cdiv(rank, c.block_r), routing.slots), c, acc,
-        s, x, g, routing.order, routing.starts, *slots[1:], k, rank,
-        *s.stride(), *x.stride(), *g.stride(),
-        RANKS=slots.ranks is not None, DROPOUT=slots.thresholds is not None,
-    )  # fmt: skip
-    return g
+    """``forward`` where nobody asks for S."""
+    forward(ys, x, lora_as, lora_bs, routing, slots)
 
 
 def describe(x: Tensor, lora_as: Sequence[Tensor], *_) -> list[str]:
     """The kernel configurations of a call, for ``fastpeft.explain``: few tokens a tile, and many."""
-    columns, dtype, lines = sum(_ranks(lora_as)), lora_as[0].dtype, []
+    columns, dtype, lines = sum(ranks_of(lora_as)), lora_as[0].dtype, []
     for tile in (DECODE, 4 * DECODE):
         lines += [f"{step}: {config(step, columns, dtype, tile)}" for step in ("shrink", "expand", "outer")]
         lines.append(f"K={x.shape[-1]} in {planes(x.shape[-1], tile)} sums")
     return lines
-
-
-def _ranks(lora_as: Sequence[Tensor]) -> list[int]:
-    return [a.shape[1] for a in lora_as]
-
-
-def _firsts(sizes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sum(sizes[:p]) for p in range(len(sizes)))
-
-
-def _transposed(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """Strides of each dimension, over the slices."""
-    return list(zip(*(t.stride() for t in tensors), strict=True))
-
-
-def _strides(slots) -> list[int]:
-    """From one slice's scales, ranks and seeds to the next's."""
-    return [
-        0 if table is None or table.dim() == 1 else table.stride(0)
-        for table in (slots.scales, slots.ranks, slots.seeds)
-    ]

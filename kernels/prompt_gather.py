@@ -21,6 +21,9 @@ from torch import Tensor
 from .launch import on_device, reduce_partials, split
 
 BLOCK_T = 1024  # positions of the mask read at a time
+# What ``rows`` holds of every row of the batch, in this order, and how much that is.
+PROMPT, OFFSET, FIRST, COUNT = map(tl.constexpr, range(4))
+FIELDS = tl.constexpr(4)
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,10 @@ def _gather_kernel(
     if LEFT:
         offset += W - size - count
     if pid_m == 0:
-        tl.store(rows_ptr + b * 4, p)
-        tl.store(rows_ptr + b * 4 + 1, offset)
-        tl.store(rows_ptr + b * 4 + 2, first)
-        tl.store(rows_ptr + b * 4 + 3, count)
+        tl.store(rows_ptr + b * FIELDS + PROMPT, p)
+        tl.store(rows_ptr + b * FIELDS + OFFSET, offset)
+        tl.store(rows_ptr + b * FIELDS + FIRST, first)
+        tl.store(rows_ptr + b * FIELDS + COUNT, count)
 
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     place = m - offset
@@ -142,8 +145,8 @@ def _prompt_backward_kernel(
     first = pid_p * SPAN
     for i in range(first, tl.minimum(first + SPAN, B)):
         b = tl.zeros((), tl.int64) + i
-        rows = tl.where(tl.load(rows_ptr + b * 4) == p, size, 0)
-        offset = tl.load(rows_ptr + b * 4 + 1)
+        rows = tl.where(tl.load(rows_ptr + b * FIELDS + PROMPT) == p, size, 0)
+        offset = tl.load(rows_ptr + b * FIELDS + OFFSET)
         dy_tile = dy_ptr + b * stride_yb + (offset + m)[:, None] * stride_ym + k[None, :] * stride_yk
         acc += tl.load(dy_tile, mask=(m < rows)[:, None] & (k < D)[None, :], other=0.0).to(ACC)
     dp_tile = dp_ptr + pid_p * S * D + (start + m)[:, None] * D + k[None, :]
@@ -160,8 +163,8 @@ def _source_backward_kernel(
     b, pid_m, pid_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # positions in the input
     k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    p, offset = tl.load(rows_ptr + b * 4), tl.load(rows_ptr + b * 4 + 1)
-    first, count = tl.load(rows_ptr + b * 4 + 2), tl.load(rows_ptr + b * 4 + 3)
+    p, offset = tl.load(rows_ptr + b * FIELDS + PROMPT), tl.load(rows_ptr + b * FIELDS + OFFSET)
+    first, count = tl.load(rows_ptr + b * FIELDS + FIRST), tl.load(rows_ptr + b * FIELDS + COUNT)
     start = tl.load(starts_ptr + p, mask=p >= 0, other=0)
     size = tl.load(starts_ptr + p + 1, mask=p >= 0, other=0) - start
     inside = (m >= first) & (m < first + count)
@@ -177,7 +180,7 @@ def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int64, device=device)
 
 
-def gather(
+def forward(
     prompts: Tensor,
     lengths: Sequence[int],
     prompt_ids: Tensor,
@@ -197,7 +200,7 @@ def gather(
     kind = torch.int64 if attention_mask is None else attention_mask.dtype
     mask, positions = (source.new_empty(b, width, dtype=dtype) for dtype in (kind, torch.int64))
     y_labels = None if labels is None else source.new_empty(b, width, dtype=torch.int64)
-    rows = source.new_empty(b, 4, dtype=torch.int64)
+    rows = source.new_empty(b, FIELDS.value, dtype=torch.int64)
     grid = b, max(1, triton.cdiv(width, c.block_m))  # without places, still the rows
     strides = [(0, 0) if o is None else o.stride() for o in (ids, attention_mask, position_ids, labels)]
     with on_device(source):
@@ -214,6 +217,20 @@ def gather(
                 **c.options,
             )  # fmt: skip
     return y, mask, positions, y_labels, rows
+
+
+def backward(
+    dy: Tensor,
+    rows: Tensor,
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    tokens: int,
+    need_prompts: bool,
+    need_source: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dprompts ``[S, D]`` in ``dtype`` and dx ``[B, tokens, D]``; None where it is not needed."""
+    dprompts = prompt_backward(dy, rows, lengths, dtype) if need_prompts else None
+    return dprompts, source_backward(dy, rows, lengths, tokens) if need_source else None
 
 
 def prompt_backward(dy: Tensor, rows: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:

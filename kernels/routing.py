@@ -65,7 +65,7 @@ def _tile_kernel(
     tl.store(tiles_ptr + TILES + index, m.to(tl.int32), mask=first)
 
 
-def route(token_slots: Tensor, slots: int, tile: int, tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward(token_slots: Tensor, slots: int, tile: int, tiles: int) -> tuple[Tensor, Tensor, Tensor]:
     """``order [T]``, ``starts [slots + 1]`` and ``tiles [2, tiles]`` of ``fastpeft.reference.Routing``, int32."""
     (t,) = token_slots.shape
     order, starts, table = (

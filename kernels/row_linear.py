@@ -6,6 +6,7 @@ that are cut into parts go through partial results added in a fixed order.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -49,14 +50,18 @@ def _gathered_outer_kernel(
     tl.store(g_tile, acc, mask=(r < R)[:, None] & (k < K)[None, :])
 
 
-def row_gradient(dy: Tensor, x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dY[:, index]ᵀ x``: ``[n, K]`` in ``dtype``. An index outside dY's columns gives a row of zeros."""
-    return _gathered_outer(dy, x, index, index.shape[0], dtype)
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x Wᵀ + bias``: PyTorch's GEMM in every backend, since the live weight holds the trained part."""
+    return F.linear(x, weight, bias)
 
 
-def column_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``dYᵀ x`` of an x that holds the chosen columns alone: ``[N, n]`` in ``dtype``."""
-    return _gathered_outer(dy, x, None, dy.shape[1], dtype)
+def backward(dy: Tensor, x: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The trained part's gradient in ``dtype``.
+
+    ``dY[:, index]ᵀ x`` ``[n, K]`` for rows; an index outside dY's columns gives a row of zeros. Without an index
+    ``dYᵀ x`` ``[N, n]``, for columns: x then holds the chosen ones alone.
+    """
+    return _gathered_outer(dy, x, index, dy.shape[1] if index is None else index.shape[0], dtype)
 
 
 def _gathered_outer(dy, x, index, rows, dtype):

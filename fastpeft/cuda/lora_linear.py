@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._mask import inverse_keep, threshold
+
 DTYPES = (torch.bfloat16, torch.float16)  # in the order of csrc's numbers
 TILES = ("128x256", "128x128")
 MAX_RANK = 256
@@ -97,11 +99,15 @@ def _with_s_inside(x, weight, a, b, bias, scale, dropout, seeds):
     return [y], s
 
 
-def up_backward(dy, s, b, scale, need_ds, need_db):
-    """As ``fastpeft.kernels.lora_linear.up_backward``."""
+def backward(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds, need_dx, need_da, need_db):
+    """As ``fastpeft.kernels.lora_linear.backward``."""
     from ..kernels import lora_linear
 
-    return lora_linear.up_backward(dy, s, b, scale, need_ds, need_db)
+    dx = das = None
+    ds, dbs = lora_linear.ups_backward(dys, s, lora_bs, scales, need_dx or need_da, need_db)
+    if ds is not None:
+        dx, das = down_backward(ds, x, lora_as, dropouts, seeds, need_dx, need_da, dys, weights)
+    return dx, das, dbs
 
 
 def down_backward(
@@ -118,7 +124,7 @@ def down_backward(
     """dX, the base's part included, and dA of every projection."""
     from ..kernels import lora_linear
 
-    own_masks = len(lora_as) > 1 and any(map(_threshold, dropouts))
+    own_masks = len(lora_as) > 1 and any(map(threshold, dropouts))
     base = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if weight.numel()]
     fused = next((pair for pair in base if all(map(_fits, pair))), None) if need_dx and not own_masks else None
     dx, das = lora_linear.down_backward(ds, x, lora_as, dropouts, seeds, need_dx and fused is None, need_da)
@@ -170,19 +176,13 @@ def _rows(*matrices: Tensor) -> list[int]:
 
 
 def _mask(dropout: float, seeds: Tensor) -> tuple[int, int, float]:
-    dropped = _threshold(dropout)
-    return seeds.data_ptr() if dropped else 0, dropped, 65536 / (65536 - dropped)
+    dropped = threshold(dropout)
+    return seeds.data_ptr() if dropped else 0, dropped, inverse_keep(dropout)
 
 
 def _start(bias: Tensor) -> int:
     """Of a vector of adjacent elements, which the caller keeps until the launch; 0 for none."""
     return bias.data_ptr() if bias.numel() else 0
-
-
-def _threshold(dropout: float) -> int:
-    from ..kernels.dropout import threshold
-
-    return threshold(dropout)
 
 
 def describe(x: Tensor, lora_as: Sequence[Tensor], weights: Sequence[Tensor | None] = (), *_) -> list[str]:

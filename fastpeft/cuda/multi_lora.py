@@ -67,7 +67,7 @@ def add_(ys: Sequence[Tensor], x: Tensor, lora_as: Sequence[Tensor], lora_bs: Se
     _run(ys, x, lora_as, lora_bs, routing, slots, None)
 
 
-def add_keeping_(
+def forward(
     ys: Sequence[Tensor], x: Tensor, lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], routing, slots
 ) -> Tensor:
     """``add_``, which also returns S for the backward pass: ``[1, T, R]``, R summed over the slices."""
@@ -76,18 +76,11 @@ def add_keeping_(
     return s
 
 
-def expand_backward(dys, s, lora_bs, routing, slots, need_ds, need_db):
-    """As ``fastpeft.kernels.multi_lora.expand_backward``."""
+def backward(dys, x, s, lora_as, lora_bs, routing, slots, need_dx, need_da, need_db):
+    """As ``fastpeft.kernels.multi_lora.backward``."""
     from ..kernels import multi_lora
 
-    return multi_lora.expand_backward(dys, s, lora_bs, routing, slots, need_ds, need_db)
-
-
-def shrink_backward(ds, x, lora_as, routing, slots, need_dx, need_da):
-    """As ``fastpeft.kernels.multi_lora.shrink_backward``."""
-    from ..kernels import multi_lora
-
-    return multi_lora.shrink_backward(ds, x, lora_as, routing, slots, need_dx, need_da)
+    return multi_lora.backward(dys, x, s, lora_as, lora_bs, routing, slots, need_dx, need_da, need_db)
 
 
 def _run(ys, x, lora_as, lora_bs, routing, slots, s):
@@ -137,7 +130,7 @@ def _extension():
 def _capability(x: Tensor) -> int:
     from .. import _backend
 
-    return _backend.capability(x.device.index)
+    return _backend.capability(x.device)
 
 
 def _place(x: Tensor) -> tuple[int, int]:

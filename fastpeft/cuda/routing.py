@@ -3,8 +3,8 @@
 from torch import Tensor
 
 
-def route(token_slots: Tensor, slots: int, tile: int, tiles: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``fastpeft.kernels.routing.route``."""
+def forward(token_slots: Tensor, slots: int, tile: int, tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``fastpeft.kernels.routing.forward``."""
     from ..kernels import routing
 
-    return routing.route(token_slots, slots, tile, tiles)
+    return routing.forward(token_slots, slots, tile, tiles)

@@ -5,23 +5,21 @@ notice: adapters, scales, dropout modules, hooks, replaced weights. Nothing here
 PEFT's attributes.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
 
 from .. import ops
+from .._check import PLAIN
 from ..nn.sharing import Branch
 
-_PLAIN = frozenset({Tensor, nn.Parameter})
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _DEVICES = frozenset({"cpu", "cuda"})
-_EMPTY: dict[str, object] = {}
+_EMPTY = {}
 
 
-def plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
+def plan(layer: nn.Module, x: Tensor | None = None) -> list[Branch] | str:
     """One branch for each active adapter of ``layer``, the first with the base layer; or why PEFT serves the call.
 
     Args:
@@ -39,10 +37,10 @@ def plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
     if _intercepted(base):
         return "base_layer has hooks or a replaced forward"
     weight = _own(base, "weight")
-    if type(weight) not in _PLAIN:
+    if type(weight) not in PLAIN:
         return f"base_layer.weight is {_name(weight)}, not a plain tensor"
     branches = _branches(layer, modules, weight if kind is nn.Linear else weight.T, _own(base, "bias"))
-    if isinstance(branches, str):
+    if type(branches) is str:
         return branches
     return _unfit(layer, weight if x is None else x, weight, branches) or _transformed() or branches
 
@@ -66,13 +64,13 @@ def run(x: Tensor, branches: list[Branch]) -> Tensor:
     return sum(deltas, y)
 
 
-def is_conv1d(module: object) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Exactly transformers' Conv1D, whose weight is ``[K, N]``."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def _branches(layer: Any, modules: dict, weight: Any, bias: Tensor | None) -> list[Branch] | str:
+def _branches(layer: nn.Module, modules: dict, weight: Tensor, bias: Tensor | None) -> list[Branch] | str:
     active = layer._active_adapter
     downs, ups, drops = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     variants = getattr(layer, "lora_variant", _EMPTY)
@@ -95,7 +93,7 @@ def _branches(layer: Any, modules: dict, weight: Any, bias: Tensor | None) -> li
             return f"adapter {name!r}: lora_dropout is {_name(drop)}, neither nn.Dropout nor nn.Identity"
         if _intercepted(down) or _intercepted(up) or _intercepted(drop):
             return f"adapter {name!r} has hooks or a replaced forward on its inner modules"
-        if not isinstance(scale, (float, int)) and not (type(scale) in _PLAIN and scale.dim() == 0):
+        if not isinstance(scale, (float, int)) and not (type(scale) in PLAIN and scale.dim() == 0):
             return f"adapter {name!r}: scaling is {scale!r}, neither a number nor a tensor without dimensions"
         a, b, lora_bias = _own(down, "weight"), _own(up, "weight"), _own(up, "bias")
         found.append(Branch(weight, a, b, bias, scale, dropout, lora_bias))
@@ -103,8 +101,8 @@ def _branches(layer: Any, modules: dict, weight: Any, bias: Tensor | None) -> li
     return found or "no adapter is active"
 
 
-def _unfit(layer: Any, x: Tensor, weight: Tensor, branches: list[Branch]) -> str | None:
-    if type(x) not in _PLAIN:
+def _unfit(layer: nn.Module, x: Tensor, weight: Tensor, branches: list[Branch]) -> str | None:
+    if type(x) not in PLAIN:
         return f"the input is {_name(x)}, not a plain tensor"
     device, dtype, base_dtype = x.device, x.dtype, weight.dtype
     adapter_dtype = branches[0].lora_a.dtype
@@ -114,7 +112,7 @@ def _unfit(layer: Any, x: Tensor, weight: Tensor, branches: list[Branch]) -> str
         return f"the input is on {device}, base_layer on {weight.device}"
     for branch in branches:
         a, b = branch.lora_a, branch.lora_b
-        if type(a) not in _PLAIN or type(b) not in _PLAIN:
+        if type(a) not in PLAIN or type(b) not in PLAIN:
             return f"the adapter's weights are {_name(a)} and {_name(b)}, not plain tensors"
         if a.dtype != adapter_dtype or b.dtype != adapter_dtype:
             return "the adapters' weights differ in dtype"
@@ -162,7 +160,7 @@ def _intercepted(module: nn.Module) -> bool:
     )
 
 
-def _own(module: Any, name: str) -> Any:
+def _own(module: nn.Module, name: str) -> Tensor | None:
     """A parameter, past nn.Module's slow ``__getattr__``; DataParallel's replicas hold theirs as plain attributes."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)

@@ -8,13 +8,11 @@ needs every adapter's projection, stochastic depth in training, activations with
 forward; ``fastpeft.report(model)`` says which layers, and why. Adapters that are added later need another call.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _check, ops
+from .. import ops
 from . import _fusable
 
 try:
@@ -40,11 +38,7 @@ _ACTIVATIONS = {
 }
 
 
-# For checkers: the fields and the forward that both kinds inherit are the library's.
-_Base: Any = object
-
-
-class _Fused(_Base):
+class _Fused:
     """The forward of both kinds. ``fastpeft_fusion``: the holder's AdapterFusion layers, in a tuple so that they do not
     become a child."""
 
@@ -82,15 +76,11 @@ class _Fused(_Base):
 
     def fastpeft_backend(self) -> str:
         """The backend for an x of one row."""
-        found = _layers(self)
-        if isinstance(found, str):
-            return found
-        down = found[1]
+        _, down, _ = _layers(self)
         try:
-            text = ops.explain("bottleneck", down.weight.new_empty(1, down.in_features), down.weight)
+            return ops.explain("bottleneck", down.weight.new_empty(1, down.in_features), down.weight).backend
         except ValueError as error:  # FASTPEFT_BACKEND asks for one that cannot serve
             return str(error)
-        return text.splitlines()[0].rpartition(" ")[2]
 
 
 class FastAdapter(_Fused, Adapter):
@@ -115,16 +105,14 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
     """Serve the bottleneck adapters of a model of ``adapters`` by the fused op, in place; calling it again is no harm.
 
     Args:
-        model: after ``adapters.init``, or any module with such adapters inside.
         strict: raise if any adapter, AdapterFusion or invertible adapter would keep the library's own forward.
 
     Returns:
         The same model: same parameters, names, state dict, ``save_adapter``.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it has no bottleneck adapter, or with ``strict`` some are not fused, and why. Nothing has been
-            changed then.
+        TypeError, ValueError: not a module, no bottleneck adapter in it, or with ``strict`` what is not fused and why.
+            Nothing has been changed then.
     """
     layers, fusions = _adapters("accelerate", model), _fusions(model)
     if strict:
@@ -142,18 +130,7 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate``: every adapter is the library's own again.
-
-    Args:
-        model: as ``accelerate`` was given.
-
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it has no bottleneck adapter.
-    """
+    """Undo ``accelerate``: every adapter is the library's own again. Returns the same model."""
     for layer in _adapters("restore", model).values():
         layer.__class__ = _SLOW.get(type(layer), type(layer))
         layer.__dict__.pop("fastpeft_fusion", None)
@@ -172,7 +149,7 @@ def unfused(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def plan(layer: Adapter, x: Tensor | None = None, fusion: nn.ModuleDict | None = None) -> str | None:
+def plan(layer: Adapter, x: Tensor | None = None, fusion: nn.Module | None = None) -> str | None:
     """Why the library's own forward serves this layer, or None.
 
     Args:
@@ -198,7 +175,7 @@ def plan(layer: Adapter, x: Tensor | None = None, fusion: nn.ModuleDict | None =
     weights = [p for module in (down, layer.adapter_up, norm) if module for p in module.parameters()]
     x = down.weight if x is None else x
     for tensor in (x, *weights):
-        if type(tensor) not in _fusable._PLAIN:
+        if type(tensor) not in _fusable.PLAIN:
             return f"a tensor is {type(tensor).__name__}, not a plain tensor"
         if tensor.device != x.device or x.device.type not in _fusable._DEVICES:
             return f"device {tensor.device} beside {x.device}"
@@ -224,12 +201,7 @@ def _layers(layer: Adapter) -> tuple[nn.LayerNorm | None, nn.Linear, str | None]
 
 
 def _run(layer: Adapter, x: Tensor, residual: Tensor | None) -> Tensor:
-    found = _layers(layer)
-    if isinstance(found, str):
-        raise RuntimeError(f"accelerate: an adapter has changed since it was asked: {found}")
-    norm, down, activation = found
-    if activation is None:
-        raise RuntimeError("accelerate: an adapter's activation has changed since it was asked")
+    norm, down, activation = _layers(layer)
     up, drop = layer.adapter_up, layer.dropout
     return ops.bottleneck(
         x, down.weight, down.bias, up.weight, up.bias, residual, activation, layer.scaling,
@@ -240,7 +212,7 @@ def _run(layer: Adapter, x: Tensor, residual: Tensor | None) -> Tensor:
 
 def _adapters(op: str, model: nn.Module) -> dict[str, Adapter]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model is {_check.shown(model)}, expected a torch.nn.Module")
+        raise TypeError(f"{op}: model is {type(model).__name__}, expected a torch.nn.Module")
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
     if not layers:
         raise ValueError(f"{op}: model has no bottleneck adapter of the adapters library {adapters.__version__}")
@@ -249,7 +221,7 @@ def _adapters(op: str, model: nn.Module) -> dict[str, Adapter]:
 
 def _fusions(model: nn.Module) -> dict[str, nn.ModuleDict]:
     """For each adapter's path the AdapterFusion layers beside it."""
-    found: dict[str, nn.ModuleDict] = {}
+    found = {}
     for path, module in model.named_modules():
         fusion, inner = getattr(module, "adapter_fusion_layer", None), getattr(module, "adapters", None)
         if isinstance(fusion, nn.ModuleDict) and isinstance(inner, nn.ModuleDict):

@@ -119,7 +119,6 @@ def _backend(module: nn.Module) -> str:
     lora_a = next(p for name, p in module.named_parameters() if "lora_A" in name)
     x = weight.new_empty(1, lora_a.shape[1])
     try:
-        text = ops.explain("lora_linear", x, weight, lora_a)
+        return ops.explain("lora_linear", x, weight, lora_a).backend
     except ValueError as error:  # FASTPEFT_BACKEND asks for one that cannot serve
         return str(error)
-    return text.splitlines()[0].rpartition(" ")[2]

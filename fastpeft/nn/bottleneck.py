@@ -76,9 +76,9 @@ class BottleneckAdapter(nn.Module):
         name = "BottleneckAdapter"
         self.features = _check.positive(name, "features", features)
         self.bottleneck = _check.positive(name, "bottleneck", bottleneck)
-        _one_of("activation", activation, ACTIVATIONS)
-        _one_of("norm", norm, (None, *NORMS))
-        _one_of("init", init, INITS)
+        _check.one_of(name, "activation", activation, ACTIVATIONS)
+        _check.one_of(name, "norm", norm, (None, *NORMS))
+        _check.one_of(name, "init", init, INITS)
         self.activation, self.norm, self.init = activation, norm, init
         self.residual_first, self.parallel = residual_first, parallel
         self.eps = _check.finite(name, "eps", eps)
@@ -94,7 +94,7 @@ class BottleneckAdapter(nn.Module):
         parameter("up_weight", features, bottleneck)
         parameter("up_bias", features, wanted=bias)
         if isinstance(scale, str):
-            _one_of("scale", scale, SCALES)
+            _check.one_of(name, "scale", scale, SCALES)
             parameter("scale", 1 if scale == "learned" else features)
         else:
             self.scale = _check.finite(name, "scale", scale)
@@ -173,11 +173,6 @@ class BottleneckAdapter(nn.Module):
         }
         rest = "".join(f", {key}={value}" for key, value in given.items() if value)
         return f"features={self.features}, bottleneck={self.bottleneck}, activation={self.activation}{rest}"
-
-
-def _one_of(argument, value, expected):
-    if value not in expected:
-        raise ValueError(f"BottleneckAdapter: {argument} is {value!r}, expected one of {', '.join(map(str, expected))}")
 
 
 def _survivors(x: Tensor, p: float) -> Tensor:

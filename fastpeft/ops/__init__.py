@@ -1,7 +1,14 @@
 """The ops: one page each, with formula, checks, gradient and registration. Backends are chosen call by call."""
 
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 
+from torch import Tensor
+
+from .. import _backend, _check
+from .._backend import Explanation
 from .bottleneck import bottleneck
 from .lora_linear import lora_linear, lora_linear_shared
 from .multi_lora import multi_lora, multi_lora_, multi_lora_shared
@@ -10,6 +17,7 @@ from .routing import route
 from .row_linear import row_linear
 
 __all__ = [
+    "Explanation",
     "bottleneck",
     "explain",
     "lora_linear",
@@ -22,15 +30,49 @@ __all__ = [
     "row_linear",
 ]
 
+OPS = tuple(name for name in __all__ if name not in ("Explanation", "explain"))
 
-def explain(op: str, *args, **kwargs) -> str:
+
+def explain(op: str, *args, **kwargs) -> Explanation:
     """Which backend would serve ``fastpeft.ops.<op>(*args, **kwargs)``, how it is configured, and why not the others.
 
     >>> print(fastpeft.explain("lora_linear", x, weight, lora_a, lora_b))
+
+    Args:
+        op: the name of a function of ``fastpeft.ops``.
+        args: its arguments, by place. Those that nothing depends on, of the last ones, may be left out.
+        kwargs: its arguments, by name; ``backend`` asks for one, as in the call.
+
+    Returns:
+        The choice; its ``str`` is a text to read, its attributes are ``op``, ``backend``, ``configuration`` and
+        ``reasons``.
+
+    Raises:
+        TypeError: the op has no such argument, or one that the choice depends on is missing or no tensor.
+        ValueError: there is no such op, or the backend that is asked for cannot serve the call.
     """
-    if op not in __all__ or op == "explain":
-        raise ValueError(
-            f"explain: op is {op!r}, expected one of {', '.join(name for name in __all__ if name != 'explain')}"
-        )
+    _check.one_of("explain", "op", op, OPS)
     page = {"route": "routing"}.get(op, op.removesuffix("_").removesuffix("_shared"))
-    return import_module(f"{__name__}.{page}").explain(*args, **kwargs)
+    module, given = import_module(f"{__name__}.{page}"), _bound(op, globals()[op], args, kwargs)
+    try:
+        facts = module.facts(given)
+    except KeyError as error:
+        raise TypeError(f"explain: {op} needs {error.args[0]} beside {', '.join(given) or 'nothing'}") from None
+    return _backend.explain(op, page, given.get("backend"), module.REASONS, *facts)
+
+
+def _bound(op: str, function: Callable, args: Sequence, kwargs: Mapping) -> dict:
+    """Arguments by name; what is None is left out, since None stands for what is not given."""
+    parameters = signature(function).parameters
+    for name in kwargs:
+        if name not in parameters:
+            near = get_close_matches(name, parameters, 1) or parameters
+            raise TypeError(f"explain: {op} has no argument {name!r}, expected {' or '.join(near)}")
+    try:
+        given = signature(function).bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TypeError(f"explain: {op}: {error}") from None
+    for name, value in given.items():
+        if value is not None and parameters[name].annotation is Tensor and not isinstance(value, Tensor):
+            raise TypeError(f"explain: {name} is {_check.shown(value)}, expected a tensor")
+    return {name: value for name, value in given.items() if value is not None}

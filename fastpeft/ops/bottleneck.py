@@ -22,21 +22,18 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _check
-from .._library import register_op
+from .._library import autocast_dtype, cast, register_op
 from ..reference import Routing
 from ..reference.bottleneck_terms import Settings, Weights
 from . import bottleneck_arguments as arguments
+from .routing import check_slots, routed
 
 MAX_WIDTH = 4096
 
 
 def _implementation(x, *operands):
     weights, residual, seed, routing, settings, backend = _unpack(operands)
-    impl = _backend.load("bottleneck", backend)
-    if routing is None:
-        y, kept = impl.forward(x, weights, residual, settings, seed)
-    else:
-        y, kept = impl.grouped_forward(x, weights, residual, settings, seed, routing)
+    y, kept = _backend.load("bottleneck", backend).forward(x, weights, residual, settings, seed, routing)
     return [y], kept
 
 
@@ -73,11 +70,7 @@ def _backward_implementation(dy, x, kept, *operands):
     """The gradients of x and of every weight; what is not needed is an empty tensor."""
     *operands, needs = operands
     weights, _, seed, routing, settings, backend = _unpack(operands)
-    impl = _backend.load("bottleneck", backend)
-    if routing is None:
-        found = impl.backward(dy, x, kept, weights, settings, seed, needs)
-    else:
-        found = impl.grouped_backward(dy, x, kept, weights, settings, seed, routing, needs)
+    found = _backend.load("bottleneck", backend).backward(dy, x, kept, weights, settings, seed, routing, needs)
     return [dy.new_empty(0) if grad is None else grad for grad in found]
 
 
@@ -135,71 +128,69 @@ def bottleneck(
     slots: Tensor | Routing | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``y = residual + drop(scale · (act(norm(x) Dᵀ + d) Uᵀ + b))``.
+    """``y = residual + drop(scale · (act(norm(x) Dᵀ + d) Uᵀ + b))``, a bottleneck adapter (Houlsby et al., 2019).
 
     Args:
-        x: ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
-        down_weight: D ``[H, K]``, any H from 1; down_bias: d ``[H]`` or None; up_weight: U ``[N, H]``; up_bias: b
-            ``[N]`` or None. All weights have one dtype: x's, or float32, in which the branch is then computed.
-        residual: ``[..., N]`` in x's dtype or float32. None: nothing is added. The sequential adapter passes x itself,
-            which is recognised: dx then takes in dy on the way.
+        x: the input ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
+        down_weight: D ``[H, K]``, any H from 1. All weights have one dtype: x's, or float32, in which the branch is
+            then computed.
+        down_bias: d ``[H]``, or None for none.
+        up_weight: U ``[N, H]``.
+        up_bias: b ``[N]``, or None for none.
+        residual: what the branch is added to, ``[..., N]`` in x's dtype or float32. None: nothing is added. The
+            sequential adapter passes x itself, which is recognised: dx then takes in dy on the way.
         activation: "relu", "gelu" (erf), "gelu_tanh", "silu", "tanh", "leaky_relu" (slope 0.01) or "identity".
         scale: a number, or a learned tensor ``[1]`` or ``[N]`` in the weights' dtype.
-        norm_weight: ``[K]``, for a norm of x before the projection; None: no norm. norm_bias: ``[K]`` or None.
-        norm: "layer" or "rms"; eps: added to the variance or the mean square.
+        norm_weight: ``[K]``, for a norm of x before the projection; None: no norm.
+        norm_bias: ``[K]``, or None for none; it needs a norm_weight.
+        norm: "layer" or "rms", where there is a norm_weight.
+        eps: added to the variance or the mean square, at least 0.
         dropout: probability of dropping an element of the branch after the up projection, in [0, 1), rounded to 2**-16.
         seed: of the dropout mask (see ``fastpeft.reference.keep_mask``): a 64-bit integer, an int64 tensor of one
-            element, or None to draw one from torch's generator. With ``slots`` also int64 ``[S]``.
+            element on x's device, or None to draw one from torch's generator. With ``slots`` also int64 ``[S]``.
         slots: int32 or int64 of x's leading shape, or what ``route`` made of it: the rows' adapters, -1 for none. Every
             weight (and a scale that is a tensor) then has a leading dimension S. A row without an adapter is its
             residual, or 0. A mask's rows count the slot's own rows, so an adapter draws in any batch what it draws
             alone.
-        backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
+        backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
+            None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
 
     Returns:
         ``[..., N]`` in the residual's dtype, or x's. Differentiable in x, the residual, every weight and the scale.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what was expected.
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
+            Every message names the op, the argument, what it is and what was expected.
     """
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        given = "a scalar" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"bottleneck: x is {given}, expected a tensor [..., K]")
-    if not x.is_floating_point():
-        raise TypeError(f"bottleneck: x has dtype {x.dtype}, expected a floating-point dtype")
+    _check.floating("bottleneck", "x", x)
     own, learned = residual is x, isinstance(scale, Tensor)
     tensors = down_weight, down_bias, up_weight, up_bias, scale if learned else None, norm_weight, norm_bias
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        wanted = torch.get_autocast_dtype(x.device.type)
-        own, x, tensors = own and x.dtype == wanted, x.to(wanted), [_weight_to(t, wanted) for t in tensors]
+    wanted = autocast_dtype(x)
+    if wanted is not None:
+        own, x, tensors = own and x.dtype == wanted, x.to(wanted), [cast(t, wanted, torch.float32) for t in tensors]
+    rows = x.numel() // max(x.shape[-1], 1)
+    if slots is not None:
+        check_slots("bottleneck", "slots", slots, rows)
     weights = Weights(*tensors)
     sizes = arguments.weights(x, weights, slots is not None)
     if residual is not None:
         arguments.residual(residual, x, sizes)
-    arguments.settings(activation, norm, eps)
+    eps = arguments.settings(activation, norm, eps)
     number = 1.0 if learned else _check.finite("bottleneck", "scale", scale)
     dropout = _check.probability("bottleneck", "dropout", dropout)
     backend = _backend.choose("bottleneck", backend, REASONS, x, down_weight)
     routing, tile = (None, None, None), 0
     if slots is not None:
-        *routing, _, tile = arguments.routing(slots, sizes["S"], x, backend)
+        *routing, _, tile = routed("bottleneck", "slots", slots, sizes["S"], rows, x, backend)
     seed = arguments.seed(seed, dropout, sizes.get("S"), x.device)
     shape = x.shape
     if len(shape) != 2:
         x = x.reshape(-1, shape[-1])
         residual = residual if residual is None or own else residual.reshape(-1, sizes["N"])
-    settings = activation, number, norm, float(eps), dropout, own, tile, backend
+    settings = activation, number, norm, eps, dropout, own, tile, backend
     (y,), _ = _bottleneck(x, *weights, None if own else residual, seed, *routing, *settings)
     return y if len(shape) == 2 else y.view(*shape[:-1], sizes["N"])
-
-
-def explain(x: Tensor, down_weight: Tensor, *_, backend: str | None = None, **__) -> str:
-    """Which backend serves ``bottleneck`` on these tensors, its configuration, and why the others do not."""
-    return _backend.explain("bottleneck", backend, REASONS, x, down_weight)
-
-
-def _weight_to(t, wanted):
-    return t.to(wanted) if isinstance(t, Tensor) and t.dtype != torch.float32 else t
 
 
 def _triton_reason(x, down):
@@ -212,3 +203,8 @@ REASONS = {
     "triton": _triton_reason,
     "reference": lambda x, down: None,
 }
+
+
+def facts(given: dict) -> tuple:
+    """What ``REASONS`` look at, of the arguments of ``bottleneck`` by name."""
+    return given["x"], given["down_weight"]

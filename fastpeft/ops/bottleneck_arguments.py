@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from ..reference import Routing
+from .._mask import threshold
 from ..reference.bottleneck_terms import ACTIVATIONS, NORMS, Weights
-from ..reference.dropout import threshold
-from .routing import route
 
 OP = "bottleneck"
 
@@ -46,7 +44,7 @@ def _tensor(name, value, dimensions, sizes, x, grouped):
 def residual(value: Tensor, x: Tensor, sizes: dict[str, int]) -> None:
     """``[..., N]`` in x's dtype, or in float32 beside 16-bit x as autocast makes it."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{OP}: residual is {type(value).__name__}, expected None or a tensor [..., N]")
+        raise TypeError(f"{OP}: residual is {_check.shown(value)}, expected None or a tensor [..., N]")
     shape = [*x.shape[:-1], sizes["N"]]
     if list(value.shape) != shape or value.device != x.device:
         raise ValueError(
@@ -55,29 +53,14 @@ def residual(value: Tensor, x: Tensor, sizes: dict[str, int]) -> None:
     _check.dtype(OP, "residual", value, x.dtype, torch.promote_types(x.dtype, torch.float32))
 
 
-def settings(activation: str, norm: str, eps: float) -> None:
-    """Names that exist, and a number."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{OP}: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if norm not in NORMS:
-        raise ValueError(f"{OP}: norm is {norm!r}, expected one of {', '.join(NORMS)}")
-    if _check.finite(OP, "eps", eps) < 0:
-        raise ValueError(f"{OP}: eps is {eps}, expected a number of at least 0")
-
-
-def routing(slots: Tensor | Routing, count: int, x: Tensor, backend: str) -> Routing:
-    """What ``route`` makes of the rows' slots, or has made of them for such a batch."""
-    rows = x.numel() // max(x.shape[-1], 1)
-    found = slots
-    if not isinstance(slots, Routing):
-        if not isinstance(slots, Tensor) or slots.numel() != rows:
-            given = list(slots.shape) if isinstance(slots, Tensor) else type(slots).__name__
-            raise ValueError(f"{OP}: slots is {given}, expected one slot for each of {rows} rows")
-        found = route(slots, count, backend=backend)
-    if found.slots != count or found.order.shape[0] != rows or found.order.device != x.device:
-        given = f"{found.order.shape[0]} rows, {found.slots} slots on {found.order.device}"
-        raise ValueError(f"{OP}: slots was routed for {given}, expected {rows} rows, {count} slots on {x.device}")
-    return found
+def settings(activation: str, norm: str, eps: float) -> float:
+    """Names that exist, and eps as a number of at least 0."""
+    _check.one_of(OP, "activation", activation, ACTIVATIONS)
+    _check.one_of(OP, "norm", norm, NORMS)
+    number = _check.finite(OP, "eps", eps)
+    if number < 0:
+        raise ValueError(f"{OP}: eps is {number}, expected a number of at least 0")
+    return number
 
 
 def seed(value: int | Tensor | None, dropout: float, count: int | None, device: torch.device) -> Tensor | None:

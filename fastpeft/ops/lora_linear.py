@@ -20,22 +20,16 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _check
-from .._library import register_op
-from ..reference.dropout import threshold
+from .._library import autocast_dtype, cast, register_op
+from . import lora_linear_arguments as arguments
+from .lora_linear_backends import MAX_RANK, REASONS, facts
 
-MAX_RANK = 512
+__all__ = ["MAX_RANK", "REASONS", "facts", "lora_linear", "lora_linear_shared"]
 
 
 def _implementation(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
     impl = _backend.load("lora_linear", backend)
-    if backend == "cuda":  # the low-rank term inside the GEMM
-        return impl.forward(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds)
-    s = impl.down(x, lora_as, scales, dropouts, seeds)
-    ys = []
-    for weight, b, bias, s_p in zip(weights, lora_bs, biases, _split(s, lora_as), strict=True):
-        y = impl.up(s_p, b, bias if bias.numel() else None, x.dtype)
-        ys.append(y.addmm_(x, weight.T) if weight.numel() else y)
-    return ys, s
+    return impl.forward(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds)
 
 
 def _fake(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
@@ -68,26 +62,17 @@ def _backward(ctx, grads, _):
 
 def _backward_implementation(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds, needs, backend):
     """``[dX, *dW, *dA, *dB, *dbias]``; what is not needed is an empty tensor."""
-    impl = _backend.load("lora_linear", backend)
     need_dx, need_dw, need_da, need_db, need_dbias = needs
+    dx, das, dbs = None, None, None
+    if need_dx or need_da or need_db:
+        impl, operands = _backend.load("lora_linear", backend), (weights, lora_as, lora_bs, scales, dropouts, seeds)
+        dx, das, dbs = impl.backward(dys, x, s, *operands, need_dx, need_da, need_db)
     absent = [None] * len(dys)
-    steps = [
-        impl.up_backward(dy, s_p, b, scale, need_dx or need_da, need_db)
-        for dy, s_p, b, scale in zip(dys, _split(s, lora_as) if need_db else absent, lora_bs, scales, strict=True)
-    ]
-    dx = das = None
-    if need_dx or need_da:
-        ds = steps[0][0] if len(steps) == 1 else torch.cat([ds for ds, _ in steps], 1)
-        base = (dys, weights) if backend == "cuda" else ()
-        dx, das = impl.down_backward(ds, x, lora_as, dropouts, seeds, need_dx, need_da, *base)
-    for dy, weight in zip(dys, weights, strict=True):
-        if need_dx and weight.numel() and backend != "cuda":
-            dx.addmm_(dy, weight)
     grads = [
         dx,
         *(dy.T @ x if need_dw and weight.numel() else None for dy, weight in zip(dys, weights, strict=True)),
-        *(das if need_da else absent),
-        *(db for _, db in steps),
+        *(das or absent),
+        *(dbs or absent),
         *(dy.sum(0, dtype=b.dtype) if need_dbias else None for dy, b in zip(dys, lora_bs, strict=True)),
     ]
     return [x.new_empty(0) if grad is None else grad for grad in grads]
@@ -136,19 +121,22 @@ def lora_linear(
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ``.
+    """``y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ`` (Hu et al., 2021).
 
     Args:
-        x: ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
-        weight: ``[N, K]`` in x's dtype, any strides (a Conv1D passes ``weight.T``). It gets a gradient only if it asks.
-        lora_a: ``[r, K]``; lora_b: ``[N, r]``. Both in x's dtype or both float32; then the low-rank branch is computed
-            in float32 and x is never copied to float32.
-        bias: ``[N]`` in x's dtype or the adapter's.
-        scale: factor of the low-rank term: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
+        x: the input ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
+        weight: W ``[N, K]`` in x's dtype, any strides (a Conv1D passes ``weight.T``). It gets a gradient only if it
+            asks.
+        lora_a: A ``[r, K]``, in x's dtype or float32. In float32 the low-rank branch is computed in float32, and x is
+            never copied to float32.
+        lora_b: B ``[N, r]`` in lora_a's dtype.
+        bias: ``[N]`` in x's dtype or the adapter's, or None for none.
+        scale: factor of the low-rank term, without a unit: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
         dropout: probability of dropping an element of x in the low-rank branch, in [0, 1), rounded to 2**-16.
         seed: of the dropout mask (see ``fastpeft.reference.keep_mask``): a 64-bit integer, an int64 tensor of one
             element on x's device, or None to draw one from torch's generator for that device.
-        backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
+        backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
+            None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
 
     Returns:
         ``[..., N]`` in x's dtype. Under autocast x, weight and bias are cast to autocast's dtype first.
@@ -158,9 +146,12 @@ def lora_linear(
         sqrt((2 t² + b²) / (t² + 2 b²)) of PEFT's. Measured: 0.71 for small terms, 1.00 at t = b, 1.22 at t = 2 b.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what was expected.
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
+            Every message names the op, the argument, what it is and what was expected.
     """
-    return _call("lora_linear", x, [weight], [lora_a], [lora_b], [bias], [scale], [dropout], [seed], backend, "")[0]
+    operands = [weight], [lora_a], [lora_b], [bias], [scale], [dropout], [seed]
+    return _call("lora_linear", False, x, *operands, backend)[0]
 
 
 def lora_linear_shared(
@@ -177,127 +168,50 @@ def lora_linear_shared(
     """``lora_linear`` for several projections of one x, which is read once for all of them.
 
     ``y_p = x W_pᵀ + bias_p + scale_p · (drop_p(x) A_pᵀ) B_pᵀ``. Each projection has its own N, rank, scale, dropout and
-    mask; the adapters share one dtype. ``weights[p]`` may be None: y_p is then the low-rank term (and bias) alone,
-    which is how several active adapters of one layer are added up. Arguments, errors and dtypes as in ``lora_linear``.
+    mask; the adapters share one dtype. Every list has an item for each projection.
+
+    Args:
+        x: the input ``[..., K]``, as in ``lora_linear``.
+        weights: W_p ``[N_p, K]``, or None: y_p is then the low-rank term (and bias) alone, which is how several active
+            adapters of one layer are added up.
+        lora_as: A_p ``[r_p, K]``.
+        lora_bs: B_p ``[N_p, r_p]``.
+        biases: ``[N_p]`` or None; None for all: no biases.
+        scales: factors of the low-rank terms; None for all: 1.
+        dropouts: probabilities in [0, 1); None for all: 0.
+        seeds: of the dropout masks, as in ``lora_linear``; None for all: each is drawn.
+        backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
+            None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
 
     Returns:
-        One ``[..., N_p]`` for each projection.
+        One ``[..., N_p]`` in x's dtype for each projection.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
+            Every message names the op, the argument and its item, what it is and what was expected.
     """
-    count = len(weights)
-    lists = {
-        "lora_as": lora_as,
-        "lora_bs": lora_bs,
-        "biases": [None] * count if biases is None else biases,
-        "scales": [1.0] * count if scales is None else scales,
-        "dropouts": [0.0] * count if dropouts is None else dropouts,
-        "seeds": [None] * count if seeds is None else seeds,
-    }
-    for name, values in lists.items():
-        if len(values) != count or count == 0:
-            raise ValueError(f"lora_linear_shared: {name} has {len(values)} items, expected {max(count, 1)}")
-    return tuple(_call("lora_linear_shared", x, weights, *lists.values(), backend, "s"))
+    lists = {"lora_as": lora_as, "lora_bs": lora_bs}
+    lists |= {"biases": biases, "scales": scales, "dropouts": dropouts, "seeds": seeds}
+    lists = arguments.lists("lora_linear_shared", weights, lists)
+    return tuple(_call("lora_linear_shared", True, x, weights, *lists, backend))
 
 
-def explain(
-    x: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor | None = None, *_, backend: str | None = None, **__
-) -> str:
-    """Which backend serves ``lora_linear`` on these tensors, its configuration, and why the others do not."""
-    facts = x, [lora_a], [weight], [] if lora_b is None else [lora_b]
-    return _backend.explain("lora_linear", backend, REASONS, *facts)
-
-
-def _call(op, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend, plural):
+def _call(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
     """Check everything, then flatten x's leading dimensions once and restore them."""
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        raise TypeError(f"{op}: x is {x if not isinstance(x, Tensor) else 'a scalar'}, expected a tensor [..., K]")
-    shape, device = x.shape, x.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
-        wanted = torch.get_autocast_dtype(device.type)
-        x, *tensors = (t.to(wanted) if isinstance(t, Tensor) else t for t in (x, *weights, *biases))
-        weights, biases = tensors[: len(weights)], tensors[len(weights) :]
-        lora_as, lora_bs = ([_adapter_to(t, wanted) for t in ts] for ts in (lora_as, lora_bs))
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x has dtype {x.dtype}, expected a floating-point dtype")
-    sizes = {"K": shape[-1]}
-    for weight, a, b, bias in zip(weights, lora_as, lora_bs, biases, strict=True):
-        _check_branch(op, plural, x, weight, a, b, bias, lora_as[0], {**sizes})
-    scales = [_check.finite(op, f"scale{plural}", scale) for scale in scales]
-    dropouts = [_check.probability(op, f"dropout{plural}", dropout) for dropout in dropouts]
+    _check.floating(op, "x", x)
+    wanted = autocast_dtype(x)
+    if wanted is not None:
+        x, weights, biases = x.to(wanted), [cast(t, wanted) for t in weights], [cast(t, wanted) for t in biases]
+        lora_as, lora_bs = ([cast(t, wanted, torch.float32) for t in ts] for ts in (lora_as, lora_bs))
+    arguments.branches(op, shared, x, weights, lora_as, lora_bs, biases)
+    scales, dropouts = arguments.numbers(op, shared, scales, dropouts)
+    shape = x.shape
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     backend = _backend.choose(op, backend, REASONS, flat, lora_as, weights, lora_bs)
+    seeds = arguments.seeds(op, shared, seeds, dropouts, x)
     absent = x.new_empty(0)
-    drawn = []
-    if any(map(threshold, dropouts)):
-        drawn = [_check.seed(op, f"seed{plural}", seed, device) for seed in seeds]
-    ys, _ = _lora_linear(
-        flat,
-        [absent if weight is None else weight for weight in weights],
-        list(lora_as),
-        list(lora_bs),
-        [absent if bias is None else bias for bias in biases],
-        scales,
-        dropouts,
-        drawn[0] if len(drawn) == 1 else torch.cat(drawn) if drawn else absent,
-        backend,
-    )
+    weights = [absent if weight is None else weight for weight in weights]
+    biases = [absent if bias is None else bias for bias in biases]
+    ys, _ = _lora_linear(flat, weights, list(lora_as), list(lora_bs), biases, scales, dropouts, seeds, backend)
     return ys if len(shape) == 2 else [y.reshape(*shape[:-1], y.shape[-1]) for y in ys]
-
-
-def _adapter_to(t, wanted):
-    return t.to(wanted) if isinstance(t, Tensor) and t.dtype != torch.float32 else t
-
-
-def _check_branch(op, plural, x, weight, a, b, bias, first_a, sizes):
-    if weight is not None:
-        _check.tensor(op, f"weight{plural}", weight, ("N", "K"), sizes, x)
-        _check.dtype(op, f"weight{plural}", weight, x.dtype)
-    _check.tensor(op, f"lora_a{plural}", a, ("r", "K"), sizes, x)
-    _check.tensor(op, f"lora_b{plural}", b, ("N", "r"), sizes, x)
-    _check.dtype(op, f"lora_a{plural}", a, x.dtype, torch.promote_types(x.dtype, torch.float32))
-    _check.dtype(op, f"lora_a{plural}", a, first_a.dtype)
-    _check.dtype(op, f"lora_b{plural}", b, first_a.dtype)
-    if a.shape[0] == 0:
-        raise ValueError(f"{op}: lora_a{plural} has r=0, expected r>=1")
-    if bias is not None:
-        _check.tensor(op, "bias" if not plural else "biases", bias, ("N",), sizes, x)
-        _check.dtype(op, "bias" if not plural else "biases", bias, x.dtype, first_a.dtype)
-
-
-def _triton_reason(x, lora_as, *_):
-    return _backend.triton_lora_reason(x, lora_as[0].dtype, sum(a.shape[0] for a in lora_as), MAX_RANK)
-
-
-def _cuda_reason(x, lora_as, weights=(), lora_bs=()):
-    found = _backend.cuda_reason(x, "sm_90 (wgmma)", lambda capability: capability == 90) or _triton_reason(x, lora_as)
-    if found is not None:
-        return found
-    impl, ranks = _backend.load("lora_linear", "cuda"), [a.shape[0] for a in lora_as]
-    if x.dtype not in impl.DTYPES or lora_as[0].dtype != x.dtype:
-        return f"x in {x.dtype} and adapters in {lora_as[0].dtype}, expected both bfloat16 or both float16"
-    if sum(ranks) > impl.MAX_RANK or any(rank % 8 for rank in ranks):
-        return f"ranks {ranks}, expected multiples of 8 that add up to {impl.MAX_RANK} at most"
-    base = [weight for weight in weights if weight is not None]
-    if weights and not base:
-        return "no weight, so no GEMM to compute the low-rank term in"
-    if any(size % 8 for weight in base for size in weight.shape):
-        return f"weight has shape {[list(weight.shape) for weight in base]}, expected multiples of 8"
-    read = [("weight", weight) for weight in base] + [("lora_b", b) for b in lora_bs]
-    read.append(("x", x if x.dim() == 2 else x.reshape(-1, x.shape[-1])))
-    return next(filter(None, (impl.unfit(name, t) for name, t in read)), None)
-
-
-def _cuda_unasked(x, lora_as, weights=(), lora_bs=()):
-    widest = max((weight.shape[0] for weight in weights if weight is not None), default=0)
-    return _backend.cuda_unasked("lora_linear", x, widest, sum(a.shape[0] for a in lora_as))
-
-
-REASONS = {
-    "cuda": _cuda_reason,
-    _backend.UNASKED: _cuda_unasked,
-    "triton": _triton_reason,
-    "reference": lambda *_: None,
-}
-
-
-def _split(s: Tensor, lora_as: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return (s,) if len(lora_as) == 1 else s.split([a.shape[0] for a in lora_as], 1)

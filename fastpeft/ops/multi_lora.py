@@ -18,12 +18,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _backend
-from .._library import register_inplace_op, register_op
+from .. import _backend, _check
+from .._library import autocast_dtype, cast, register_inplace_op, register_op
 from ..reference import Routing, Slots
 from . import multi_lora_arguments as arguments
+from .multi_lora_backends import MAX_RANK, REASONS, facts
+from .routing import routed
 
-MAX_RANK = 512
+__all__ = ["MAX_RANK", "REASONS", "facts", "multi_lora", "multi_lora_", "multi_lora_shared"]
 
 
 def _implementation(x, lora_as, lora_bs, ys, order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend):
@@ -32,11 +34,7 @@ def _implementation(x, lora_as, lora_bs, ys, order, starts, tiles, scales, ranks
         y.clone(memory_format=torch.contiguous_format) if y.dim() == 2 else x.new_zeros(x.shape[0], b.shape[1])
         for y, b in zip(ys, lora_bs, strict=True)
     ]
-    if backend == "cuda":  # both steps in one launch
-        return outs, impl.add_keeping_(outs, x, lora_as, lora_bs, routing, slots)
-    s = impl.shrink(x, lora_as, routing, slots)
-    impl.expand_(outs, s, lora_bs, routing, slots)
-    return outs, s
+    return outs, impl.forward(outs, x, lora_as, lora_bs, routing, slots)
 
 
 def _inplace(ys, x, lora_as, lora_bs, order, starts, tiles, scales, ranks, tile, backend):
@@ -78,11 +76,10 @@ def _backward_implementation(
     """``[dX, *dA, *dB]``; what is not needed is an empty tensor."""
     impl, routing, slots = _prepare(order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend)
     need_dx, need_da, need_db, _ = needs
-    ds, dbs = impl.expand_backward(dys, s if need_db else None, lora_bs, routing, slots, need_dx or need_da, need_db)
-    dx = das = None
-    if need_dx or need_da:
+    dx = das = dbs = None
+    if need_dx or need_da or need_db:
         x = x if need_da else dys[0].new_empty(1, 1).expand(dys[0].shape[0], lora_as[0].shape[2])
-        dx, das = impl.shrink_backward(ds, x, lora_as, routing, slots, need_dx, need_da)
+        dx, das, dbs = impl.backward(dys, x, s, lora_as, lora_bs, routing, slots, need_dx, need_da, need_db)
     absent = [None] * len(dys)
     return [dys[0].new_empty(0) if grad is None else grad for grad in (dx, *(das or absent), *(dbs or absent))]
 
@@ -145,14 +142,17 @@ def multi_lora(
     """``y[t] + scale[s] · (drop(x[t]) A[s]ᵀ) B[s]ᵀ`` with ``s = token_slots[t]``; y[t] itself where s is -1.
 
     Args:
-        x: ``[..., K]``, T tokens, float16, bfloat16, float32 or float64, any strides.
-        lora_a: ``[slots, R, K]``; lora_b: ``[slots, N, R]``; both in x's dtype or both float32.
-        token_slots: int32 or int64, one for each token, or what ``route`` made of it (once for all layers of a step).
+        x: the input ``[..., K]``, T tokens, float16, bfloat16, float32 or float64, any strides.
+        lora_a: A ``[slots, R, K]``, in x's dtype or float32.
+        lora_b: B ``[slots, N, R]`` in lora_a's dtype.
+        token_slots: int32 or int64, a slot for each token and -1 for none, or what ``route`` made of it, once for all
+            layers of a step.
         scales: float32 ``[slots]``, on x's device (float64 with float64 adapters).
         ranks: int32 ``[slots]``, the slots' true ranks, 0 ... R; None: R.
-        y: ``[..., N]`` in x's dtype, is not modified; None: 0.
-        backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
-        dropouts: for each slot the probability of dropping an element of x, in [0, 1).
+        y: what is added to, ``[..., N]`` in x's dtype; it is not modified. None: 0.
+        backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
+            None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
+        dropouts: for each slot the probability of dropping an element of x, in [0, 1). None: nobody drops anything.
         seeds: int64 ``[slots]`` of the dropout masks, None: drawn from torch's generator. A mask's rows count the
             slot's own tokens, so an adapter draws in any batch the mask that ``lora_linear`` draws for it alone.
 
@@ -160,10 +160,12 @@ def multi_lora(
         ``[..., N]`` in x's dtype. Differentiable in x, lora_a, lora_b and y.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what was expected.
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
+            Every message names the op, the argument, what it is and what was expected.
     """
     operands = x, [lora_a], [lora_b], token_slots, scales, ranks, [y], backend
-    return _call("multi_lora", "", *operands, dropouts, seeds)[0]
+    return _call("multi_lora", arguments.ONE, *operands, dropouts, seeds)[0]
 
 
 def multi_lora_shared(
@@ -181,15 +183,33 @@ def multi_lora_shared(
 ) -> tuple[Tensor, ...]:
     """``multi_lora`` for up to 4 projections (slices) of one x, which is read once for all of them.
 
-    Each slice has its own R and N. ``scales`` and ``ranks`` are ``[slots]``, or ``[P, slots]`` where slices differ;
-    ``seeds`` is ``[P, slots]``: every slice has its own mask. Otherwise as ``multi_lora``.
+    Each slice has its own R and N. Every list has an item for each slice.
+
+    Args:
+        x: the input ``[..., K]``, as in ``multi_lora``.
+        lora_as: A_p ``[slots, R_p, K]``.
+        lora_bs: B_p ``[slots, N_p, R_p]``.
+        token_slots: a slot for each token, or what ``route`` made of them, as in ``multi_lora``.
+        scales: ``[slots]``, or ``[P, slots]`` where slices differ.
+        ranks: ``[slots]``, or ``[P, slots]`` where slices differ; None: R_p.
+        ys: ``[..., N_p]`` or None; None for all: 0.
+        backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
+            None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
+        dropouts: for each slot the probability of dropping an element of x, the same in every slice.
+        seeds: int64 ``[P, slots]``: every slice has its own mask. ``[slots]`` for one slice. None: drawn.
 
     Returns:
-        One ``[..., N_p]`` for each slice.
+        One ``[..., N_p]`` in x's dtype for each slice.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
+            Every message names the op, the argument and its item, what it is and what was expected.
     """
-    ys = [None] * len(lora_as) if ys is None else ys
+    if ys is None:
+        ys = [None] * len(_check.items("multi_lora_shared", "lora_as", lora_as))
     operands = x, lora_as, lora_bs, token_slots, scales, ranks, ys, backend
-    return tuple(_call("multi_lora_shared", "s", *operands, dropouts, seeds))
+    return tuple(_call("multi_lora_shared", arguments.SHARED, *operands, dropouts, seeds))
 
 
 def multi_lora_(
@@ -204,45 +224,54 @@ def multi_lora_(
 ) -> Tensor | Sequence[Tensor]:
     """``multi_lora`` in place on y, for serving: no gradient, no dropout, nothing else is written.
 
-    y, lora_a and lora_b are tensors, or sequences of them for the slices of the shared form. y is ``[T, N]`` with any
-    strides (no two elements in one place), or contiguous. Its rows whose token has no adapter are not touched.
+    y, lora_a and lora_b are tensors, or lists of them for the slices of the shared form.
+
+    Args:
+        y: what is added to, ``[T, N]`` with any strides (no two elements in one place), or contiguous. Its rows whose
+            token has no adapter are not touched.
+        x: the input ``[..., K]``, as in ``multi_lora``.
+        lora_a: A ``[slots, R, K]``.
+        lora_b: B ``[slots, N, R]``.
+        token_slots: int32 or int64, a slot for each token and -1 for none, or what ``route`` made of it, once for all
+            layers of a step.
+        scales: float32 ``[slots]``, on x's device (float64 with float64 adapters).
+        ranks: int32 ``[slots]``, the slots' true ranks, 0 ... R; None: R.
+        backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
+            None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
 
     Returns:
-        y.
+        y, the very argument.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
+            Every message names the op, the argument, what it is and what was expected.
     """
     one = isinstance(y, Tensor)
-    lists = [[t] if one else t for t in (lora_a, lora_b, y)]
-    _call("multi_lora_", "" if one else "s", x, *lists[:2], token_slots, scales, ranks, lists[2], backend, inplace=True)
+    names = arguments.ONE if one else arguments.LISTS
+    lora_as, lora_bs, ys = ([t] if one else t for t in (lora_a, lora_b, y))
+    _call("multi_lora_", names, x, lora_as, lora_bs, token_slots, scales, ranks, ys, backend, inplace=True)
     return y
 
 
-def explain(
-    x: Tensor, lora_a: Tensor, lora_b: Tensor | None = None, *_, backend: str | None = None, dropouts=None, **__
-) -> str:
-    """Which backend serves ``multi_lora`` on these tensors, its configuration, and why the others do not."""
-    facts = x, [lora_a], [] if lora_b is None else [lora_b], [], dropouts
-    return _backend.explain("multi_lora", backend, REASONS, *facts)
-
-
 def _call(
-    op, plural, x, lora_as, lora_bs, token_slots, scales, ranks, ys, backend, dropouts=None, seeds=None, inplace=False
+    op, names, x, lora_as, lora_bs, token_slots, scales, ranks, ys, backend, dropouts=None, seeds=None, inplace=False
 ):
     """Check everything, route the tokens if nobody has, flatten x's leading dimensions once and restore them."""
-    if not isinstance(x, Tensor) or x.dim() == 0 or not x.is_floating_point():
-        given = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{op}: x is {given}, expected a floating-point tensor [..., K]")
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        ys = ys if inplace else [y if y is None else y.to(x.dtype) for y in ys]
+    _check.floating(op, "x", x)
+    wanted = autocast_dtype(x)
+    if wanted is not None:
+        x = x.to(wanted)
+        ys = ys if inplace else [cast(y, wanted) for y in ys]
     shape = x.shape
     flat = x.reshape(-1, shape[-1])
     sizes = {"T": flat.shape[0], "K": shape[-1]}
-    arguments.slices(op, plural, x, lora_as, lora_bs, ys, sizes)
+    arguments.slices(op, names, x, lora_as, lora_bs, ys, sizes)
     slots, count = sizes["slots"], len(lora_as)
     backend = _backend.choose(op, backend, REASONS, x, lora_as, lora_bs, ys, dropouts)
-    routing = arguments.routing(op, token_slots, slots, sizes["T"], x, backend)
-    wanted = torch.float64 if lora_as[0].dtype == torch.float64 else torch.float32
-    scales = arguments.table(op, "scales", scales, wanted, count, slots, x)
+    routing = routed(op, "token_slots", token_slots, slots, sizes["T"], x, backend)
+    sums = torch.float64 if lora_as[0].dtype == torch.float64 else torch.float32
+    scales = arguments.table(op, "scales", scales, sums, count, slots, x)
     absent = x.new_empty(0)
     ranks = absent if ranks is None else arguments.table(op, "ranks", ranks, torch.int32, count, slots, x)
     tables = *routing[:3], scales, ranks
@@ -251,44 +280,7 @@ def _call(
         views = [y.view(-1, y.shape[-1]) for y in ys]
         _multi_lora_(views, flat, list(lora_as), list(lora_bs), *tables, routing.tile, backend)
         return ys
-    thresholds, seeds = arguments.dropout(op, dropouts, seeds, count, slots, x)
+    dropout = arguments.dropout(op, dropouts, seeds, count, slots, x)
     flat_ys = [absent if y is None else y.reshape(-1, y.shape[-1]) for y in ys]
-    dropout = (absent if table is None else table for table in (thresholds, seeds))
     outs, _ = _multi_lora(flat, list(lora_as), list(lora_bs), flat_ys, *tables, *dropout, routing.tile, backend)
     return [out.reshape(*shape[:-1], out.shape[-1]) for out in outs]
-
-
-def _triton_reason(x, lora_as, *_):
-    return _backend.triton_lora_reason(x, lora_as[0].dtype, max(a.shape[1] for a in lora_as), MAX_RANK)
-
-
-def _cuda_reason(x, lora_as, lora_bs=(), ys=(), dropouts=None):
-    found = _backend.cuda_reason(x, "sm_80 or later", lambda capability: capability >= 80)
-    if found is not None:
-        return found
-    limits, k = _backend.load("multi_lora", "cuda"), max(1, x.shape[-1])
-    if x.dtype not in limits.DTYPES or lora_as[0].dtype != x.dtype:
-        return f"x in {x.dtype} and adapters in {lora_as[0].dtype}, expected both bfloat16 or both float16"
-    if x.numel() > limits.MAX_TOKENS * k:
-        return f"{x.numel() // k} tokens > {limits.MAX_TOKENS}"
-    columns = sum(limits.columns_of(a.shape[1]) for a in lora_as)
-    if columns > limits.MAX_COLUMNS:
-        return f"ranks, each rounded up to 16, of {columns} > {limits.MAX_COLUMNS}"
-    if dropouts is not None and any(dropouts):
-        return "dropout (the kernel is for serving)"
-    rows = [("x", x), *(("lora_a", a) for a in lora_as), *(("lora_b", b) for b in lora_bs), *(("y", y) for y in ys)]
-    apart = next((name for name, t in rows if t is not None and t.shape[-1] > 1 and t.stride(-1) != 1), None)
-    return None if apart is None else f"{apart}'s last dimension has gaps, expected adjacent elements"
-
-
-def _cuda_unasked(x, lora_as, lora_bs=(), *_):
-    sizes = sum(b.shape[1] for b in lora_bs), sum(a.shape[1] for a in lora_as)
-    return _backend.cuda_unasked("multi_lora", x, *sizes)
-
-
-REASONS = {
-    "cuda": _cuda_reason,
-    _backend.UNASKED: _cuda_unasked,
-    "triton": _triton_reason,
-    "reference": lambda *_: None,
-}

@@ -4,36 +4,43 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from ..reference import Routing
-from ..reference.dropout import threshold
-from .routing import route
+from .._mask import threshold
 
 MAX_SLICES = 4
 
 
-def slices(op, plural, x, lora_as, lora_bs, ys, sizes):
+ONE = ("lora_a", "lora_b", "y")
+SHARED = ("lora_as", "lora_bs", "ys")
+LISTS = ("lora_a", "lora_b", "y", "lists")  # in place, where the same arguments may be lists
+
+
+def slices(op, names, x, lora_as, lora_bs, ys, sizes):
     """Shapes and dtypes of every slice; ``sizes`` gets the number of slots."""
-    if not 1 <= len(lora_as) <= MAX_SLICES:
-        raise ValueError(f"{op}: lora_a{plural} has {len(lora_as)} items, expected 1 ... {MAX_SLICES}")
-    for name, values in (("lora_b", lora_bs), ("y", ys)):
-        if len(values) != len(lora_as):
-            raise ValueError(f"{op}: {name}{plural} has {len(values)} items, expected {len(lora_as)}")
-    first = lora_as[0]
-    for a, b, y in zip(lora_as, lora_bs, ys, strict=True):
+    if names is not ONE:
+        for name, values in zip(names, (lora_as, lora_bs, ys), strict=False):
+            _check.items(op, name, values)
+        if not 1 <= len(lora_as) <= MAX_SLICES:
+            raise ValueError(f"{op}: {names[0]} has {len(lora_as)} items, expected 1 ... {MAX_SLICES}")
+        for name, values in zip(names[1:], (lora_bs, ys), strict=False):
+            _check.items(op, name, values, len(lora_as))
+    first = None
+    for p, (a, b, y) in enumerate(zip(lora_as, lora_bs, ys, strict=True)):
+        a_name, b_name, y_name = names if names is ONE else ((name, p) for name in names[:3])
         of_slice = {name: size for name, size in sizes.items() if name in ("T", "K", "slots")}
-        _check.tensor(op, f"lora_a{plural}", a, ("slots", "R", "K"), of_slice, x)
-        _check.tensor(op, f"lora_b{plural}", b, ("slots", "N", "R"), of_slice, x)
-        _check.dtype(op, f"lora_a{plural}", a, x.dtype, torch.promote_types(x.dtype, torch.float32))
-        _check.dtype(op, f"lora_a{plural}", a, first.dtype)
-        _check.dtype(op, f"lora_b{plural}", b, first.dtype)
+        _check.tensor(op, a_name, a, ("slots", "R", "K"), of_slice, x)
+        _check.tensor(op, b_name, b, ("slots", "N", "R"), of_slice, x)
+        _check.dtype(op, a_name, a, x.dtype, torch.promote_types(x.dtype, torch.float32))
+        first = first or a.dtype
+        _check.dtype(op, a_name, a, first)
+        _check.dtype(op, b_name, b, first)
         if a.shape[0] == 0 or a.shape[1] == 0:
-            raise ValueError(f"{op}: lora_a{plural} has shape {list(a.shape)}, expected slots>=1 and R>=1")
+            raise ValueError(f"{op}: {_check.label(a_name)} has shape {list(a.shape)}, expected slots>=1 and R>=1")
         if y is not None:
             if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1]:
-                given = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-                raise ValueError(f"{op}: y{plural} is {given}, expected {[*x.shape[:-1], b.shape[1]]}")
-            _check.tensor(op, f"y{plural}", y.reshape(-1, y.shape[-1]), ("T", "N"), of_slice, x)
-            _check.dtype(op, f"y{plural}", y, x.dtype)
+                given = list(y.shape) if isinstance(y, Tensor) else _check.shown(y)
+                raise ValueError(f"{op}: {_check.label(y_name)} is {given}, expected {[*x.shape[:-1], b.shape[1]]}")
+            _check.tensor(op, y_name, y.reshape(-1, y.shape[-1]), ("T", "N"), of_slice, x)
+            _check.dtype(op, y_name, y, x.dtype)
         sizes["slots"] = of_slice["slots"]
 
 
@@ -48,26 +55,10 @@ def inplace(op, x, lora_as, lora_bs, ys):
             )
 
 
-def routing(op, token_slots, slots, tokens, x, backend) -> Routing:
-    """What ``route`` makes of the slots, or has made of them for such a batch."""
-    routing = token_slots
-    if not isinstance(token_slots, Routing):
-        if not isinstance(token_slots, Tensor) or token_slots.numel() != tokens:
-            given = list(token_slots.shape) if isinstance(token_slots, Tensor) else type(token_slots).__name__
-            raise ValueError(f"{op}: token_slots is {given}, expected one slot for each of {tokens} tokens")
-        routing = route(token_slots, slots, backend=backend)
-    if routing.slots != slots or routing.order.shape[0] != tokens or routing.order.device != x.device:
-        given = f"{routing.order.shape[0]} tokens, {routing.slots} slots on {routing.order.device}"
-        raise ValueError(
-            f"{op}: token_slots was routed for {given}, expected {tokens} tokens, {slots} slots on {x.device}"
-        )
-    return routing
-
-
 def table(op, name, table, dtype, count, slots, x) -> Tensor:
     """``[slots]`` or ``[P, slots]``, adjacent along the slots."""
     if not isinstance(table, Tensor) or table.dtype != dtype or table.device != x.device:
-        given = f"{table.dtype} on {table.device}" if isinstance(table, Tensor) else type(table).__name__
+        given = f"{table.dtype} on {table.device}" if isinstance(table, Tensor) else _check.shown(table)
         raise TypeError(f"{op}: {name} is {given}, expected {dtype} on {x.device}")
     fits = table.dim() in (1, 2) and table.shape[-1] == slots and (table.dim() == 1 or table.shape[0] == count)
     if not fits:
@@ -76,19 +67,20 @@ def table(op, name, table, dtype, count, slots, x) -> Tensor:
     return table if table.stride(-1) == 1 else table.contiguous()
 
 
-def dropout(op, dropouts, seeds, count, slots, x) -> tuple[Tensor | None, Tensor | None]:
-    """Thresholds and seeds on the device, or (None, None) where nobody drops anything."""
+def dropout(op, dropouts, seeds, count, slots, x) -> tuple[Tensor, Tensor]:
+    """Thresholds and seeds on the device; empty where nobody drops anything."""
+    absent = x.new_empty(0)
     if dropouts is None:
-        return None, None
-    if len(dropouts) != slots:
+        return absent, absent
+    if len(_check.items(op, "dropouts", dropouts)) != slots:
         raise ValueError(f"{op}: dropouts has {len(dropouts)} items, expected {slots}, one for each slot")
-    thresholds = [threshold(_check.probability(op, "dropouts", dropout)) for dropout in dropouts]
+    thresholds = [threshold(_check.probability(op, ("dropouts", s), p)) for s, p in enumerate(dropouts)]
     if not any(thresholds):
-        return None, None
+        return absent, absent
     shape = (slots,) if count == 1 else (count, slots)
     if seeds is None:
         seeds = torch.randint(1 << 62, shape, dtype=torch.int64, device=x.device)
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.shape != shape or seeds.device != x.device:
-        given = f"{seeds.dtype} {list(seeds.shape)}" if isinstance(seeds, Tensor) else type(seeds).__name__
+        given = f"{seeds.dtype} {list(seeds.shape)}" if isinstance(seeds, Tensor) else _check.shown(seeds)
         raise ValueError(f"{op}: seeds is {given}, expected torch.int64 {list(shape)} on {x.device}")
     return torch.tensor(thresholds, dtype=torch.int32, device=x.device), seeds.contiguous()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding as look_up
 
-from .. import _backend
+from .. import _backend, _check
 from .._library import register_op
 from . import prompt_gather_arguments as arguments
 from .prompt_gather_arguments import INTEGERS
@@ -50,7 +50,7 @@ def _implementation(
         if ids.dim() == 2:
             _within("input_ids", "token", ids, 0, source.shape[0] - 1)
     optional = (t if t.dim() == 2 else None for t in (ids, attention_mask, labels, position_ids))
-    y, mask, positions, y_labels, rows = impl.gather(
+    y, mask, positions, y_labels, rows = impl.forward(
         prompts, lengths, prompt_ids, source, *optional, width, left, ignore_index
     )
     return [y, mask, positions, _absent(source) if y_labels is None else y_labels], rows
@@ -97,9 +97,8 @@ def _backward(ctx, grads, _):
 
 def _backward_implementation(dy, rows, lengths, dtype, tokens, needs, backend):
     """``[dprompts, dx]``; what is not needed is an empty tensor."""
-    impl = _backend.load("prompt_gather", backend)
-    dprompts = impl.prompt_backward(dy, rows, lengths, dtype) if needs[0] else dy.new_empty(0)
-    return [dprompts, impl.source_backward(dy, rows, lengths, tokens) if needs[1] else dy.new_empty(0)]
+    found = _backend.load("prompt_gather", backend).backward(dy, rows, lengths, dtype, tokens, *needs)
+    return [dy.new_empty(0) if grad is None else grad for grad in found]
 
 
 def _backward_fake(dy, rows, lengths, dtype, tokens, needs, backend):
@@ -148,19 +147,30 @@ def prompt_gather(
     where ``prompt_ids`` is a sequence, among all where it is a tensor (looking into it would wait for the device).
 
     Args:
-        prompts: one ``[P_i, D]`` for each prompt; or all of them in one ``[S, D]``, with ``lengths`` of each.
-        prompt_ids: for each row the number of its prompt, and -1 or None for no prompt. A prompt that does not exist is
-            an error in a sequence and on the CPU; in a tensor on a GPU it is none.
-        input_ids: ``[B, T]`` int32 or int64, with ``embedding [V, D]``, which is read directly; a token outside of it
-            is an error on the CPU and NaN on a GPU. An embedding that is trained gets its gradient as by F.embedding.
-        inputs_embeds: ``[B, T, D]``, instead of input_ids and embedding; differentiable.
-        attention_mask: ``[B, T]`` of integers or bool; None: all 1. labels: ``[B, T]`` of integers.
+        prompts: one ``[P_i, D]`` for each prompt; or all of them in one ``[S, D]``, with ``lengths`` of each. Any
+            floating-point dtype; they are rounded to the embeddings'.
+        prompt_ids: for each row the number of its prompt, and -1 or None for no prompt; a list, or an integer tensor
+            ``[B]``. A prompt that does not exist is an error in a list and on the CPU; in a tensor on a GPU it is none.
+        input_ids: the tokens ``[B, T]``, int32 or int64, looked up in ``embedding``. A token outside of it is an error
+            on the CPU and NaN on a GPU.
+        embedding: ``[V, D]``, read directly. One that is trained gets its gradient as by F.embedding.
+        inputs_embeds: the tokens' embeddings ``[B, T, D]``, instead of input_ids and embedding; differentiable.
+        attention_mask: ``[B, T]`` of integers or bool; None: all 1.
+        labels: ``[B, T]`` of integers; None: none are returned.
         position_ids: ``[B, T]`` or ``[1, T]``, of the tokens without their prompt; None: 0, 1, ... in every row.
+        lengths: the rows of each prompt, where ``prompts`` is one tensor; else None.
         padding_side: "right" or "left", of the output; the input may be padded on either.
-        backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
+        ignore_index: the label of prompts and padding, which no loss counts.
+        backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
+            None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
+
+    Returns:
+        Embeddings, attention mask, positions and labels of the longer batch.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what was expected.
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
+            Every message names the op, the argument, what it is and what was expected.
     """
     source = arguments.source(input_ids, embedding, inputs_embeds)
     ids = _absent(source) if inputs_embeds is not None else input_ids
@@ -171,10 +181,8 @@ def prompt_gather(
     for name, value in optional.items():
         allowed = (*INTEGERS, torch.bool) if name == "attention_mask" else INTEGERS
         optional[name] = _absent(source) if value is None else arguments.integers(name, value, (b, t), source, allowed)
-    if padding_side not in SIDES:
-        raise ValueError(f"prompt_gather: padding_side is {padding_side!r}, expected 'right' or 'left'")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"prompt_gather: ignore_index is {ignore_index!r}, expected an integer")
+    _check.one_of("prompt_gather", "padding_side", padding_side, SIDES)
+    ignore_index = _check.integer("prompt_gather", "ignore_index", ignore_index)
     backend = _backend.choose("prompt_gather", backend, REASONS, source, table)
     left = padding_side == "left"
     if inputs_embeds is None and source.requires_grad and torch.is_grad_enabled():
@@ -183,15 +191,6 @@ def prompt_gather(
         table, source, ids, prompt_ids, *optional.values(), lengths, t + longest, left, ignore_index, backend
     )
     return PromptBatch(*outs[:3], None if labels is None else outs[3])
-
-
-def explain(
-    prompts: Tensor | Sequence[Tensor], _=None, input_ids=None, embedding=None, inputs_embeds=None, *__, **options
-) -> str:
-    """Which backend serves ``prompt_gather`` on these tensors, its configuration, and why the others do not."""
-    table = prompts if isinstance(prompts, Tensor) else prompts[0]
-    facts = embedding if inputs_embeds is None else inputs_embeds, table
-    return _backend.explain("prompt_gather", options.get("backend"), REASONS, *facts)
 
 
 def _triton_reason(source: Tensor, prompts: Tensor) -> str | None:
@@ -206,3 +205,12 @@ REASONS = {
     "triton": _triton_reason,
     "reference": lambda source, prompts: None,
 }
+
+
+def facts(given: dict) -> tuple:
+    """What ``REASONS`` look at, of the arguments of ``prompt_gather`` by name."""
+    prompts = given["prompts"]
+    if not isinstance(prompts, Tensor):
+        prompts = next(iter(_check.items("explain", "prompts", prompts)), None)
+    source = given["inputs_embeds"] if "inputs_embeds" in given else given["embedding"]
+    return source, source if prompts is None else prompts

@@ -30,14 +30,15 @@ def table(prompts, lengths, source: Tensor) -> tuple[Tensor, list[int]]:
         if lengths is None:
             raise ValueError("prompt_gather: prompts is one tensor without lengths, expected the length of each prompt")
         _check.tensor("prompt_gather", "prompts", prompts, ("S", "D"), {"D": d}, source)
-        lengths = list(lengths)
+        given = list(_check.items("prompt_gather", "lengths", lengths))
+        lengths = [_check.integer("prompt_gather", ("lengths", i), length) for i, length in enumerate(given)]
         if any(length < 0 for length in lengths) or sum(lengths) != prompts.shape[0]:
-            raise ValueError(
-                f"prompt_gather: lengths is {lengths}, expected numbers of at least 0 that add up to {prompts.shape[0]}"
-            )
+            expected = f"numbers of at least 0 that add up to {prompts.shape[0]}"
+            raise ValueError(f"prompt_gather: lengths is {_check.listed(lengths)}, expected {expected}")
         return prompts, lengths
     if lengths is not None:
         raise ValueError("prompt_gather: lengths is given beside one tensor for each prompt, expected None")
+    _check.items("prompt_gather", "prompts", prompts)
     for i, prompt in enumerate(prompts):
         _check.tensor("prompt_gather", f"prompts[{i}]", prompt, ("P", "D"), {"D": d}, source)
         _check.dtype("prompt_gather", f"prompts[{i}]", prompt, prompts[0].dtype)
@@ -51,12 +52,14 @@ def rows(prompt_ids, b: int, lengths: list[int], source: Tensor) -> tuple[Tensor
     if isinstance(prompt_ids, Tensor):
         found = integers("prompt_ids", prompt_ids, (b,), source)
         return found, max([0, *lengths])
-    found = [-1 if p is None else p for p in prompt_ids]
-    if len(found) != b:
-        raise ValueError(f"prompt_gather: prompt_ids has {len(found)} items, expected one for each of {b} rows")
+    given = [-1 if p is None else p for p in _check.items("prompt_gather", "prompt_ids", prompt_ids)]
+    if len(given) != b:
+        raise ValueError(f"prompt_gather: prompt_ids has {len(given)} items, expected one for each of {b} rows")
+    expected = f"-1 ... {len(lengths) - 1}"
+    found = [_check.integer("prompt_gather", ("prompt_ids", i), p, expected) for i, p in enumerate(given)]
     for p in found:
-        if isinstance(p, bool) or not isinstance(p, int) or not -1 <= p < len(lengths):
-            raise ValueError(f"prompt_gather: prompt_ids holds prompt {p!r}, expected -1 ... {len(lengths) - 1}")
+        if not -1 <= p < len(lengths):
+            raise ValueError(f"prompt_gather: prompt_ids holds prompt {p}, expected {expected}")
     longest = max([0, *(lengths[p] for p in found if p >= 0)])
     return torch.tensor(found, dtype=torch.int64, device=source.device), longest
 
@@ -65,7 +68,7 @@ def integers(name: str, value, shape: tuple[int, ...] | None, like: Tensor, allo
     """Check an integer argument; position_ids of one row serve every row."""
     wanted = "[B, T]" if shape is None else list(shape)
     if not isinstance(value, Tensor):
-        raise TypeError(f"prompt_gather: {name} is {type(value).__name__}, expected a tensor {wanted}")
+        raise TypeError(f"prompt_gather: {name} is {_check.shown(value)}, expected a tensor {wanted}")
     if value.dtype not in allowed:
         names = " or ".join(map(str, allowed))
         raise TypeError(f"prompt_gather: {name} has dtype {value.dtype}, expected {names}")

@@ -11,9 +11,9 @@ from torch import Tensor
 from .. import _backend, _check
 from .._library import register_op
 from ..reference.routing import Routing, tile_count
-from ..reference.routing import route as by_definition
 
 TILES = (16, 64)
+_ONE_OF_TILES = f"one of {', '.join(map(str, TILES))}"
 DECODE_TOKENS = 512  # up to here a batch is few tokens of many adapters; past it, many tokens of few
 
 
@@ -23,9 +23,9 @@ def _implementation(token_slots: Tensor, slots: int, tile: int, backend: str) ->
         if lowest < -1 or highest >= slots:
             wrong = lowest if lowest < -1 else highest
             raise ValueError(f"route: token_slots holds slot {wrong}, expected -1 (none) ... {slots - 1}")
-    if backend == "reference":
-        return by_definition(token_slots, slots, tile)[:3]
-    return _backend.load("routing", backend).route(token_slots, slots, tile, tile_count(len(token_slots), slots, tile))
+    return _backend.load("routing", backend).forward(
+        token_slots, slots, tile, tile_count(len(token_slots), slots, tile)
+    )
 
 
 def _fake(token_slots: Tensor, slots: int, tile: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,26 +52,51 @@ def route(token_slots: Tensor, slots: int, tile: int | None = None, backend: str
         slots: the number of slots.
         tile: tokens a tile has, 16 or 64; None: 16 up to 512 tokens, else 64. It picks the kernels, so a caller who
             states it gets a token's result with the same bits in batches of every size.
-        backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
+        backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
+            None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
+
+    Returns:
+        The tokens in the order of their slots, and the tiles they are cut into, on the device of ``token_slots``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what was expected.
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
+            Every message names the op, the argument, what it is and what was expected.
     """
     if not isinstance(token_slots, Tensor) or token_slots.dtype not in (torch.int32, torch.int64):
-        given = token_slots.dtype if isinstance(token_slots, Tensor) else type(token_slots).__name__
+        given = token_slots.dtype if isinstance(token_slots, Tensor) else _check.shown(token_slots)
         raise TypeError(f"route: token_slots is {given}, expected a tensor of torch.int32 or torch.int64")
-    _check.positive("route", "slots", slots)
+    slots = _check.positive("route", "slots", slots)
     if tile is None:
         tile = TILES[0] if token_slots.numel() <= DECODE_TOKENS else TILES[1]
+    else:
+        tile = _check.integer("route", "tile", tile, _ONE_OF_TILES)
     if tile not in TILES:
-        raise ValueError(f"route: tile is {tile!r}, expected one of {', '.join(map(str, TILES))}")
+        raise ValueError(f"route: tile is {tile}, expected {_ONE_OF_TILES}")
     backend = _backend.choose("route", backend, REASONS, token_slots)
     return Routing(*_route(token_slots.reshape(-1), slots, tile, backend), slots, tile)
 
 
-def explain(token_slots: Tensor, *_, backend: str | None = None, **__) -> str:
-    """Which backend serves ``route`` on this tensor, and why the others do not."""
-    return _backend.explain("routing", backend, REASONS, token_slots)
+def check_slots(op: str, name: str, given: Tensor | Routing, rows: int) -> None:
+    """A slot for each row, or a routing."""
+    if not isinstance(given, Routing) and (not isinstance(given, Tensor) or given.numel() != rows):
+        what = list(given.shape) if isinstance(given, Tensor) else _check.shown(given)
+        raise ValueError(f"{op}: {name} is {what}, expected one slot for each of {rows} rows")
+
+
+def routed(op: str, name: str, given: Tensor | Routing, slots: int, rows: int, x: Tensor, backend: str) -> Routing:
+    """What ``route`` makes of an op's argument, or has made of it for such a batch: ``rows`` rows, ``slots`` slots."""
+    check_slots(op, name, given, rows)
+    found = given if isinstance(given, Routing) else route(given, slots, backend=backend)
+    if found.slots != slots or found.order.shape[0] != rows or found.order.device != x.device:
+        what = f"{found.order.shape[0]} rows, {found.slots} slots on {found.order.device}"
+        raise ValueError(f"{op}: {name} was routed for {what}, expected {rows} rows, {slots} slots on {x.device}")
+    return found
+
+
+def facts(given: dict) -> tuple:
+    """What ``REASONS`` look at, of the arguments of ``route`` by name."""
+    return (given["token_slots"],)
 
 
 REASONS = {

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backend, _check
-from .._library import register_op
+from .._library import autocast_dtype, cast, register_op
 
 
 def _implementation(x, weight, trained, index, bias, columns, backend):
-    y = F.linear(x, weight, bias if bias.numel() else None)
+    y = _backend.load("row_linear", backend).forward(x, weight, bias if bias.numel() else None)
     return [y], x.index_select(1, index) if columns else x.new_empty(0)
 
 
@@ -46,12 +46,10 @@ def _backward(ctx, grads, _):
 
 def _backward_implementation(dy, x, weight, trained, index, needs, columns, backend):
     """``[dX, d(trained), dbias]``; what is not needed is an empty tensor."""
-    impl = _backend.load("row_linear", backend)
     need_dx, need_dt, need_db = needs
     dt = None
     if need_dt:
-        gradient = impl.column_gradient if columns else impl.row_gradient
-        dt = gradient(dy, x, *([] if columns else [index]), trained.dtype)
+        dt = _backend.load("row_linear", backend).backward(dy, x, None if columns else index, trained.dtype)
     grads = [dy @ weight if need_dx else None, dt, dy.sum(0) if need_db else None]
     return [dy.new_empty(0) if grad is None else grad for grad in grads]
 
@@ -93,36 +91,33 @@ def row_linear(
     columns: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """``y = x Wᵀ + bias`` with a gradient for the rows (or columns) ``index`` of W alone.
+    """``y = x Wᵀ + bias`` with a gradient for the rows (or columns) ``index`` of W alone (Yang et al., 2024).
 
     Args:
-        x: ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
-        weight: ``[N, K]`` in x's dtype, any strides, without a gradient. It must hold ``trained`` in its place already,
-            rounded to its dtype: ``fastpeft.nn.RowSparseLinear`` sees to that.
+        x: the input ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
+        weight: W ``[N, K]`` in x's dtype, any strides, without a gradient. It must hold ``trained`` in its place
+            already, rounded to its dtype: ``fastpeft.nn.RowSparseLinear`` sees to that.
         trained: the part of W that gets the gradient: ``[n, K]``, or ``[N, n]`` with ``columns``; in x's dtype or
             float32 (a float32 master of a 16-bit weight).
         index: ``[n]`` int64, the distinct numbers of its rows (columns) in W.
-        bias: ``[N]`` in x's dtype; it gets a gradient if it asks.
-        backend: "cuda", "triton", "reference", or None for ``FASTPEFT_BACKEND`` and then the automatic choice.
+        bias: ``[N]`` in x's dtype, or None for none; it gets a gradient if it asks.
+        columns: whether ``trained`` holds columns of W; else rows.
+        backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
+            None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
 
     Returns:
         ``[..., N]`` in x's dtype. Under autocast x, weight and bias are cast to autocast's dtype first.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what was expected.
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
+            Every message names the op, the argument, what it is and what was expected.
     """
-    if not isinstance(x, Tensor) or x.dim() == 0:
-        raise TypeError(
-            f"row_linear: x is {x if not isinstance(x, Tensor) else 'a scalar'}, expected a tensor [..., K]"
-        )
-    shape, device = x.shape, x.device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
-        wanted = torch.get_autocast_dtype(device.type)
-        x, weight, bias = (t.to(wanted) if isinstance(t, Tensor) else t for t in (x, weight, bias))
-        if isinstance(trained, Tensor) and trained.dtype != torch.float32:
-            trained = trained.to(wanted)
-    if not x.is_floating_point():
-        raise TypeError(f"row_linear: x has dtype {x.dtype}, expected a floating-point dtype")
+    _check.floating("row_linear", "x", x)
+    shape, wanted = x.shape, autocast_dtype(x)
+    if wanted is not None:
+        x, weight, bias = x.to(wanted), cast(weight, wanted), cast(bias, wanted)
+        trained = cast(trained, wanted, torch.float32)
     _check_operands(x, weight, trained, index, bias, columns)
     backend = _backend.choose("row_linear", backend, REASONS, x, trained, columns)
     if not (trained.requires_grad and torch.is_grad_enabled()):
@@ -132,23 +127,18 @@ def row_linear(
     return y if len(shape) == 2 else y.reshape(*shape[:-1], y.shape[-1])
 
 
-def explain(x: Tensor, weight: Tensor, trained: Tensor, *_, columns: bool = False, backend=None, **__) -> str:
-    """Which backend serves ``row_linear`` on these tensors, its configuration, and why the others do not."""
-    return _backend.explain("row_linear", backend, REASONS, x, trained, columns)
-
-
 def _check_operands(x, weight, trained, index, bias, columns):
     sizes = {"K": x.shape[-1]}
     _check.tensor("row_linear", "weight", weight, ("N", "K"), sizes, x)
     _check.dtype("row_linear", "weight", weight, x.dtype)
     if weight.requires_grad:
         raise ValueError("row_linear: weight requires a gradient, expected a frozen weight: only trained gets one")
-    if not isinstance(columns, bool):
-        raise TypeError(f"row_linear: columns is {columns!r}, expected True or False")
+    _check.boolean("row_linear", "columns", columns)
     _check.tensor("row_linear", "trained", trained, ("N", "n") if columns else ("n", "K"), sizes, x)
     _check.dtype("row_linear", "trained", trained, x.dtype, torch.promote_types(x.dtype, torch.float32))
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1 or index.device != x.device:
-        given = f"{index.dtype} {list(index.shape)} on {index.device}" if isinstance(index, Tensor) else repr(index)
+        shape = f"{index.dtype} {list(index.shape)} on {index.device}" if isinstance(index, Tensor) else None
+        given = shape or _check.shown(index)
         raise TypeError(f"row_linear: index is {given}, expected an int64 tensor [n] on {x.device}")
     if index.shape[0] != sizes["n"]:
         raise ValueError(f"row_linear: index has n={index.shape[0]}, expected n={sizes['n']}")
@@ -162,3 +152,8 @@ REASONS = {
     "triton": lambda x, trained, columns: _backend.triton_lora_reason(x, trained.dtype, 0, 0),
     "reference": lambda x, trained, columns: None,
 }
+
+
+def facts(given: dict) -> tuple:
+    """What ``REASONS`` look at, of the arguments of ``row_linear`` by name."""
+    return given["x"], given["trained"], given.get("columns", False)

@@ -9,15 +9,15 @@ A learned scale is folded into the up projection, ``scale · (h Uᵀ + b) = h (s
 y's size is kept for its gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bottleneck_backward import run as backward
+from .._mask import inverse_keep
+from . import bottleneck_backward
 from .bottleneck_terms import ACTIVATIONS, Settings, Weights, mask_of, normalised, product, scaled_up
-from .dropout import inverse_keep
 from .routing import Routing
 
 
@@ -41,12 +41,22 @@ def bottleneck(
     """``residual + drop(scale · (act(norm(x) Dᵀ + d) Uᵀ + b))`` (Houlsby et al., 2019), without residual: plus 0.
 
     Args:
-        x: ``[..., K]``; residual: ``[..., N]``, gives y its dtype; the rest as in ``Weights``.
-        activation: one of ``ACTIVATIONS``; norm: one of ``NORMS``, applied where there is a norm_weight.
+        x: the input ``[..., K]``.
+        down_weight: D ``[H, K]``; all weights have x's dtype or a wider one, in which the branch is computed.
+        down_bias: d ``[H]``, or None.
+        up_weight: U ``[N, H]``.
+        up_bias: b ``[N]``, or None.
+        residual: ``[..., N]``, or None for 0; it gives y its dtype.
+        activation: one of "relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu" and "identity".
         scale: a number, or a tensor ``[1]`` or ``[N]``.
-        dropout: probability of dropping an element of the branch, in [0, 1); seed: one int64 element, or one a slot.
-        slots: the rows' adapters, x's leading shape, -1 for none: the weights (and a scale that is a tensor) then have
-            a leading dimension. The dropout mask's rows count the slot's own rows.
+        norm_weight: ``[K]``, or None for no norm.
+        norm_bias: ``[K]``, or None.
+        norm: "layer" or "rms", applied where there is a norm_weight.
+        eps: added to the variance or the mean square.
+        dropout: probability of dropping an element of the branch, in [0, 1).
+        seed: of the mask: one int64 element, or ``[S]``, one for each slot. It is read where dropout is above 0.
+        slots: the rows' adapters, of x's leading shape, -1 for none: the weights (and a scale that is a tensor) then
+            have a leading dimension. The dropout mask's rows count the slot's own rows.
 
     Returns:
         ``[..., N]`` in the residual's dtype, or x's.
@@ -87,9 +97,45 @@ def _normalise(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
 
 
 def forward(
+    x: Tensor,
+    weights: Weights,
+    residual: Tensor | None,
+    settings: Settings,
+    seed: Tensor | None,
+    routing: Routing | None,
+) -> tuple[Tensor, Tensor]:
+    """y, and what ``backward`` wants: z, the hidden values before the activation.
+
+    With a routing each slot's rows have their own weights; a row without an adapter is its residual, or 0.
+    """
+    if routing is None:
+        return _forward(x, weights, residual, settings, seed)
+    return _grouped_forward(x, weights, residual, settings, seed, routing)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    kept: Tensor,
+    weights: Weights,
+    settings: Settings,
+    seed: Tensor | None,
+    routing: Routing | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """dx and the gradient of every one of the ``weights``; None where ``needs``, in this order, does not ask for it.
+
+    ``kept`` is what ``forward`` kept. Where ``needs_x`` says so, x serves for its dtype alone. The gradients of slots
+    without rows are 0.
+    """
+    if routing is None:
+        return bottleneck_backward.run(dy, x, kept, weights, settings, seed, needs)
+    return _grouped_backward(dy, x, kept, weights, settings, seed, routing, needs)
+
+
+def _forward(
     x: Tensor, weights: Weights, residual: Tensor | None, settings: Settings, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """y, and what ``backward`` wants: z, the hidden values before the activation."""
     a = x.to(weights.down.dtype)
     if weights.norm_weight is not None:
         a, _ = normalised(a, weights, settings)
@@ -112,7 +158,7 @@ def _affine(bias: Tensor | None, left: Tensor, right: Tensor, factor: float) -> 
     return product(left, right, factor) if bias is None else torch.addmm(bias, left, right, beta=factor, alpha=factor)
 
 
-def grouped_forward(
+def _grouped_forward(
     x: Tensor,
     weights: Weights,
     residual: Tensor | None,
@@ -120,7 +166,6 @@ def grouped_forward(
     seeds: Tensor | None,
     routing: Routing,
 ) -> tuple[Tensor, Tensor]:
-    """``forward`` of each slot's rows; a row without an adapter is its residual, or 0."""
     residual = x if settings.own else residual
     y = (
         x.new_zeros(len(x), weights.up.shape[1])
@@ -131,13 +176,13 @@ def grouped_forward(
     settings = settings._replace(own=False)
     for slot, rows, place in _rows(routing):
         part = None if residual is None else residual[rows]
-        y[rows], kept[place : place + len(rows)] = forward(
+        y[rows], kept[place : place + len(rows)] = _forward(
             x[rows], weights.of(slot), part, settings, _seed(seeds, slot)
         )
     return y, kept
 
 
-def grouped_backward(
+def _grouped_backward(
     dy: Tensor,
     x: Tensor,
     kept: Tensor,
@@ -145,9 +190,8 @@ def grouped_backward(
     settings: Settings,
     seeds: Tensor | None,
     routing: Routing,
-    needs: tuple[bool, ...],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """``backward`` of each slot's rows. The gradients of slots without rows are 0."""
     dx = None
     if needs[0]:
         width = weights.down.shape[2]
@@ -159,7 +203,7 @@ def grouped_backward(
     for slot, rows, place in _rows(routing):
         of_slot = weights.of(slot), settings, _seed(seeds, slot), needs
         kept_s = kept[place : place + len(rows)]
-        dx_s, *found = backward(dy[rows], x[rows] if len(x) else x, kept_s, *of_slot)
+        dx_s, *found = bottleneck_backward.run(dy[rows], x[rows] if len(x) else x, kept_s, *of_slot)
         if dx is not None:
             dx[rows] = dx_s
         for grad, part in zip(grads, found, strict=True):
@@ -174,7 +218,7 @@ def empty_kept(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
     return x.new_empty(x.shape[0], down.shape[-2], dtype=down.dtype)
 
 
-def needs_x(needs: tuple[bool, ...], norm: bool) -> bool:
+def needs_x(needs: Sequence[bool], norm: bool) -> bool:
     """Whether ``backward`` reads x."""
     need_x, need_down, *_, need_norm, need_norm_bias = needs
     return need_down or need_norm or need_norm_bias or (norm and need_x)

@@ -1,10 +1,12 @@
-"""bottleneck's gradients, written out. ``run`` is what the reference offers as ``backward``."""
+"""bottleneck's gradients, written out, for the rows of one adapter."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .._mask import inverse_keep
 from .bottleneck_terms import ACTIVATIONS, LEAKY_SLOPE, Settings, Weights, mask_of, normalised, product, scaled_up
-from .dropout import inverse_keep
 
 
 def run(
@@ -14,7 +16,7 @@ def run(
     weights: Weights,
     settings: Settings,
     seed: Tensor | None,
-    needs: tuple[bool, ...],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """dx and the gradient of every one of the ``weights``; None where ``needs``, in this order, does not ask for it.
 

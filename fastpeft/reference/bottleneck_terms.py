@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import keep_mask, threshold
+from .._mask import threshold
+from .dropout import keep_mask
 
 LEAKY_SLOPE = 0.01
 ACTIVATIONS = {

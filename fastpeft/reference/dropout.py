@@ -21,17 +21,19 @@ Appleby's MurmurHash3 finaliser for the constants of the word.
 import torch
 from torch import Tensor
 
-LANES = 1 << 16
+from .._mask import (
+    LANES,
+    PAIR_FACTORS,
+    PAIR_SHIFTS,
+    PAIR_STEP,
+    ROW_FACTORS,
+    ROW_SHIFTS,
+    ROW_STEP,
+    inverse_keep,
+    threshold,
+)
 
-
-def threshold(dropout: float) -> int:
-    """The number of the 65,536 lane values that are dropped at probability ``dropout``."""
-    return min(round(dropout * LANES), LANES - 1)
-
-
-def inverse_keep(dropout: float) -> float:
-    """``1 / (1 - p)`` for the probability that the mask really uses."""
-    return LANES / (LANES - threshold(dropout))
+__all__ = ["inverse_keep", "keep_mask", "row_keys", "threshold"]
 
 
 def _shift_right(z: Tensor, bits: int, width: int, out: Tensor | None = None) -> Tensor:
@@ -46,10 +48,10 @@ def _signed(constant: int, width: int) -> int:
 def row_keys(seed: Tensor, rows: int) -> Tensor:
     """splitmix64 of every row number: ``int64 [rows]`` for a seed of one int64 element."""
     z = torch.arange(1, rows + 1, dtype=torch.int64, device=seed.device)
-    z = z.mul_(_signed(0x9E3779B97F4A7C15, 64)).add_(seed.reshape(()))
-    z = z.bitwise_xor_(_shift_right(z, 30, 64)).mul_(_signed(0xBF58476D1CE4E5B9, 64))
-    z = z.bitwise_xor_(_shift_right(z, 27, 64)).mul_(_signed(0x94D049BB133111EB, 64))
-    return z.bitwise_xor_(_shift_right(z, 31, 64))
+    z = z.mul_(_signed(ROW_STEP, 64)).add_(seed.reshape(()))
+    for factor, shift in zip(ROW_FACTORS, ROW_SHIFTS, strict=False):
+        z = z.bitwise_xor_(_shift_right(z, shift, 64)).mul_(_signed(factor, 64))
+    return z.bitwise_xor_(_shift_right(z, ROW_SHIFTS[-1], 64))
 
 
 def keep_mask(seed: Tensor, dropout: float, rows: int, columns: int, dtype: torch.dtype = torch.bool) -> Tensor:
@@ -57,16 +59,18 @@ def keep_mask(seed: Tensor, dropout: float, rows: int, columns: int, dtype: torc
 
     Args:
         seed: int64, one element, on the device where the mask is wanted.
-        dropout: probability of dropping an element, in [0, 1).
+        dropout: probability of dropping an element, in [0, 1), rounded to 2**-16.
+        rows: how many rows, of which each has a key of its own.
+        columns: how many columns.
         dtype: any real dtype. A float mask costs no extra pass and multiplies faster than a bool one.
     """
     pairs = (columns + 1) // 2
     lo, hi = row_keys(seed, rows).view(torch.int32).view(rows, 2, 1).unbind(1)  # little-endian halves
-    j = torch.arange(pairs, dtype=torch.int32, device=seed.device).mul_(_signed(0x9E3779B1, 32))
-    z = torch.bitwise_xor(j, lo).mul_(_signed(0x85EBCA6B, 32))
-    shifted = _shift_right(z, 15, 32)
-    z = z.bitwise_xor_(shifted).add_(hi).mul_(_signed(0xC2B2AE35, 32))
-    z = z.bitwise_xor_(_shift_right(z, 16, 32, out=shifted))  # fresh memory would cost more than the shift
+    j = torch.arange(pairs, dtype=torch.int32, device=seed.device).mul_(_signed(PAIR_STEP, 32))
+    z = torch.bitwise_xor(j, lo).mul_(_signed(PAIR_FACTORS[0], 32))
+    shifted = _shift_right(z, PAIR_SHIFTS[0], 32)
+    z = z.bitwise_xor_(shifted).add_(hi).mul_(_signed(PAIR_FACTORS[1], 32))
+    z = z.bitwise_xor_(_shift_right(z, PAIR_SHIFTS[1], 32, out=shifted))  # fresh memory would cost more than the shift
     lanes = z.view(torch.int16)[:, :columns]
     keep = torch.empty(rows, columns, dtype=dtype, device=seed.device)
     return torch.ge(lanes, threshold(dropout) - LANES // 2, out=keep)

@@ -1,9 +1,9 @@
 """LoRA around a frozen linear layer, in plain PyTorch: the definition, and the steps that every backend offers.
 
-``lora_linear`` is what the op means; autograd differentiates it. The four steps below it are the same algebra cut where
-the kernels cut it, with the gradients written out; on the CPU they are also what runs. Shapes: ``x [M, K]``,
-``a [r, K]``, ``b [N, r]``, ``s [M, R]``. R is the sum of the ranks of the branches that share x; each branch has its
-A, B, scale, dropout and seed. a and b may have a wider dtype than x; s always has theirs.
+``lora_linear`` is what the op means; autograd differentiates it. ``forward`` and ``backward`` are the same algebra in
+four steps, cut where the kernels cut it, with the gradients written out; on the CPU they are also what runs. Shapes:
+``x [M, K]``, ``a [r, K]``, ``b [N, r]``, ``s [M, R]``. R is the sum of the ranks of the branches that share x; each
+branch has its A, B, scale, dropout and seed. a and b may have a wider dtype than x; s always has theirs.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import inverse_keep, keep_mask, threshold
+from .._mask import inverse_keep, threshold
+from .dropout import keep_mask
 
 
 def lora_linear(
@@ -28,10 +29,14 @@ def lora_linear(
     """``y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ`` (Hu et al., "LoRA", 2021).
 
     Args:
-        x: ``[..., K]``; weight: ``[N, K]`` or None for the low-rank term alone; bias: ``[N]``; lora_a: ``[r, K]``;
-            lora_b: ``[N, r]``. lora_a and lora_b may be wider than x: their branch is then computed in their dtype.
-        scale: dimensionless factor of the low-rank term, ``alpha / r`` or ``alpha / sqrt(r)``.
-        dropout: probability of dropping an element of x in the low-rank branch, in [0, 1); seed: one int64 element.
+        x: the input ``[..., K]``.
+        weight: W ``[N, K]`` in x's dtype, or None for the low-rank term alone.
+        lora_a: A ``[r, K]``, in x's dtype or a wider one, in which the low-rank branch is then computed.
+        lora_b: B ``[N, r]`` in lora_a's dtype.
+        bias: ``[N]``, or None for none.
+        scale: factor of the low-rank term, without a unit: ``alpha / r`` or ``alpha / sqrt(r)``.
+        dropout: probability of dropping an element of x in the low-rank branch, in [0, 1).
+        seed: of the dropout mask, one int64 element on x's device. It is read where dropout is above 0.
 
     Returns:
         ``[..., N]`` in x's dtype.
@@ -46,6 +51,55 @@ def lora_linear(
     if bias is not None:
         y = y + bias
     return y.to(x.dtype)
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    scales: Sequence[float],
+    dropouts: Sequence[float],
+    seeds: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    """y of every projection, and S ``[M, R]``; absent weights and biases are empty tensors."""
+    s = down(x, lora_as, scales, dropouts, seeds)
+    ys = []
+    for weight, b, bias, s_p in zip(weights, lora_bs, biases, _split(s, lora_as), strict=True):
+        y = up(s_p, b, bias if bias.numel() else None, x.dtype)
+        ys.append(y.addmm_(x, weight.T) if weight.numel() else y)
+    return ys, s
+
+
+def backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[float],
+    dropouts: Sequence[float],
+    seeds: Tensor,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None]:
+    """dX, and dA and dB of every projection. What dA does not need x for, or dB S, may be empty."""
+    parts = _split(s, lora_as) if need_db else [None] * len(dys)
+    steps = [
+        up_backward(dy, s_p, b, scale, need_dx or need_da, need_db)
+        for dy, s_p, b, scale in zip(dys, parts, lora_bs, scales, strict=True)
+    ]
+    dx = das = None
+    if need_dx or need_da:
+        ds = steps[0][0] if len(steps) == 1 else torch.cat([ds for ds, _ in steps], 1)
+        dx, das = down_backward(ds, x, lora_as, dropouts, seeds, need_dx, need_da)
+    for dy, weight in zip(dys, weights, strict=True) if need_dx else ():
+        if weight.numel():
+            dx.addmm_(dy, weight)
+    return dx, das, [db for _, db in steps] if need_db else None
 
 
 def down(

@@ -1,7 +1,7 @@
 """LoRA for a batch whose tokens belong to different adapters: the definition, and the steps that every backend offers.
 
-``multi_lora`` is what the op means: each adapter's tokens go through ``lora_linear`` as if they were alone. The four
-steps below it are the same algebra cut where the kernels cut it; on the CPU they are also what runs. Shapes: ``x
+``multi_lora`` is what the op means: each adapter's tokens go through ``lora_linear`` as if they were alone. ``forward``
+and ``backward`` are the same algebra in four steps, cut where the kernels cut it; on the CPU they also run. Shapes: ``x
 [T, K]``, ``a [slots, R, K]``, ``b [slots, N, R]``; S is ``[planes, T, R]``, R summed over the slices (q, k and v) that
 share x, its rows in the order of ``Routing``. A sum over the planes is the S that is meant; here there is one plane.
 """
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dropout import LANES, keep_mask
+from .._mask import LANES
+from .dropout import keep_mask
 from .lora_linear import lora_linear
 from .routing import Routing
 from .slot_groups import Group, groups_of, used_slots
@@ -22,8 +23,10 @@ class Slots(NamedTuple):
     """What differs between slots, as tables on the device: ``[slots]``, or ``[P, slots]`` where slices differ too.
 
     Attributes:
-        scales: float; ranks: int32, the slots' true ranks, or None for all that there is; thresholds: int32 ``[slots]``
-            of the dropout (see ``fastpeft.reference.dropout``), or None for no dropout; seeds: int64.
+        scales: float32 or float64, the factors of the low-rank terms.
+        ranks: int32, the slots' true ranks, or None for all that there is.
+        thresholds: int32 ``[slots]`` of the dropout (see ``fastpeft.reference.dropout``), or None for no dropout.
+        seeds: int64, of the dropout masks, or None where nothing is dropped.
     """
 
     scales: Tensor
@@ -32,7 +35,11 @@ class Slots(NamedTuple):
     seeds: Tensor | None = None
 
     def of(self, p: int) -> "Slots":
-        """The tables of slice p."""
+        """The tables of one slice.
+
+        Args:
+            p: the number of the slice.
+        """
         return Slots(*(table[p] if table is not None and table.dim() == 2 else table for table in self))
 
 
@@ -50,10 +57,16 @@ def multi_lora(
     """``y[t] + scale[s] · (drop(x[t]) A[s]ᵀ) B[s]ᵀ`` with ``s = token_slots[t]``; y[t] where s is -1.
 
     Args:
-        x: ``[T, K]``; lora_a: ``[slots, R, K]``; lora_b: ``[slots, N, R]``; token_slots: ``[T]``; scales: ``[slots]``.
-        ranks: ``[slots]``, true ranks: rows of A and columns of B beyond them are not read. y: ``[T, N]``, None for 0.
-        dropouts: one probability for each slot; seeds: int64 ``[slots]``. The mask's rows count a slot's own tokens,
-            so that an adapter draws the mask that it would draw alone.
+        x: the input ``[T, K]``.
+        lora_a: A ``[slots, R, K]``, in x's dtype or a wider one.
+        lora_b: B ``[slots, N, R]`` in lora_a's dtype.
+        token_slots: each token's slot ``[T]``, or -1 for none.
+        scales: factors of the low-rank terms ``[slots]``.
+        ranks: true ranks ``[slots]``: rows of A and columns of B beyond them are not read. None: R.
+        y: what is added to, ``[T, N]``, or None for 0.
+        dropouts: a probability in [0, 1) for each slot, or None for no dropout.
+        seeds: int64 ``[slots]``, of the masks. A mask's rows count a slot's own tokens, so that an adapter draws the
+            mask that it would draw alone.
 
     Returns:
         ``[T, N]`` in x's dtype.
@@ -73,6 +86,40 @@ def multi_lora(
 def planes(k: int, tile: int) -> int:
     """How many sums make up S: here they are not cut along K."""
     return 1
+
+
+def forward(
+    ys: Sequence[Tensor],
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    routing: Routing,
+    slots: Slots,
+) -> Tensor:
+    """``y_p += S_p B_pᵀ`` for each token that has an adapter, in place; returns S as ``shrink`` does."""
+    s = shrink(x, lora_as, routing, slots)
+    expand_(ys, s, lora_bs, routing, slots)
+    return s
+
+
+def backward(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    routing: Routing,
+    slots: Slots,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None]:
+    """dX, and dA and dB of every slice. Where dA is not needed, x serves for its shape and dtype alone."""
+    ds, dbs = expand_backward(dys, s if need_db else None, lora_bs, routing, slots, need_dx or need_da, need_db)
+    dx = das = None
+    if ds is not None:
+        dx, das = shrink_backward(ds, x, lora_as, routing, slots, need_dx, need_da)
+    return dx, das, dbs
 
 
 def shrink(x: Tensor, lora_as: Sequence[Tensor], routing: Routing, slots: Slots) -> Tensor:
@@ -105,7 +152,7 @@ def add_(
     routing: Routing,
     slots: Slots,
 ) -> None:
-    """``expand_`` of ``shrink``, without dropout: nothing is put in order in between, and x is gathered once."""
+    """``forward`` where nobody asks for S, without dropout: nothing is put in order between, x is gathered once."""
     gathered = {}
     for p, (y, a, b) in enumerate(zip(ys, lora_as, lora_bs, strict=True)):
         of_p = slots.of(p)

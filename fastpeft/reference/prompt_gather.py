@@ -32,11 +32,17 @@ def prompt_gather(
     """Padded embeddings ``[B, W, D]``, attention mask, positions and labels ``[B, W]`` (Lester et al., 2021).
 
     Args:
-        prompts: ``[S, D]``; lengths: rows of each prompt, S together; prompt_ids: of each row, -1 for no prompt.
-        x: ``[B, T, D]`` token embeddings; width: W.
-        attention_mask, labels, position_ids: ``[B, T]`` integers or None: all ones; no labels; 0, 1, ... from a row's
-            first token on. A token's position grows by the length of its row's prompt.
-        left: put the padding in front. It is 0 everywhere, ``ignore_index`` in the labels, as are prompts there.
+        prompts: all prompts ``[S, D]``, one below the other.
+        lengths: the rows of each prompt, S together.
+        prompt_ids: the number of each row's prompt, -1 for no prompt.
+        x: the tokens' embeddings ``[B, T, D]``.
+        width: W, at least the longest row's prompt and tokens.
+        attention_mask: ``[B, T]`` integers, or None for all ones.
+        labels: ``[B, T]`` integers, or None for ``ignore_index`` everywhere.
+        position_ids: ``[B, T]`` integers, or None for 0, 1, ... from a row's first token on. A token's position grows
+            by the length of its row's prompt.
+        left: put the padding in front. It is 0 everywhere, and ``ignore_index`` in the labels.
+        ignore_index: the label of prompts and padding.
     """
     rows = []
     count = x.shape[1]
@@ -68,7 +74,7 @@ def _pad(row: Tensor, width: int, left: bool, fill: int) -> Tensor:
     return torch.cat([padding, row] if left else [row, padding])
 
 
-def gather(
+def forward(
     prompts: Tensor,
     lengths: Sequence[int],
     prompt_ids: Tensor,
@@ -111,6 +117,20 @@ def gather(
         )
         labels = labels.long()
     return y, mask, positions.long(), labels, torch.stack([used, offset, first, count], 1)
+
+
+def backward(
+    dy: Tensor,
+    rows: Tensor,
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    tokens: int,
+    need_prompts: bool,
+    need_source: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dprompts ``[S, D]`` in ``dtype`` and dx ``[B, tokens, D]``; None where it is not needed."""
+    dprompts = prompt_backward(dy, rows, lengths, dtype) if need_prompts else None
+    return dprompts, source_backward(dy, rows, lengths, tokens) if need_source else None
 
 
 def prompt_backward(dy: Tensor, rows: Tensor, lengths: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -37,14 +37,19 @@ def tile_count(tokens: int, slots: int, tile: int) -> int:
 
 def route(token_slots: Tensor, slots: int, tile: int) -> Routing:
     """``Routing`` of ``token_slots [T]``; a slot outside 0 ... slots - 1 is none."""
+    count = tile_count(len(token_slots), slots, tile)
+    return Routing(*forward(token_slots, slots, tile, count), slots, tile)
+
+
+def forward(token_slots: Tensor, slots: int, tile: int, tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``order [T]``, ``starts [slots + 1]`` and ``tiles [2, tiles]`` of ``Routing``, int32."""
     key = torch.where((token_slots >= 0) & (token_slots < slots), token_slots, slots)
     order = torch.argsort(key, stable=True)
     starts = torch.searchsorted(key[order], torch.arange(slots + 1, device=key.device, dtype=key.dtype))
     counts = (starts.diff() + tile - 1) // tile
     ends = counts.cumsum(0)
-    index = torch.arange(tile_count(len(key), slots, tile), device=key.device)
+    index = torch.arange(tiles, device=key.device)
     slot = torch.searchsorted(ends, index, right=True)
     used, slot = slot < slots, slot.clamp(max=slots - 1)
     first = starts[slot] + (index - (ends - counts)[slot]) * tile
-    tiles = torch.where(used, torch.stack([slot, first]), -1)
-    return Routing(order.int(), starts.int(), tiles.int(), slots, tile)
+    return order.int(), starts.int(), torch.where(used, torch.stack([slot, first]), -1).int()

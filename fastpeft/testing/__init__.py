@@ -45,6 +45,9 @@ def check_ops(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, fl
     """Run every op forward and backward on ``device``, on each backend that serves it, random values at all dtypes.
 
     Yields (name, dtype, worst max ratio, worst rms ratio, ok), the ratios over all outputs and gradients.
+
+    Args:
+        device: where the ops run.
     """
     for op in (bottleneck, lora_linear, multi_lora, prompt_gather, row_linear):
         for name, dtype, worst in op.check(device):

@@ -10,7 +10,12 @@ RMS_RATIO = 1.2
 
 
 class Ratios(NamedTuple):
-    """The fused op's error over eager's: the largest, and the root mean square."""
+    """The fused op's error over eager's.
+
+    Attributes:
+        max: the ratio of the largest errors.
+        rms: the ratio of the root mean square errors.
+    """
 
     max: float
     rms: float
@@ -23,10 +28,15 @@ class Ratios(NamedTuple):
 def error_vs_eager(fused: Tensor, eager: Tensor, exact: Tensor) -> Ratios:
     """How far ``fused`` is from ``exact``, as multiples of how far ``eager`` is.
 
-    ``exact`` is the result in float64 of the same inputs. Nobody can do better than round it to the dtype, so eager's
-    error counts as at least that of the rounded exact result; where even that is 0, the ratio is 0 if ``fused`` is
-    exact too and infinite if not. A NaN, or an infinity where exact has none, is an infinite error. Ratios are
-    statistics: they need some hundreds of elements to mean something.
+    Nobody can do better than round the exact result to the dtype, so eager's error counts as at least that of the
+    rounded exact result; where even that is 0, the ratio is 0 if ``fused`` is exact too and infinite if not. A NaN, or
+    an infinity where exact has none, is an infinite error. Ratios are statistics: they need some hundreds of elements
+    to mean something.
+
+    Args:
+        fused: what is judged.
+        eager: the same computed by plain PyTorch, of the same dtype.
+        exact: the result in float64 of the same inputs.
     """
     if not fused.shape == eager.shape == exact.shape or fused.dtype != eager.dtype:
         given = ", ".join(f"{list(t.shape)} {t.dtype}" for t in (fused, eager, exact))
@@ -37,7 +47,14 @@ def error_vs_eager(fused: Tensor, eager: Tensor, exact: Tensor) -> Ratios:
 
 
 def assert_no_worse(fused: Tensor, eager: Tensor, exact: Tensor, name: str = "fused") -> Ratios:
-    """Raise AssertionError unless ``error_vs_eager`` is within the rule; return the ratios."""
+    """Raise AssertionError unless ``error_vs_eager`` is within the rule; return the ratios.
+
+    Args:
+        fused: what is judged.
+        eager: the same computed by plain PyTorch, of the same dtype.
+        exact: the result in float64 of the same inputs.
+        name: what the message calls it.
+    """
     ratios = error_vs_eager(fused, eager, exact)
     if not ratios.ok:
         raise AssertionError(
@@ -66,6 +83,12 @@ def integer_inputs(*shapes: tuple[int, ...], dtype: torch.dtype, device="cpu", s
 
     With scales that are powers of two and sums below 2048 (float16) or 256 (bfloat16) every product and every sum is
     exact whatever its order, so a fused op must equal the reference bit for bit.
+
+    Args:
+        shapes: of the tensors.
+        dtype: of them all.
+        device: where the tensors lie.
+        seed: of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randint(-2, 3, shape, generator=generator) for shape in shapes]

@@ -28,7 +28,25 @@ def eager_bottleneck(
     x, down_weight, down_bias, up_weight, up_bias, residual=None, activation="relu", scale=1.0,
     norm_weight=None, norm_bias=None, norm="layer", eps=1e-5, dropout=0.0, seed=0, slots=None,
 ) -> Tensor:  # fmt: skip
-    """What a person writes, and what ``adapters`` does: the yardstick. Arguments as in ``fastpeft.ops.bottleneck``."""
+    """What a person writes, and what ``adapters`` does: the yardstick. Arguments as in ``fastpeft.ops.bottleneck``.
+
+    Args:
+        x: the input ``[..., K]``.
+        down_weight: D ``[H, K]``.
+        down_bias: d ``[H]``, or None.
+        up_weight: U ``[N, H]``.
+        up_bias: b ``[N]``, or None.
+        residual: ``[..., N]``, or None for none.
+        activation: "relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu" or "identity".
+        scale: a number, or a tensor ``[1]`` or ``[N]``.
+        norm_weight: ``[K]``, or None for no norm.
+        norm_bias: ``[K]``, or None.
+        norm: "layer" or "rms".
+        eps: added to the variance or the mean square.
+        dropout: probability of dropping an element, in [0, 1).
+        seed: of the mask: an integer, or an int64 tensor of one element or one for each slot.
+        slots: the rows' adapters, -1 for none; every weight then has a leading dimension.
+    """
     if slots is not None:
         y = x.new_zeros(*x.shape[:-1], up_weight.shape[1]) if residual is None else residual
         weights = down_weight, down_bias, up_weight, up_bias, scale, norm_weight, norm_bias
@@ -66,8 +84,12 @@ class BottleneckProblem:
     ``fused``, ``eager`` and ``exact`` return the output and the gradients by name: y, dx, dresidual, ddown_weight, ...
 
     Attributes:
-        weights: by name, see ``WEIGHTS``; what is absent is not in it. residual: a tensor, "x" for x itself, or None.
-        settings: activation, norm, dropout, a number for scale, seed.
+        x: the input ``[..., K]``.
+        weights: by name, see ``WEIGHTS``; what is absent is not in it.
+        residual: a tensor ``[..., N]``, "x" for x itself, or None.
+        dy: the incoming gradient ``[..., N]``.
+        slots: the rows' adapters, or None for one adapter.
+        settings: activation, norm, dropout, a number for scale, and seed.
     """
 
     x: Tensor
@@ -99,8 +121,21 @@ class BottleneckProblem:
         """Random operands; the branch is of about the residual's size.
 
         Args:
-            residual: "x", "other" or None; scale: a number, "learned" or "channel"; slots: so many adapters, whose
-                rows, and rows of none, are mixed.
+            shape: x's, of which the last is K.
+            hidden: H, the width of the bottleneck.
+            out: N; None: K.
+            dtype: of the operands.
+            weights_dtype: of the weights; None: the operands'.
+            device: where the tensors lie.
+            residual: "x", "other" or None.
+            activation: as in ``fastpeft.ops.bottleneck``.
+            scale: a number, "learned" or "channel".
+            norm: "layer", "rms", or None for none.
+            bias: whether projections and norm have biases.
+            dropout: probability of dropping an element, in [0, 1).
+            slots: so many adapters, whose rows, and rows of none, are mixed; None: one adapter.
+            integers: draw -1, 0 and 1 alone, on which all arithmetic is exact; see ``integer_inputs``.
+            seed: of the draws. The same arguments give the same problem.
         """
         wide, k = weights_dtype or dtype, shape[-1]
         n, generator = out or k, torch.Generator().manual_seed(seed)
@@ -146,7 +181,12 @@ class BottleneckProblem:
         )
 
     def fused(self, backend: str | None = None, tile: int | None = None) -> dict[str, Tensor]:
-        """``tile``: of the routing, where there are slots."""
+        """Outputs and gradients of fastpeft's op.
+
+        Args:
+            backend: which serves the op; None for the automatic choice.
+            tile: of the routing, 16 or 64; None for what ``route`` takes.
+        """
 
         def call(slots, **operands):
             if slots is not None:
@@ -156,6 +196,11 @@ class BottleneckProblem:
         return self.differentiate(call)
 
     def eager(self, function: Callable = eager_bottleneck) -> dict[str, Tensor]:
+        """Outputs and gradients of the yardstick.
+
+        Args:
+            function: what is called in place of ``eager_bottleneck``, with its arguments.
+        """
         return self.differentiate(function)
 
     def exact(self) -> dict[str, Tensor]:
@@ -166,13 +211,21 @@ class BottleneckProblem:
         return self.map(lambda t: t.detach().double()).eager(definition)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "BottleneckProblem":
-        """The same problem with ``function`` applied to every operand and the incoming gradient."""
+        """The same problem with ``function`` applied to every operand and the incoming gradient.
+
+        Args:
+            function: takes a tensor and returns one, of another dtype or device, say.
+        """
         residual = function(self.residual) if isinstance(self.residual, Tensor) else self.residual
         weights = {name: function(t) for name, t in self.weights.items()}
         return replace(self, x=function(self.x), dy=function(self.dy), residual=residual, weights=weights)
 
     def differentiate(self, call: Callable) -> dict[str, Tensor]:
-        """Run ``call`` on the operands by name, and backward from ``dy``."""
+        """Run ``call`` on the operands by name, and backward from ``dy``.
+
+        Args:
+            call: takes slots, the operands and the settings by name, and returns y.
+        """
         leaves = {"x": self.x.detach().requires_grad_()}
         if isinstance(self.residual, Tensor):
             leaves["residual"] = self.residual.detach().requires_grad_()

@@ -13,7 +13,18 @@ from .accuracy import Ratios, error_vs_eager, integer_inputs
 
 
 def eager_lora_linear(x, weight, lora_a, lora_b, bias=None, scale=1.0, dropout=0.0, seed=0) -> Tensor:
-    """What a person writes, and what PEFT does: the yardstick. Arguments as in ``fastpeft.ops.lora_linear``."""
+    """What a person writes, and what PEFT does: the yardstick.
+
+    Args:
+        x: the input ``[..., K]``.
+        weight: ``[N, K]``, or None for the low-rank term alone.
+        lora_a: ``[r, K]``.
+        lora_b: ``[N, r]``.
+        bias: ``[N]``, or None.
+        scale: factor of the low-rank term.
+        dropout: probability of dropping an element, in [0, 1).
+        seed: of the mask, an integer or an int64 tensor of one element.
+    """
     branch = x.to(lora_a.dtype)
     if dropout:
         seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
@@ -30,6 +41,17 @@ class LoraProblem:
     """Operands and incoming gradients of ``lora_linear_shared``; one projection makes it one of ``lora_linear``.
 
     ``fused``, ``eager`` and ``exact`` return the outputs and the gradients by name: y0, dx, dweight0, dlora_a0, ...
+
+    Attributes:
+        x: the input ``[..., K]``.
+        weights: ``[N_p, K]`` of each projection, or None.
+        lora_as: ``[r_p, K]``.
+        lora_bs: ``[N_p, r_p]``.
+        biases: ``[N_p]``, or None.
+        dys: the incoming gradients ``[..., N_p]``.
+        scales: factors of the low-rank terms.
+        dropouts: probabilities in [0, 1).
+        seeds: of the masks.
     """
 
     x: Tensor
@@ -55,7 +77,19 @@ class LoraProblem:
         integers: bool = False,
         seed: int = 0,
     ) -> "LoraProblem":
-        """Random operands for x of ``shape``; the low-rank term is of about the base term's size, or smaller."""
+        """Random operands for x of ``shape``; the low-rank term is of about the base term's size, or smaller.
+
+        Args:
+            shape: x's, of which the last is K.
+            outs: N of each projection.
+            ranks: of each projection.
+            dtype: of the operands.
+            adapter_dtype: of A and B; None: the operands'.
+            device: where the tensors lie.
+            dropout: probability of dropping an element, in [0, 1).
+            integers: draw -1, 0 and 1 alone, on which all arithmetic is exact; see ``integer_inputs``.
+            seed: of the draws. The same arguments give the same problem.
+        """
         adapter, k = adapter_dtype or dtype, shape[-1]
         generator = torch.Generator().manual_seed(seed)
 
@@ -81,6 +115,12 @@ class LoraProblem:
         )
 
     def fused(self, backend: str | None = None) -> dict[str, Tensor]:
+        """Outputs and gradients of fastpeft's op.
+
+        Args:
+            backend: which serves the op; None for the automatic choice.
+        """
+
         def call(x, *lists):
             if len(self.weights) > 1:
                 return ops.lora_linear_shared(x, *lists, self.scales, self.dropouts, self.seeds, backend)
@@ -90,6 +130,12 @@ class LoraProblem:
         return self.differentiate(call)
 
     def eager(self, function: Callable = eager_lora_linear) -> dict[str, Tensor]:
+        """Outputs and gradients of the yardstick.
+
+        Args:
+            function: what is called in place of ``eager_lora_linear``, with its arguments.
+        """
+
         def call(x, *lists):
             rows = zip(*lists, self.scales, self.dropouts, self.seeds, strict=True)
             return [function(x, *row) for row in rows]
@@ -104,13 +150,21 @@ class LoraProblem:
         return self.map(lambda t: t.detach().double()).eager(definition)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "LoraProblem":
-        """The same problem with ``function`` applied to every tensor."""
+        """The same problem with ``function`` applied to every tensor.
+
+        Args:
+            function: takes a tensor and returns one, of another dtype or device, say.
+        """
         groups = {name: getattr(self, name) for name in ("weights", "lora_as", "lora_bs", "biases", "dys")}
         groups = {name: tuple(None if t is None else function(t) for t in group) for name, group in groups.items()}
         return replace(self, x=function(self.x), **groups)
 
     def differentiate(self, call: Callable) -> dict[str, Tensor]:
-        """Run ``call(x, weights, lora_as, lora_bs, biases)`` and backward from ``dys``."""
+        """Run ``call`` and backward from ``dys``.
+
+        Args:
+            call: takes x and the lists of weights, A's, B's and biases, and returns a y for each projection.
+        """
         names, leaves = ["dx"], [self.x.detach().requires_grad_()]
         lists = []
         for name, group in zip(

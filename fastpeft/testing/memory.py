@@ -12,6 +12,11 @@ def guarded(tensor: Tensor, width: int = 32, fill: float = torch.nan) -> tuple[T
 
     In every dimension ``width`` elements of ``fill`` lie before and after. A kernel that reads past an edge takes in
     NaN; the check raises AssertionError if anything outside the view was written.
+
+    Args:
+        tensor: of a floating-point dtype; it is copied.
+        width: of the guard, in elements.
+        fill: what the guard holds.
     """
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"guarded: tensor has dtype {tensor.dtype}, expected a floating-point dtype")

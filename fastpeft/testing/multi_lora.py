@@ -14,7 +14,19 @@ from .accuracy import Ratios, error_vs_eager, integer_inputs
 
 
 def eager_multi_lora(x, lora_a, lora_b, token_slots, scales, ranks, y, dropouts=None, seeds=None) -> Tensor:
-    """What PEFT does for a mixed batch: one adapter after another, gathered and added. The yardstick."""
+    """What PEFT does for a mixed batch: one adapter after another, gathered and added. The yardstick.
+
+    Args:
+        x: the input ``[T, K]``.
+        lora_a: ``[slots, R, K]``.
+        lora_b: ``[slots, N, R]``.
+        token_slots: each token's slot ``[T]``, or -1.
+        scales: ``[slots]``.
+        ranks: true ranks ``[slots]``, or None for R.
+        y: what is added to, ``[T, N]``.
+        dropouts: a probability for each slot, or None.
+        seeds: int64 ``[slots]``, of the masks.
+    """
     for slot, scale in enumerate(scales.tolist()):
         tokens = (token_slots == slot).nonzero()[:, 0]
         rank = lora_a.shape[1] if ranks is None else int(ranks[slot])
@@ -34,6 +46,18 @@ class MultiLoraProblem:
     """Operands and incoming gradients of ``multi_lora_shared``; one slice makes it one of ``multi_lora``.
 
     ``fused``, ``eager`` and ``exact`` return outputs and gradients by name: y0, dx, dlora_a0, dlora_b0, dy0, ...
+
+    Attributes:
+        x: the input ``[T, K]``.
+        lora_as: ``[slots, R_p, K]`` of each slice.
+        lora_bs: ``[slots, N_p, R_p]``.
+        ys: what is added to, ``[T, N_p]``.
+        dys: the incoming gradients ``[T, N_p]``.
+        token_slots: int32 ``[T]``.
+        scales: ``[slots]`` or ``[P, slots]``.
+        ranks: int32, of the same shape, or None.
+        dropouts: a probability for each slot, or None.
+        seeds: int64 ``[slots]`` or ``[P, slots]``.
     """
 
     x: Tensor
@@ -65,6 +89,19 @@ class MultiLoraProblem:
         """Random operands. Every slot, the last one and none (-1) included, has tokens if there are enough.
 
         True ranks differ, and what lies beyond them is NaN; scales differ, and some are negative.
+
+        Args:
+            tokens: T.
+            k: K.
+            outs: N of each slice.
+            ranks: R of each slice.
+            slots: how many.
+            dtype: of the operands.
+            adapter_dtype: of A and B; None: the operands'.
+            device: where the tensors lie.
+            dropout: probability of every second slot, in [0, 1).
+            integers: draw -1, 0 and 1 alone, on which all arithmetic is exact; see ``integer_inputs``.
+            seed: of the draws. The same arguments give the same problem.
         """
         adapter, count = adapter_dtype or dtype, len(outs)
         generator = torch.Generator().manual_seed(seed)
@@ -103,6 +140,13 @@ class MultiLoraProblem:
         )
 
     def fused(self, backend: str | None = None, tile: int | None = None) -> dict[str, Tensor]:
+        """Outputs and gradients of fastpeft's op.
+
+        Args:
+            backend: which serves the op; None for the automatic choice.
+            tile: of the routing, 16 or 64; None for what ``route`` takes.
+        """
+
         def call(x, *lists):
             routing = ops.route(self.token_slots, self.lora_as[0].shape[0], tile, backend)
             options = {"dropouts": self.dropouts, "seeds": None if self.dropouts is None else self.seeds}
@@ -117,6 +161,12 @@ class MultiLoraProblem:
         return self.differentiate(call)
 
     def eager(self, function: Callable = eager_multi_lora) -> dict[str, Tensor]:
+        """Outputs and gradients of the yardstick.
+
+        Args:
+            function: what is called in place of ``eager_multi_lora``, with its arguments.
+        """
+
         def call(x, lora_as, lora_bs, ys):
             outs = []
             for p, (a, b, y) in enumerate(zip(lora_as, lora_bs, ys, strict=True)):
@@ -132,12 +182,20 @@ class MultiLoraProblem:
         return self.map(lambda t: t.detach().double()).eager(reference.multi_lora)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "MultiLoraProblem":
-        """The same problem with ``function`` applied to every operand and incoming gradient."""
+        """The same problem with ``function`` applied to every operand and incoming gradient.
+
+        Args:
+            function: takes a tensor and returns one, of another dtype or device, say.
+        """
         groups = {name: tuple(map(function, getattr(self, name))) for name in ("lora_as", "lora_bs", "ys", "dys")}
         return replace(self, x=function(self.x), **groups)
 
     def differentiate(self, call: Callable) -> dict[str, Tensor]:
-        """Run ``call(x, lora_as, lora_bs, ys)`` and backward from ``dys``."""
+        """Run ``call`` and backward from ``dys``.
+
+        Args:
+            call: takes x and the lists of A's, B's and y's, and returns a y for each slice.
+        """
         x = self.x.detach().requires_grad_()
         lists = [[t.detach().requires_grad_() for t in group] for group in (self.lora_as, self.lora_bs, self.ys)]
         outs = call(x, *lists)

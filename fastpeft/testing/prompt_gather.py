@@ -12,7 +12,15 @@ from .accuracy import Ratios, error_vs_eager, integer_inputs
 
 
 def eager_prompt_gather(prompts, prompt_ids, x, attention_mask=None, left=False) -> Tensor:
-    """What a person writes for a batch of different prompts: embeddings ``[B, W, D]``, padded row by row."""
+    """What a person writes for a batch of different prompts: embeddings ``[B, W, D]``, padded row by row.
+
+    Args:
+        prompts: ``[P_i, D]`` of each prompt.
+        prompt_ids: the number of each row's prompt, or -1.
+        x: the tokens' embeddings ``[B, T, D]``.
+        attention_mask: ``[B, T]``, or None for all ones.
+        left: put the padding in front.
+    """
     rows = []
     for b, p in enumerate(prompt_ids):
         tokens = x[b]
@@ -34,6 +42,17 @@ class PromptProblem:
 
     ``fused``, ``eager`` and ``exact`` return embeddings and gradients by name: y, dprompt0, ..., and dx where the
     tokens are given as embeddings; ``fused`` and ``exact`` also mask, positions and labels.
+
+    Attributes:
+        prompts: ``[P_i, D]`` of each prompt.
+        prompt_ids: the number of each row's prompt, or -1.
+        table: the embeddings ``[V, D]``.
+        ids: the tokens ``[B, T]``.
+        mask: the attention mask ``[B, T]``, or None.
+        labels: ``[B, T]``, or None.
+        dy: the incoming gradient ``[B, W, D]``.
+        left: whether padding comes in front.
+        embeds: whether the op is given embeddings in place of tokens.
     """
 
     prompts: tuple[Tensor, ...]
@@ -62,7 +81,22 @@ class PromptProblem:
         integers: bool = False,
         seed: int = 0,
     ) -> "PromptProblem":
-        """Random operands. With ``padded``, rows in turn have padding left, right, all over, a hole, and none."""
+        """Random operands.
+
+        Args:
+            lengths: rows of each prompt.
+            prompt_ids: the number of each row's prompt, or -1.
+            tokens: T.
+            columns: D.
+            dtype: of the operands.
+            prompt_dtype: of the prompts; None: the operands'.
+            device: where the tensors lie.
+            padded: whether rows in turn have padding left, right, all over, a hole, and none.
+            left: whether padding comes in front in the output.
+            embeds: whether the op is given embeddings in place of tokens.
+            integers: draw -1, 0 and 1 alone, on which all arithmetic is exact; see ``integer_inputs``.
+            seed: of the draws. The same arguments give the same problem.
+        """
         generator = torch.Generator().manual_seed(seed)
         rows, vocabulary = len(prompt_ids), 19
 
@@ -89,6 +123,12 @@ class PromptProblem:
         return found.map(lambda t: t.to(device), lambda t: t.to(device))
 
     def fused(self, backend: str | None = None) -> dict[str, Tensor]:
+        """Outputs and gradients of fastpeft's op.
+
+        Args:
+            backend: which serves the op; None for the automatic choice.
+        """
+
         def call(prompts, x):
             given = {"inputs_embeds": x} if self.embeds else {"input_ids": self.ids, "embedding": self.table}
             side = "left" if self.left else "right"
@@ -109,7 +149,12 @@ class PromptProblem:
         return self.map(lambda t: t.detach().double()).differentiate(definition)
 
     def map(self, function: Callable, integers: Callable = lambda t: t) -> "PromptProblem":
-        """The same problem with ``function`` applied to its floating-point tensors, ``integers`` to the others."""
+        """The same problem with its tensors replaced.
+
+        Args:
+            function: takes a tensor and returns one, of another dtype or device, say.
+            integers: the same for tensors of integers.
+        """
         return replace(
             self,
             prompts=tuple(map(function, self.prompts)),
@@ -121,7 +166,11 @@ class PromptProblem:
         )
 
     def differentiate(self, call: Callable) -> dict[str, Tensor]:
-        """Run ``call(prompts, x)``, x the tokens' embeddings, and backward from ``dy``."""
+        """Run ``call`` and backward from ``dy``.
+
+        Args:
+            call: takes the prompts and the tokens' embeddings x, and returns the op's outputs.
+        """
         prompts = [p.detach().requires_grad_() for p in self.prompts]
         x = self.table.detach()[self.ids].requires_grad_(self.embeds)
         y, *rest = call(prompts, x)

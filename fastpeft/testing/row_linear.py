@@ -13,7 +13,16 @@ from .accuracy import Ratios, error_vs_eager, integer_inputs
 
 
 def eager_row_linear(x, weight, trained, index, bias=None, columns=False) -> Tensor:
-    """What a person writes: train the whole weight, and use the gradient of the chosen part. The yardstick."""
+    """What a person writes: train the whole weight, and use the gradient of the chosen part. The yardstick.
+
+    Args:
+        x: the input ``[..., K]``.
+        weight: ``[N, K]``.
+        trained: ``[n, K]``, or ``[N, n]`` for columns.
+        index: ``[n]`` int64.
+        bias: ``[N]``, or None.
+        columns: whether ``trained`` holds columns.
+    """
     whole = weight.detach().clone()
     whole = whole.index_copy(int(columns), index, trained.to(weight.dtype))
     return F.linear(x, whole, bias)
@@ -21,9 +30,18 @@ def eager_row_linear(x, weight, trained, index, bias=None, columns=False) -> Ten
 
 @dataclass(frozen=True)
 class RowProblem:
-    """Operands and incoming gradient of ``row_linear``; ``weight`` holds ``trained`` in its place.
+    """Operands and incoming gradient of ``row_linear``.
 
     ``fused``, ``eager`` and ``exact`` return the output and the gradients by name: y, dx, dtrained, dbias.
+
+    Attributes:
+        x: the input ``[..., K]``.
+        weight: ``[N, K]``; it holds ``trained`` in its place.
+        trained: ``[n, K]``, or ``[N, n]`` for columns.
+        index: ``[n]`` int64, in any order.
+        bias: ``[N]``.
+        dy: the incoming gradient ``[..., N]``.
+        columns: whether ``trained`` holds columns.
     """
 
     x: Tensor
@@ -47,7 +65,19 @@ class RowProblem:
         integers: bool = False,
         seed: int = 0,
     ) -> "RowProblem":
-        """Random operands for x of ``shape``; the first and the last row (column) are chosen, the order is any."""
+        """Random operands for x of ``shape``; the first and the last row (column) are chosen, the order is any.
+
+        Args:
+            shape: x's, of which the last is K.
+            out: N.
+            chosen: n, how many rows or columns are trained.
+            dtype: of the operands.
+            trained_dtype: of the trained part; None: the operands'.
+            device: where the tensors lie.
+            columns: whether columns are trained; else rows.
+            integers: draw -1, 0 and 1 alone, on which all arithmetic is exact; see ``integer_inputs``.
+            seed: of the draws. The same arguments give the same problem.
+        """
         k, generator = shape[-1], torch.Generator().manual_seed(seed)
         size = k if columns else out
 
@@ -67,22 +97,40 @@ class RowProblem:
         return cls(draw(*shape), weight, trained, index, draw(out), draw(*shape[:-1], out), columns)
 
     def fused(self, backend: str | None = None) -> dict[str, Tensor]:
+        """Outputs and gradients of fastpeft's op.
+
+        Args:
+            backend: which serves the op; None for the automatic choice.
+        """
         return self.differentiate(lambda *operands: ops.row_linear(*operands, self.columns, backend))
 
     def eager(self, function: Callable = eager_row_linear) -> dict[str, Tensor]:
+        """Outputs and gradients of the yardstick.
+
+        Args:
+            function: what is called in place of ``eager_row_linear``, with its arguments.
+        """
         return self.differentiate(lambda *operands: function(*operands, self.columns))
 
     def exact(self) -> dict[str, Tensor]:
         return self.map(lambda t: t.detach().double()).eager(reference.row_linear)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "RowProblem":
-        """The same problem with ``function`` applied to every floating-point tensor."""
+        """The same problem with ``function`` applied to every floating-point tensor.
+
+        Args:
+            function: takes a tensor and returns one, of another dtype or device, say.
+        """
         return replace(
             self, **{name: function(getattr(self, name)) for name in ("x", "weight", "trained", "bias", "dy")}
         )
 
     def differentiate(self, call: Callable) -> dict[str, Tensor]:
-        """Run ``call(x, weight, trained, index, bias)`` and backward from ``dy``."""
+        """Run ``call`` and backward from ``dy``.
+
+        Args:
+            call: takes x, weight, trained, index and bias, and returns y.
+        """
         leaves = [t.detach().requires_grad_() for t in (self.x, self.trained, self.bias)]
         y = call(leaves[0], self.weight, leaves[1], self.index, leaves[2])
         return {"y": y.detach()} | dict(

@@ -463,10 +463,10 @@ class TestReport:
 
 BAD_CONFIGS = [
     ({"r": 0}, "Lora: r is 0, expected an integer of at least 1"),
-    ({"r": 8.0}, "Lora: r is 8.0, expected an integer"),
+    ({"r": 8.0}, r"Lora: r is 8.0 \(float\), expected an integer"),
     ({"r": True}, "Lora: r is True"),
     ({"alpha": float("nan")}, "Lora: alpha is nan, expected a finite number"),
-    ({"alpha": "16"}, "Lora: alpha is 16"),
+    ({"alpha": "16"}, "Lora: alpha is '16' "),
     ({"dropout": 1}, r"Lora: dropout is 1, expected a number in \[0, 1\)"),
     ({"dropout": float("nan")}, "Lora: dropout is nan"),
     ({"bias": "some"}, "Lora: bias is 'some', expected one of none, all, lora_only"),

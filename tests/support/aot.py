@@ -104,11 +104,9 @@ class _Driver:
 @contextlib.contextmanager
 def compiling(architecture: int, record):
     """Inside, every launch compiles for ``architecture`` instead, and ``record(name, kernel, seconds)`` is called."""
-    from fastpeft.kernels import bottleneck, bottleneck_backward, launch, lora_linear, multi_lora, row_linear
+    from fastpeft import _device
 
-    modules = (bottleneck, bottleneck_backward, launch, lora_linear, multi_lora, row_linear)
-    users = [module for module in modules if hasattr(module, "capability")]
-    run, capability = JITFunction.run, launch.capability
+    run, capability = JITFunction.run, _device.capability
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         def fake(value):
@@ -124,14 +122,12 @@ def compiling(architecture: int, record):
 
     triton.runtime.driver.set_active(_Driver(architecture))
     JITFunction.run = compile_only
-    for module in users:
-        module.capability = lambda _: architecture
+    _device.capability = lambda _: architecture
     try:
         yield
     finally:
         JITFunction.run = run
-        for module in users:
-            module.capability = capability
+        _device.capability = capability
 
 
 def lora_linear(x_dtype, dtype, ranks, dropout, m, k, n) -> None:
@@ -163,7 +159,7 @@ def multi_lora(x_dtype, dtype, ranks, dropout, tile, tokens, k, n) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     slots, p = 32, len(ranks)
-    tables = routing.route(new(tokens, dtype=torch.int32), slots, tile, 40)
+    tables = routing.forward(new(tokens, dtype=torch.int32), slots, tile, 40)
     dropouts = (new(slots, dtype=torch.int32), new(p, slots, dtype=torch.int64)) if dropout else (None, None)
     slot = Slots(new(slots, dtype=FP32), new(p, slots, dtype=torch.int32), *dropouts)
     routing = Routing(*tables, slots, tile)
@@ -171,8 +167,7 @@ def multi_lora(x_dtype, dtype, ranks, dropout, tile, tokens, k, n) -> None:
     lora_as, lora_bs = [new(slots, r, k) for r in ranks], [new(slots, n, r) for r in ranks]
     s = kernels.shrink(x, lora_as, routing, slot)
     kernels.expand_(dys, s, lora_bs, routing, slot)
-    ds, _ = kernels.expand_backward(dys, s, lora_bs, routing, slot, True, True)
-    kernels.shrink_backward(ds, x, lora_as, routing, slot, True, True)
+    kernels.backward(dys, x, s, lora_as, lora_bs, routing, slot, True, True, True)
 
 
 def row_linear(x_dtype, dtype, rows, dropout, m, k, n) -> None:
@@ -181,8 +176,8 @@ def row_linear(x_dtype, dtype, rows, dropout, m, k, n) -> None:
 
     (count,) = rows
     x, dy = (torch.empty(m, size, dtype=x_dtype, device="meta") for size in (k, n))
-    kernels.row_gradient(dy, x, torch.empty(count, dtype=torch.int64, device="meta"), dtype)
-    kernels.column_gradient(dy, torch.empty(m, count, dtype=x_dtype, device="meta"), dtype)
+    kernels.backward(dy, x, torch.empty(count, dtype=torch.int64, device="meta"), dtype)
+    kernels.backward(dy, torch.empty(m, count, dtype=x_dtype, device="meta"), None, dtype)
 
 
 def prompt_gather(x_dtype, dtype, lengths, dropout, rows, tokens, columns) -> None:
@@ -195,9 +190,9 @@ def prompt_gather(x_dtype, dtype, lengths, dropout, rows, tokens, columns) -> No
     prompts, which = new(sum(lengths), columns, dtype=dtype), new(rows, dtype=torch.int64)
     ids, mask, labels, positions = (new(rows, tokens, dtype=torch.int64) for _ in range(4))
     width = tokens + max(lengths)
-    kernels.gather(prompts, lengths, which, new(32000, columns), ids, mask, labels, positions, width, True, -100)
+    kernels.forward(prompts, lengths, which, new(32000, columns), ids, mask, labels, positions, width, True, -100)
     x = new(rows, tokens, columns)
-    y, *_, spans = kernels.gather(prompts, lengths, which, x, None, None, None, None, width, False, -100)
+    y, *_, spans = kernels.forward(prompts, lengths, which, x, None, None, None, None, width, False, -100)
     kernels.prompt_backward(y, spans, lengths, dtype)
     kernels.source_backward(y, spans, lengths, tokens)
 

@@ -54,10 +54,10 @@ def bottleneck(x_dtype, dtype, hidden, dropout, form, m, k, n) -> None:
     residual = None if "own" in words else dy
     operands, needs = (weights, residual, settings, seed), (True, *(t is not None for t in weights))
     if tile is None:
-        _, kept = kernels.forward(x, *operands)
-        kernels.backward(dy, x, kept, weights, settings, seed, needs)
+        _, kept = kernels.forward(x, *operands, None)
+        kernels.backward(dy, x, kept, weights, settings, seed, None, needs)
         return
     tables = (new(size, dtype=torch.int32) for size in (m, slots + 1))
     routing = Routing(*tables, new(2, tile_count(m, slots, tile), dtype=torch.int32), slots, tile)
-    _, kept = kernels.grouped_forward(x, *operands, routing)
-    kernels.grouped_backward(dy, x, kept, weights, settings, seed, routing, needs)
+    _, kept = kernels.forward(x, *operands, routing)
+    kernels.backward(dy, x, kept, weights, settings, seed, routing, needs)

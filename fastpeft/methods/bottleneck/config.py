@@ -128,7 +128,7 @@ class Bottleneck:
             if _check.finite("Bottleneck", label, value) <= 0:
                 raise ValueError(f"Bottleneck: {label} is {value!r}, expected a number above 0")
         if isinstance(self.scale, str):
-            _one_of("scale", self.scale, SCALES)
+            _check.one_of("Bottleneck", "scale", self.scale, SCALES)
         else:
             _check.finite("Bottleneck", "scale", self.scale)
         for name in ("dropout", "stochastic_depth"):
@@ -137,16 +137,16 @@ class Bottleneck:
             raise TypeError(f"Bottleneck: dtype is {self.dtype!r}, expected a floating-point torch.dtype or None")
 
     def _check_words(self):
-        _one_of("activation", self.activation, ACTIVATIONS)
-        _one_of("init", self.init, INITS)
-        _one_of("norm", self.norm, (None, *NORMS))
+        _check.one_of("Bottleneck", "activation", self.activation, ACTIVATIONS)
+        _check.one_of("Bottleneck", "init", self.init, INITS)
+        _check.one_of("Bottleneck", "norm", self.norm, (None, *NORMS))
         for name in ("parallel", "norm_after", "residual_first", "original_norm_before", "original_norm_after"):
-            _flag(name, getattr(self, name))
-        _flag("gating", self.gating)
-        _one_of("residual_before_norm", self.residual_before_norm, (True, False, "post_add"))
+            _check.boolean("Bottleneck", name, getattr(self, name))
+        _check.boolean("Bottleneck", "gating", self.gating)
+        _check.one_of("Bottleneck", "residual_before_norm", self.residual_before_norm, (True, False, "post_add"))
         places = (self.places,) if isinstance(self.places, str) else tuple(self.places)
         for place in places:
-            _one_of("places", place, PLACES)
+            _check.one_of("Bottleneck", "places", place, PLACES)
         object.__setattr__(self, "places", tuple(place for place in PLACES if place in places))
         leave_out = tuple(self.leave_out) if isinstance(self.leave_out, Sequence) else (self.leave_out,)
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in leave_out):
@@ -196,13 +196,3 @@ class Bottleneck:
     def as_dict(self) -> dict:
         """Every field by its name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def _flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"Bottleneck: {name} is {value!r}, expected True or False")
-
-
-def _one_of(name: str, value: object, expected: Sequence) -> None:
-    if not any(value is e or (isinstance(e, str) and value == e) for e in expected):
-        raise ValueError(f"Bottleneck: {name} is {value!r}, expected one of {', '.join(map(str, expected))}")

@@ -141,10 +141,9 @@ def backend_of(adapter: BottleneckAdapter) -> str:
     tensors = (adapter.down_weight, adapter.down_bias, adapter.up_weight, adapter.up_bias)
     x = adapter.down_weight.new_empty(1, adapter.features)
     try:
-        text = ops.explain("bottleneck", x, *tensors)
+        return ops.explain("bottleneck", x, *tensors).backend
     except ValueError as error:  # FASTPEFT_BACKEND asks for one that cannot serve
         return str(error)
-    return text.splitlines()[0].rpartition(" ")[2]
 
 
 def form_at(site: Site, config: Bottleneck) -> tuple[str, str]:

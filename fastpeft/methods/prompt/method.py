@@ -149,8 +149,8 @@ class PromptMethod(Method):
     def report(self, model: nn.Module) -> Sequence[LayerReport]:
         prompts = getattr(model, CHILD)
         table, rows = model.get_input_embeddings().weight, list(prompts.prompts.values())
-        text = ops.explain("prompt_gather", rows, inputs_embeds=table[None, :0])
-        return [LayerReport(CHILD, "fused", text.splitlines()[0].rpartition(" ")[2], kind="prompts")]
+        backend = ops.explain("prompt_gather", rows, inputs_embeds=table[None, :0]).backend
+        return [LayerReport(CHILD, "fused", backend, kind="prompts")]
 
 
 def embedding_of(op: str, method: str, model: nn.Module) -> nn.Module:

@@ -48,8 +48,9 @@ def test_parts_cover_the_loop():
 @pytest.mark.parametrize("least", [1, 2])  # 2: the last part is shorter
 def test_integers_are_exact_where_sums_are_split(form, least, monkeypatch):
     """Every sum over rows or columns in as many parts as it has blocks, or half; by default only long sums are cut."""
-    kernels = pytest.importorskip("fastpeft.kernels.lora_linear", reason="Triton is not installed")
-    monkeypatch.setattr(kernels, "split", functools.partial(kernels.split, least=least))
+    launch = pytest.importorskip("fastpeft.kernels.launch", reason="Triton is not installed")
+    for name in ("lora_linear_products", "lora_linear_backward"):
+        monkeypatch.setattr(f"fastpeft.kernels.{name}.split", functools.partial(launch.split, least=least))
     outs, ranks = FORMS[form]
     assert_exact(LoraProblem.make((150, 150), outs, ranks, FP32, FP32, DEVICE, 0.5, integers=True), "triton")
 

@@ -98,21 +98,21 @@ def t(*shape, dtype=FP32):
 INT32 = torch.int32
 CASES = {
     # argument: (value, error, what the message says)
-    "x is a list": ("x", [1.0], TypeError, r"x is list, expected a floating-point tensor \[..., K\]"),
-    "x is a scalar": ("x", torch.tensor(1.0), TypeError, r"x is torch.float32 \[\], expected a floating-point tensor"),
-    "x is of integers": ("x", t(6, 8, dtype=INT32), TypeError, "x is torch.int32"),
+    "x is a list": ("x", [1.0], TypeError, r"x is a list of 1, expected a tensor \[..., K\]"),
+    "x is a scalar": ("x", torch.tensor(1.0), TypeError, "x is a scalar, expected a tensor"),
+    "x is of integers": ("x", t(6, 8, dtype=INT32), TypeError, "x has dtype torch.int32"),
     "lora_a's K": ("lora_a", t(3, 4, 9), ValueError, "lora_a has K=9, expected K=8"),
     "lora_a's dimensions": ("lora_a", t(4, 8), ValueError, r"lora_a has shape \[4, 8\], expected \[slots, R, K\]"),
     "lora_a's dtype": ("lora_a", t(3, 4, 8, dtype=FP16), TypeError, "lora_a has dtype torch.float16, expected"),
     "no rank": ("lora_a", t(3, 0, 8), ValueError, "lora_b has R=4, expected R=0"),
     "lora_b's slots": ("lora_b", t(4, 5, 4), ValueError, "lora_b has slots=4, expected slots=3"),
     "lora_b's rank": ("lora_b", t(3, 5, 6), ValueError, "lora_b has R=6, expected R=4"),
-    "lora_b is None": ("lora_b", None, TypeError, "lora_b is NoneType, expected a tensor"),
+    "lora_b is None": ("lora_b", None, TypeError, "lora_b is None, expected a tensor"),
     "lora_b's dtype": ("lora_b", t(3, 5, 4, dtype=FP64), TypeError, "lora_b has dtype torch.float64, expected"),
-    "a list of slots": ("token_slots", [0] * 6, ValueError, "token_slots is list, expected one slot for each of 6"),
+    "a list of slots": ("token_slots", [0] * 6, ValueError, "token_slots is a list of 6, expected one slot for each"),
     "too few slots": ("token_slots", t(5, dtype=INT32), ValueError, r"token_slots is \[5\], expected one slot for"),
     "float slots": ("token_slots", t(6), TypeError, "token_slots is torch.float32, expected a tensor of torch.int32"),
-    "scales is a number": ("scales", 2.0, TypeError, "scales is float, expected torch.float32 on"),
+    "scales is a number": ("scales", 2.0, TypeError, r"scales is 2.0 \(float\), expected torch.float32 on"),
     "scales' size": ("scales", t(4), ValueError, r"scales has shape \[4\], expected \[3\]"),
     "scales' dtype": ("scales", t(3, dtype=FP16), TypeError, "scales is torch.float16 on .*, expected torch.float32"),
     "ranks' dtype": ("ranks", t(3), TypeError, "ranks is torch.float32 on .*, expected torch.int32"),
@@ -121,8 +121,8 @@ CASES = {
     "y's tokens": ("y", t(5, 5), ValueError, r"y is \[5, 5\], expected \[6, 5\]"),
     "y's dtype": ("y", t(6, 5, dtype=FP16), TypeError, "y has dtype torch.float16, expected torch.float32"),
     "dropouts' size": ("dropouts", [0.1], ValueError, "dropouts has 1 items, expected 3"),
-    "dropout 1": ("dropouts", [0.1, 1.0, 0.0], ValueError, r"dropouts is 1.0, expected a number in \[0, 1\)"),
-    "no such backend": ("backend", "cutlass", ValueError, "backend='cutlass', expected one of cuda, triton, reference"),
+    "dropout 1": ("dropouts", [0.1, 1.0, 0.0], ValueError, r"dropouts\[1\] is 1.0, expected a number in \[0, 1\)"),
+    "no such backend": ("backend", "cutlass", ValueError, "backend is 'cutlass', expected one of cuda, triton, ref"),
 }  # fmt: skip
 
 
@@ -154,9 +154,7 @@ def test_a_bad_call_in_place_writes_nothing():
 def test_a_routing_of_another_batch():
     good = arguments()
     for wrong in (route(t(5, dtype=INT32), 3), route(t(6, dtype=INT32), 4)):
-        with pytest.raises(
-            ValueError, match="token_slots was routed for . tokens, . slots on .*, expected 6 tokens, 3"
-        ):
+        with pytest.raises(ValueError, match="token_slots was routed for . rows, . slots on .*, expected 6 rows, 3"):
             multi_lora(**good | {"token_slots": wrong})
 
 
@@ -187,5 +185,5 @@ def test_what_triton_cannot_serve():
 def test_explain():
     good = arguments()
     said = fastpeft.explain("multi_lora", *(good[name] for name in ("x", "lora_a", "lora_b", "token_slots")))
-    assert said.startswith("multi_lora: served by")
-    assert "triton" in said
+    assert str(said).startswith("multi_lora: served by")
+    assert "triton" in str(said)

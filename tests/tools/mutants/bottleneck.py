@@ -91,7 +91,7 @@ MUTANTS = {
         "_hidden_kernel": {
             "statistics of the first program only in part": ("pid_r + pid_p == 0)", "pid_r + pid_p == 1)", ACCURATE),
         },
-        "_forward": {
+        "forward": {
             "rows without an adapter are 0": (
                 "residual.clone(memory_format=torch.contiguous_format)",
                 "torch.zeros_like(residual)",
@@ -103,7 +103,7 @@ MUTANTS = {
         "_hidden_backward_kernel": {
             "the mask is forgotten in dz": ("drawn, n0, BLOCK_K), g, 0.0).", "drawn, n0, BLOCK_K), g, g).", INTEGERS),
             "the scale is forgotten in dz": ("not None", "None", INTEGERS),
-            "the factor is forgotten in dz": ("tl.load(numbers_ptr) * slope", "slope", INTEGERS),
+            "the factor is forgotten in dz": ("tl.load(numbers_ptr + FACTOR) * slope", "slope", INTEGERS),
         },
         "_dx_kernel": {
             "the mean is not taken out": ('= "layer":', '= "rms":', ACCURATE),
@@ -141,7 +141,7 @@ MUTANTS = {
         "needs_x": {
             "x is kept for nothing": ("need_down or need_norm or need_norm_bias or (norm and need_x)", "True", FROZEN),
         },
-        "forward": {
+        "_forward": {
             "rounded twice at the residual": (".mul_(mask)", "", INTEGERS),
         },
     },

@@ -77,7 +77,7 @@ MUTANTS = {
         "the promise is forgotten": ("before, _reading_ahead = _reading_ahead, True", "before, _reading_ahead = _reading_ahead, False", AHEAD),
         "no room for the planes": ("_BLOCKS * items * columns * _TOKENS", "items * columns * _TOKENS", "tests/cuda/multi_lora/test_multi_lora.py::test_gradients"),
     },
-    "fastpeft/ops/multi_lora.py": {
+    "fastpeft/ops/multi_lora_backends.py": {
         "any number of tokens": ("if x.numel() > limits.MAX_TOKENS * k:", "if False:", "tests/cuda/multi_lora/test_multi_lora.py::test_what_it_does_not_serve"),
         "dropout unseen": ("if dropouts is not None and any(dropouts):", "if False:", "tests/cuda/multi_lora/test_multi_lora.py::test_what_it_does_not_serve"),
     },

@@ -17,23 +17,31 @@ MUTANTS = {
         "_row_keys": {
             "rows counted from 0": ("(m + 1).", "m."),
             "seed ignored": ("z = seed.", "z = (seed * 0)."),
-            "row key skips a round": ("(z ^ (z >> 27)) * 0x94D049BB133111EB", "z ^ (z >> 27)"),
+            "row key skips a round": ("(z ^ (z >> _ROW_SHIFT_2)) * _ROW_FACTOR_2", "z ^ (z >> _ROW_SHIFT_2)"),
             "row key's halves swapped": ("z.to(tl.uint32), (z >> 32)", "(z >> 32).to(tl.uint32), z"),
         },
         "keep_tile": {
-            "high half of the row key dropped": ("(z ^ (z >> 15)) + hi[:, None]", "z ^ (z >> 15)"),
+            "high half of the row key dropped": (
+                "(z ^ (z >> _PAIR_SHIFT_1)) + hi[:, None]",
+                "z ^ (z >> _PAIR_SHIFT_1)",
+            ),
             "first column ignored": ("first_k // 2", "first_k * 0"),
             "first column not halved": ("first_k // 2 +", "first_k +"),
-            "last shift dropped": ("(z >> 16)", "(z >> 17)"),
+            "last shift dropped": ("(z >> _PAIR_SHIFT_2)", "(z >> 17)"),
             "lanes swapped": ("even, odd", "odd, even"),
             "one lane for both": ("interleave(even, odd)", "interleave(odd, odd)"),
             "unsigned lane": ("z.to(tl.int32, bitcast=True) >> 16", "(z >> 16).to(tl.int32)"),
             "threshold off by one": (">= threshold", "> threshold"),
             "mask inverted": (">= threshold", "< threshold"),
         },
+    },
+    "fastpeft/_mask.py": {
         "threshold": {
-            "probability cut, not rounded": ("min(round(dropout * 65536), 65535)", "min(int(dropout * 65536), 65535)"),
-            "everything dropped near 1": ("min(round(dropout * 65536), 65535)", "round(dropout * 65536)"),
+            "probability cut, not rounded": ("round(dropout * LANES)", "int(dropout * LANES)"),
+            "everything dropped near 1": ("min(round(dropout * LANES), LANES - 1)", "round(dropout * LANES)"),
+        },
+        "inverse_keep": {
+            "divided by the probability asked for": ("LANES / (LANES - threshold(dropout))", "1 / (1 - dropout)"),
         },
     },
     "fastpeft/reference/dropout.py": {
@@ -49,16 +57,6 @@ MUTANTS = {
             "threshold off by one": ("torch.ge", "torch.gt"),
             "last column of an odd number lost": ("(columns + 1) // 2", "columns // 2 + columns % 2 * 0"),
             "a mask of another dtype": ("dtype=dtype", "dtype=torch.bool"),
-        },
-        "threshold": {
-            "probability cut, not rounded": (
-                "min(round(dropout * LANES), LANES - 1)",
-                "min(int(dropout * LANES), LANES - 1)",
-            ),
-            "everything dropped near 1": ("min(round(dropout * LANES), LANES - 1)", "round(dropout * LANES)"),
-        },
-        "inverse_keep": {
-            "divided by the probability asked for": ("LANES / (LANES - threshold(dropout))", "1 / (1 - dropout)"),
         },
     },
 }

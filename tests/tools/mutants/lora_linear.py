@@ -39,6 +39,21 @@ TESTS = (
 
 MUTANTS = {
     "kernels/lora_linear.py": {
+        "forward": {
+            "base GEMM left out": (".addmm_(x, weight.T) if weight.numel() else y", ""),
+            "y without its low-rank term": ("weight.T", "weight.T, beta=0"),
+            "every projection gets the last S": (
+                "s.split(ranks_of(lora_as), 1)",
+                "[s.split(ranks_of(lora_as), 1)[-1]] * len(weights)",
+            ),
+            "x written": ("down(x,", "down(x.mul_(1 + 2**-4),"),
+        },
+    },
+    "kernels/lora_linear_products.py": {
+        "branch_table": {
+            "branches all start at 0": ("([start, start + rank, scale,", "([0, start + rank, scale,"),
+            "no scale in the table": ("+ rank, scale,", "+ rank, 1.0,"),
+        },
         "_down_kernel": {
             "down: no mask on columns": ("(0, BLOCK_K) < K", "(0, BLOCK_K) >= 0"),
             "down: last block skipped": (
@@ -48,18 +63,18 @@ MUTANTS = {
             "down: parts overlap": ("tl.minimum(first + SPAN, K)", "K"),
             "down: dropout not applied": ("tl.where(keep, x, 0.0).to(x.dtype)", "x"),
             "down: one seed for all": ("seed_ptr + p", "seed_ptr"),
-            "down: one probability for all": ("p * 5 + 4", "4"),
+            "down: one probability for all": ("p * FIELDS + THRESHOLD", "THRESHOLD"),
             "down: mask of the first block everywhere": ("m, k0, BLOCK_K", "m, first, BLOCK_K"),
             "down: branches mixed": ("a if BRANCHES == 1 else tl.where(mine[None, :], a, 0.0).to(a.dtype)", "a"),
             "down: no 1 / (1 - p)": (
-                "(branch_ptr + p * 5 + 2) * tl.load(branch_ptr + p * 5 + 3)",
-                "(branch_ptr + p * 5 + 2)",
+                "(branch_ptr + p * FIELDS + SCALE) * tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP)",
+                "(branch_ptr + p * FIELDS + SCALE)",
             ),
             "down: no scale": (
-                "(branch_ptr + p * 5 + 2) * tl.load(branch_ptr + p * 5 + 3)",
-                "(branch_ptr + p * 5 + 3)",
+                "(branch_ptr + p * FIELDS + SCALE) * tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP)",
+                "(branch_ptr + p * FIELDS + INVERSE_KEEP)",
             ),
-            "down: scale of the first branch": ("p * 5 + 2", "2"),
+            "down: scale of the first branch": ("p * FIELDS + SCALE", "SCALE"),
             "down: x's pointer stands still": ("x_tile += step * stride_xk", ""),
             "down: x's columns taken as adjacent": ("step * stride_xk", "BLOCK_K"),
             "down: 32-bit step": ("+= step * stride_xk", "+= BLOCK_K * stride_xk", OFFSETS),
@@ -80,16 +95,16 @@ MUTANTS = {
             "up: no bias": ("if BIAS:", "if False:"),
             "up: bias's stride ignored": ("* stride_bias", "* 1", BIAS_STRIDES),
             "up: bias's last element lost": ("k < K, other", "k < K - 1, other"),
-            "up: ranks of the next branch": ("tl.load(branch_ptr + p * 5 + 1).to(tl.int32)", "R"),
-            "up: branch starts one late": ("(tl.int32),", "(tl.int32) + 1,"),
+            "up: ranks of the next branch": ("tl.load(branch_ptr + p * FIELDS + STOP).to(tl.int32)", "R"),
+            "up: branch starts one late": ("FIELDS + START).to(tl.int32)", "FIELDS + START).to(tl.int32) + 1"),
             "up: rank not bounded": ("& (r < stop)[None, :]", "& (r >= 0)[None, :]"),
             "up: only the first ranks": ("start, stop,", "start, tl.minimum(start + BLOCK_R, stop),"),
             "up: B's stride ignored": ("* stride_br +", "+"),
             "dX: mask not applied": (
-                "tl.where(keep, acc * tl.load(branch_ptr + p * 5 + 3), 0.0)",
-                "acc * tl.load(branch_ptr + p * 5 + 3)",
+                "tl.where(keep, acc * tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP), 0.0)",
+                "acc * tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP)",
             ),
-            "dX: no 1 / (1 - p)": ("acc * tl.load(branch_ptr + p * 5 + 3)", "acc"),
+            "dX: no 1 / (1 - p)": ("acc * tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP)", "acc"),
             "dX: only the last branch": ("y += tl.where", "y = tl.where"),
             "dX: one seed for all": ("seed_ptr + p", "seed_ptr"),
             "dX: mask of the first columns": ("* BLOCK_K,", "* 0,"),
@@ -98,6 +113,18 @@ MUTANTS = {
                 "(y_tile, y, mask=(m < M)[:, None] & (k <= K)[None, :])",
             ),
             "up: program ids swapped": ("(0).to(tl.int64), tl.program_id(1)", "(1).to(tl.int64), tl.program_id(0)"),
+        },
+        "dot": {
+            "float32 adapters narrowed": (".to(a.dtype), a", ", a.to(x.dtype)"),
+        },
+    },
+    "kernels/lora_linear_backward.py": {
+        "run": {
+            "dX without the base path": ("if need_dx else", "if False else"),
+            "dX of the last projection only": ("(dy, weight)", "(dy, weight, beta=0)"),
+        },
+        "ups_backward": {
+            "scale of dS off by the projection": ("scales, strict", "scales[::-1], strict"),
         },
         "_up_backward_kernel": {
             "dS: no scale": (
@@ -118,7 +145,7 @@ MUTANTS = {
         "_outer_kernel": {
             "dA: mask not applied": ("tl.where(keep, x, 0.0).to(x.dtype)", "x"),
             "dA: branches mixed": ("s if BRANCHES == 1 else tl.where(mine[None, :], s, 0.0).to(s.dtype)", "s"),
-            "dA: no 1 / (1 - p)": ("tl.load(branch_ptr + p * 5 + 3)", "1.0"),
+            "dA: no 1 / (1 - p)": ("tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP)", "1.0"),
             "dA: mask of the first columns": ("* BLOCK_K,", "* 0,"),
             "dA: last rows skipped": ("(first + SPAN, M), BLOCK_M", "(first + SPAN, M) // BLOCK_M * BLOCK_M, BLOCK_M"),
             "dA: parts overlap": ("tl.minimum(first + SPAN, M)", "M"),
@@ -127,9 +154,6 @@ MUTANTS = {
         },
         "_outer": {
             "sums in 16 bits": ("acc.torch if parts > 1 else s.dtype", "torch.float16"),
-        },
-        "_dot": {
-            "float32 adapters narrowed": (".to(a.dtype), a", ", a.to(x.dtype)"),
         },
         "up_backward": {
             "dB with the strides of its transpose": (".contiguous()", "", GRADIENT_STRIDES),
@@ -146,12 +170,19 @@ MUTANTS = {
         "reduce_partials": {
             "only the first partial result": ("partials.sum(0)", "partials[0]"),
         },
-        "branch_table": {
-            "branches all start at 0": ("([start, start + rank, scale,", "([0, start + rank, scale,"),
-            "no scale in the table": ("+ rank, scale,", "+ rank, 1.0,"),
-        },
     },
     "fastpeft/reference/lora_linear.py": {
+        "forward": {
+            "base GEMM left out": (".addmm_(x, weight.T) if weight.numel() else y", ""),
+            "y without its low-rank term": ("weight.T", "weight.T, beta=0"),
+            "every projection gets the last S": ("_split(s, lora_as)", "[_split(s, lora_as)[-1]] * len(weights)"),
+            "x written": ("down(x,", "down(x.mul_(1 + 2**-4),"),
+        },
+        "backward": {
+            "dX without the base path": ("if need_dx else", "if False else"),
+            "dX of the last projection only": ("(dy, weight)", "(dy, weight, beta=0)"),
+            "scale of dS off by the projection": ("scales, strict", "scales[::-1], strict"),
+        },
         "lora_linear": {
             "definition: dropout on the base path": ("linear(x, weight)", "linear(dropped, weight)"),
             "definition: no 1 / (1 - p)": ("(x.shape) * inverse_keep(dropout)", "(x.shape)"),
@@ -184,35 +215,24 @@ MUTANTS = {
         },
     },
     "fastpeft/ops/lora_linear.py": {
-        "_implementation": {
-            "base GEMM left out": (".addmm_(x, weight.T) if weight.numel() else y", ""),
-            "y without its low-rank term": ("weight.T", "weight.T, beta=0"),
-            "every projection gets the last S": ("_split(s, lora_as)", "[_split(s, lora_as)[-1]] * len(weights)"),
-            "x written": (".down(x, lora_as,", ".down(x.mul_(1 + 2**-4), lora_as,"),
-        },
         "_setup_context": {
             "x kept though A is frozen": ("x if need_da or need_dw else absent", "x"),
             "S kept though B is frozen": ("[1] if need_db else absent", "[1]"),
             "x not kept for dW": ("or need_dw else", "else", ONLY_WEIGHTS),
         },
-        "_backward_implementation": {
-            "dX without the base path": ('need_dx and weight.numel() and backend != "cuda"', "False"),
-            "dX of the last projection only": ("(dy, weight)", "(dy, weight, beta=0)"),
-            "scale of dS off by the projection": ("lora_bs, scales, strict", "lora_bs, scales[::-1], strict"),
-        },
         "_backward": {
             "gradients of weight and A swapped": ("enumerate(ctx.needs[1:])", "zip((1, 0, 2, 3), ctx.needs[1:])"),
         },
         "_call": {
-            "one seed for all": ("cat(drawn)", "cat(drawn[:1] * len(drawn))"),
-            "autocast ignored": (
-                "torch.is_autocast_enabled(device.type) and x.dtype != torch.float64",
-                "False",
-                AUTOCAST,
-            ),
+            "autocast ignored": ("autocast_dtype(x)", "None", AUTOCAST),
             "leading dimensions merged": ("*shape[:-1]", "-1"),
         },
-        "_check_branch": {
+    },
+    "fastpeft/ops/lora_linear_arguments.py": {
+        "seeds": {
+            "one seed for all": ("cat(drawn)", "cat(drawn[:1] * len(drawn))"),
+        },
+        "_branch": {
             "rank 0 accepted": ("[0] == 0:", "[0] < 0:"),
         },
     },

@@ -87,9 +87,16 @@ MUTANTS = {
                 "tests/ops/test_routing.py::test_few_tokens_take_small_tiles",
             ),
         },
+        "routed": {
+            "routing of another batch": (
+                "if found.slots",
+                "if False and found.slots",
+                "tests/ops/multi_lora/test_torch.py::test_a_routing_of_another_batch",
+            ),
+        },
     },
     "fastpeft/reference/routing.py": {
-        "route": {
+        "forward": {
             "unstable": ("torch.argsort(key, stable=True)", "len(key) - 1 - torch.argsort(key.flip(0), stable=True)"),
             "tiles of another slot": ("(ends, index, right=True)", "(ends, index, right=False)"),
         },
@@ -97,14 +104,14 @@ MUTANTS = {
             "too little room": ("used + (tokens - used) // tile", "max(1, tokens // tile)"),
         },
     },
-    "kernels/multi_lora.py": {
+    "kernels/multi_lora_products.py": {
         "_shrink_kernel": {
             "shrink: slot 0 for all": ("[0] + slot * strides_as", "[0] + 0 * strides_as"),
             "shrink: slot 0 for the other slices": ("[p] + slot * strides_as", "[p] + 0 * strides_as"),
             "shrink: rows taken as sorted": ("x_ptr + token[:, None]", "x_ptr + m[:, None]"),
             "shrink: columns of a slice one late": ("= column >= firsts[p]", "= column > firsts[p]"),
             "shrink: rank of the first slice": ("p * stride_rank + slot", "slot"),
-            "shrink: true rank ignored": ("_rank(rank_ptr, slot, sizes[0], RANKS)", "sizes[0]", WORK),
+            "shrink: true rank ignored": ("rank_of(rank_ptr, slot, sizes[0], RANKS)", "sizes[0]", WORK),
             "shrink: scale of the first slice": ("p * stride_scale + slot", "slot"),
             "shrink: no scale": ("acc * scale[None, :]", "acc"),
             "shrink: scale of slot 0": ("scale_ptr + slot", "scale_ptr"),
@@ -121,13 +128,13 @@ MUTANTS = {
             "shrink: dropout not applied": ("tl.where(keep, x, 0.0)", "x"),
             "shrink: one seed for all slices": ("p * stride_seed + slot", "slot"),
             "shrink: slices mixed": ("tl.where(mine[None, :], a, 0.0).to(a.dtype)", "a"),
-            "shrink: no 1 / (1 - p)": ("scale * _inverse_keep(threshold_ptr, slot, ACC)", "scale"),
+            "shrink: no 1 / (1 - p)": ("scale * inverse_keep_of(threshold_ptr, slot, ACC)", "scale"),
             "shrink: columns of other slots written": (
                 "m_ok[:, None] & r_ok[None, :]",
                 "r_ok[None, :] & (m >= 0)[:, None]",
             ),
         },
-        "_rank": {
+        "rank_of": {
             "rank not bounded": (
                 "minimum(tl.maximum(tl.load(rank_ptr + index), 0), largest)",
                 "load(rank_ptr + index)",
@@ -148,16 +155,18 @@ MUTANTS = {
             "expand: y's stride ignored": ("[None, :] * strides_yk[p]", "[None, :]", STRIDES),
             "dX: only the last slice": ("total +=", "total ="),
             "dX: mask not applied": (
-                "tl.where(keep, acc * _inverse_keep(threshold_ptr, slot, ACC), 0.0)",
-                "acc * _inverse_keep(threshold_ptr, slot, ACC)",
+                "tl.where(keep, acc * inverse_keep_of(threshold_ptr, slot, ACC), 0.0)",
+                "acc * inverse_keep_of(threshold_ptr, slot, ACC)",
             ),
-            "dX: no 1 / (1 - p)": ("acc * _inverse_keep(threshold_ptr, slot, ACC)", "acc"),
+            "dX: no 1 / (1 - p)": ("acc * inverse_keep_of(threshold_ptr, slot, ACC)", "acc"),
             "dX: mask of the first columns": ("* BLOCK_K,", "* 0,"),
         },
         "_low_rank": {
             "expand: only the first ranks": ("0, rank,", "0, tl.minimum(rank, BLOCK_R),", RANKS),
             "expand: one plane": ("(1, PLANES)", "(1, 1)", CUT),
         },
+    },
+    "kernels/multi_lora_backward.py": {
         "shrink_backward": {
             "dX: base tokens not zero": ("zeros_like", "ones_like"),
         },
@@ -171,7 +180,7 @@ MUTANTS = {
                 NAN,
             ),
             "outer: mask not applied": ("x = tl.where(keep, x, 0.0)", ""),
-            "outer: no 1 / (1 - p)": ("_inverse_keep(threshold_ptr, slot, ACC)", "1.0"),
+            "outer: no 1 / (1 - p)": ("inverse_keep_of(threshold_ptr, slot, ACC)", "1.0"),
             "outer: rank blocks repeated": ("pid_r * BLOCK_R + tl", "tl", RANKS),
         },
         "expand_backward": {
@@ -240,13 +249,6 @@ MUTANTS = {
     "fastpeft/ops/multi_lora_arguments.py": {
         "inplace": {
             "gradient in place": ("torch.is_grad_enabled()", "False"),
-        },
-        "routing": {
-            "routing of another batch": (
-                "if routing",
-                "if False and routing",
-                "tests/ops/multi_lora/test_torch.py::test_a_routing_of_another_batch",
-            ),
         },
         "dropout": {
             "one seed for all slices": ("(slots,) if count == 1 else (count, slots)", "(slots,)", SEEDS),

@@ -82,7 +82,11 @@ MUTANTS = {
             "gather: stride of prompt_ids": ("b * stride_prompt", "b", OTHERS),
         },
         "_prompt_backward_kernel": {
-            "dprompt: rows of every prompt": ("tl.where(tl.load(rows_ptr + b * 4) == p, size, 0)", "size", EXACT),
+            "dprompt: rows of every prompt": (
+                "tl.where(tl.load(rows_ptr + b * FIELDS + PROMPT) == p, size, 0)",
+                "size",
+                EXACT,
+            ),
             "dprompt: row's offset ignored": ("(offset + m)", "m", EXACT),
             "dprompt: parts overlap": ("tl.minimum(first + SPAN, B)", "B", SHARED),
             "dprompt: last row of a part lost": (
@@ -121,7 +125,7 @@ MUTANTS = {
                 "first, stop - first",
             ),
         },
-        "gather": {
+        "forward": {
             "steps: prompt of another length": (
                 "([*lengths, 0], device=used.device)[used]",
                 "([*lengths, 0], device=used.device)[used.clamp(min=0)]",

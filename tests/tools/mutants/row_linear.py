@@ -77,11 +77,9 @@ MUTANTS = {
         "row_linear": {
             "the definition knows no columns": ("int(columns)", "0", DEFINITION),
         },
-        "row_gradient": {
+        "backward": {
             "rows not chosen": (".index_select(1, index)", "[:, : len(index)]"),
-        },
-        "column_gradient": {
-            "masters lose bits": ("dy.to(dtype).T @ x", "(dy.T @ x)", MASTERS),
+            "masters lose bits": ("chosen.to(dtype).T @ x.to(dtype)", "(chosen.T @ x).to(dtype)", MASTERS),
         },
     },
     "fastpeft/ops/row_linear.py": {

@@ -1,0 +1,196 @@
+"""The backward kernels of lora_linear and their launchers; see ``lora_linear.py``."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._mask import threshold
+from .dropout import keep_tile
+from .launch import capability, launch, math, reduce_partials, split
+from .lora_linear_products import (
+    FIELDS,
+    INVERSE_KEEP,
+    SCALE,
+    THRESHOLD,
+    branch_table,
+    columns_of,
+    config,
+    dot,
+    expand,
+    project,
+    ranks_of,
+    stacked,
+)
+
+# Above these ranks the partial results of up_backward outweigh a second read of dY (and float32 ones spill).
+ONE_PASS_RANK, ONE_PASS_RANK_WIDE = 64, 32
+
+
+@triton.jit
+def _up_backward_kernel(
+    dy_ptr, s_ptr, b_ptr, ds_ptr, db_ptr, branch_ptr,
+    M, K, R, SPAN,
+    stride_ym, stride_yk, stride_sm, stride_sr, stride_bk, stride_br,
+    stride_dsp, stride_dsm, stride_dsr, stride_dbp, stride_dbk, stride_dbr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_k, pid_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    b_tile = b_ptr + k[:, None] * stride_bk + r[None, :] * stride_br
+    b = tl.load(b_tile, mask=(k < K)[:, None] & (r < R)[None, :], other=0.0)  # [BLOCK_K, BLOCK_R], stays in registers
+    scale = tl.load(branch_ptr + SCALE)
+    db = tl.zeros((BLOCK_K, BLOCK_R), ACC)
+    first = pid_p * SPAN
+    for m0 in range(first, tl.minimum(first + SPAN, M), BLOCK_M):
+        m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+        dy_tile = dy_ptr + m[:, None] * stride_ym + k[None, :] * stride_yk
+        dy = tl.load(dy_tile, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        ds = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), ACC), PRECISION) * scale
+        ds_tile = ds_ptr + pid_k * stride_dsp + m[:, None] * stride_dsm + r[None, :] * stride_dsr
+        tl.store(ds_tile, ds, mask=(m < M)[:, None] & (r < R)[None, :])
+        s_tile = s_ptr + m[:, None] * stride_sm + r[None, :] * stride_sr
+        s = tl.load(s_tile, mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        db = dot(tl.trans(dy), s, db, PRECISION)
+    db_tile = db_ptr + pid_p * stride_dbp + k[:, None] * stride_dbk + r[None, :] * stride_dbr
+    tl.store(db_tile, db, mask=(k < K)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _outer_kernel(
+    s_ptr, x_ptr, g_ptr, branch_ptr, seed_ptr,
+    M, K, R, SPAN,
+    stride_sm, stride_sr, stride_xm, stride_xk, stride_gp, stride_gr, stride_gk,
+    BRANCHES: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pid_k, pid_r, pid_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_K, BLOCK_R), ACC)
+    first = pid_p * SPAN
+    for m0 in range(first, tl.minimum(first + SPAN, M), BLOCK_M):
+        m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+        x_tile = x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk
+        s_tile = s_ptr + m[:, None] * stride_sm + r[None, :] * stride_sr
+        x = tl.load(x_tile, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        s = tl.load(s_tile, mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        if DROPOUT:
+            for p in tl.static_range(BRANCHES):
+                threshold = tl.load(branch_ptr + p * FIELDS + THRESHOLD).to(tl.int32)
+                keep = keep_tile(tl.load(seed_ptr + p), threshold, m, pid_k * BLOCK_K, BLOCK_K)
+                mine = columns_of(branch_ptr, p, r)
+                s_p = s if BRANCHES == 1 else tl.where(mine[None, :], s, 0.0).to(s.dtype)
+                acc = dot(tl.trans(tl.where(keep, x, 0.0).to(x.dtype)), s_p, acc, PRECISION)
+        else:
+            acc = dot(tl.trans(x), s, acc, PRECISION)
+    factor = tl.zeros((BLOCK_R,), ACC)
+    for p in tl.static_range(BRANCHES):
+        mine = columns_of(branch_ptr, p, r)
+        factor = tl.where(mine, tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP), factor)
+    g_tile = g_ptr + pid_p * stride_gp + k[:, None] * stride_gk + r[None, :] * stride_gr
+    tl.store(g_tile, acc * factor[None, :], mask=(k < K)[:, None] & (r < R)[None, :])
+
+
+def run(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[float],
+    dropouts: Sequence[float],
+    seeds: Tensor,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None]:
+    """dX, and dA and dB of every projection. What dA does not need x for, or dB S, may be empty."""
+    dx = das = None
+    ds, dbs = ups_backward(dys, s, lora_bs, scales, need_dx or need_da, need_db)
+    if ds is not None:
+        dx, das = down_backward(ds, x, lora_as, dropouts, seeds, need_dx, need_da)
+    for dy, weight in zip(dys, weights, strict=True) if need_dx else ():
+        if weight.numel():
+            dx.addmm_(dy, weight)
+    return dx, das, dbs
+
+
+def ups_backward(
+    dys: Sequence[Tensor],
+    s: Tensor,
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[float],
+    need_ds: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """``up_backward`` of every projection: the dS side by side, ``[M, R]``, and each dB."""
+    parts = s.split([b.shape[1] for b in lora_bs], 1) if need_db else [None] * len(dys)
+    steps = [up_backward(*operands, need_ds, need_db) for operands in zip(dys, parts, lora_bs, scales, strict=True)]
+    ds = None
+    if need_ds:
+        ds = steps[0][0] if len(steps) == 1 else torch.cat([ds for ds, _ in steps], 1)
+    return ds, [db for _, db in steps] if need_db else None
+
+
+def up_backward(
+    dy: Tensor, s: Tensor | None, b: Tensor, scale: float, need_ds: bool, need_db: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dS = scale · dY B`` ``[M, r]`` and ``dB = dYᵀ S`` ``[N, r]``, in B's dtype."""
+    rank = b.shape[1]
+    if rank > (ONE_PASS_RANK_WIDE if b.dtype.itemsize > 2 else ONE_PASS_RANK) or not (need_ds and need_db):
+        ds = project(dy, b.T, [rank], [scale], [0.0], None) if need_ds else None
+        db = _outer(s, dy, [rank], [0.0], None).T.contiguous() if need_db else None
+        return ds, db
+    (m, n), c = dy.shape, config("up_backward", rank, b.dtype, capability(dy))
+    blocks = triton.cdiv(n, c.block_k)
+    parts, span = split(m, c.block_m, blocks)
+    acc = math(dy, b)
+    ds = dy.new_empty(blocks, m, rank, dtype=acc.torch)
+    db = dy.new_empty(parts, n, rank, dtype=acc.torch)
+    table = branch_table((rank,), (scale,), (0.0,), acc.torch, dy.device)
+    launch(
+        _up_backward_kernel, (blocks, parts), c, acc,
+        dy, s, b, ds, db, table, m, n, rank, span,
+        *dy.stride(), *s.stride(), *b.stride(), *ds.stride(), *db.stride(),
+    )  # fmt: skip
+    return reduce_partials(ds, b.dtype), reduce_partials(db, b.dtype)
+
+
+def down_backward(
+    ds: Tensor,
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    dropouts: Sequence[float],
+    seeds: Tensor,
+    need_dx: bool,
+    need_da: bool,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """``dX = Σ_p mask_p ∘ (dS_p A_p) / (1 - p_p)`` in x's dtype and, for every p, ``dA_p = dS_pᵀ drop_p(x)`` in A's."""
+    ranks, dx, das = ranks_of(lora_as), None, None
+    if need_dx:
+        dx = expand(ds, stacked(lora_as).T, None, x.dtype, ranks, dropouts, seeds)
+    if need_da:
+        das = [da.clone() if len(ranks) > 1 else da for da in _outer(ds, x, ranks, dropouts, seeds).split(ranks)]
+    return dx, das
+
+
+def _outer(s, x, ranks, dropouts, seeds):
+    """``Sᵀ drop(x)``: ``[R, K]`` in S's dtype."""
+    (m, k), rank, c = x.shape, s.shape[1], config("down_backward", s.shape[1], s.dtype, capability(x))
+    acc = math(x, s)
+    grid = triton.cdiv(k, c.block_k), triton.cdiv(rank, c.block_r)
+    parts, span = split(m, c.block_m, grid[0] * grid[1])
+    g = x.new_empty(parts, rank, k, dtype=acc.torch if parts > 1 else s.dtype)
+    table = branch_table(tuple(ranks), (1.0,) * len(ranks), tuple(dropouts), acc.torch, x.device)
+    launch(
+        _outer_kernel, (*grid, parts), c, acc,
+        s, x, g, table, seeds, m, k, rank, span, *s.stride(), *x.stride(), *g.stride(),
+        BRANCHES=len(ranks), DROPOUT=any(map(threshold, dropouts)),
+    )  # fmt: skip
+    return reduce_partials(g, s.dtype)
