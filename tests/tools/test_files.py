@@ -18,8 +18,6 @@ LONGER = {
     "fastpeft/ops/lora_linear.py",
     "kernels/lora_linear.py",
     "kernels/multi_lora.py",
-    "tests/cuda/emulator/machine.h",
-    "tests/cuda/emulator/ptx_emulated.h",
     "tests/cuda/multi_lora/test_multi_lora.py",
     "tests/methods/bottleneck/test_attach.py",
     "tests/methods/lora/test_module.py",
