@@ -153,8 +153,8 @@ def _check(device: str | None) -> int:
     print(f"{'op':44} {'dtype':10} {'max':>6} {'rms':>6}")
     failed = checked = 0
     for name, dtype, ratio_max, ratio_rms, ok in check_ops(torch.device(device)):
-        dtype = str(dtype).removeprefix("torch.")
-        print(f"{name:44} {dtype:10} {ratio_max:6.2f} {ratio_rms:6.2f}  {'ok' if ok else 'FAILED'}", flush=True)
+        shown = str(dtype).removeprefix("torch.")
+        print(f"{name:44} {shown:10} {ratio_max:6.2f} {ratio_rms:6.2f}  {'ok' if ok else 'FAILED'}", flush=True)
         checked += 1
         failed += not ok
     print(f"{checked - failed} passed, {failed} failed on {device}")

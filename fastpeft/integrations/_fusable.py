@@ -5,6 +5,8 @@ notice: adapters, scales, dropout modules, hooks, replaced weights. Nothing here
 PEFT's attributes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -16,10 +18,10 @@ from ..nn.sharing import Branch
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _DEVICES = frozenset({"cpu", "cuda"})
-_EMPTY = {}
+_EMPTY: dict[str, object] = {}
 
 
-def plan(layer: nn.Module, x: Tensor | None = None) -> list[Branch] | str:
+def plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
     """One branch for each active adapter of ``layer``, the first with the base layer; or why PEFT serves the call.
 
     Args:
@@ -40,7 +42,7 @@ def plan(layer: nn.Module, x: Tensor | None = None) -> list[Branch] | str:
     if type(weight) not in PLAIN:
         return f"base_layer.weight is {_name(weight)}, not a plain tensor"
     branches = _branches(layer, modules, weight if kind is nn.Linear else weight.T, _own(base, "bias"))
-    if type(branches) is str:
+    if isinstance(branches, str):
         return branches
     return _unfit(layer, weight if x is None else x, weight, branches) or _transformed() or branches
 
@@ -64,13 +66,13 @@ def run(x: Tensor, branches: list[Branch]) -> Tensor:
     return sum(deltas, y)
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: object) -> bool:
     """Exactly transformers' Conv1D, whose weight is ``[K, N]``."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
-def _branches(layer: nn.Module, modules: dict, weight: Tensor, bias: Tensor | None) -> list[Branch] | str:
+def _branches(layer: Any, modules: dict, weight: Any, bias: Tensor | None) -> list[Branch] | str:
     active = layer._active_adapter
     downs, ups, drops = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     variants = getattr(layer, "lora_variant", _EMPTY)
@@ -101,7 +103,7 @@ def _branches(layer: nn.Module, modules: dict, weight: Tensor, bias: Tensor | No
     return found or "no adapter is active"
 
 
-def _unfit(layer: nn.Module, x: Tensor, weight: Tensor, branches: list[Branch]) -> str | None:
+def _unfit(layer: Any, x: Tensor, weight: Tensor, branches: list[Branch]) -> str | None:
     if type(x) not in PLAIN:
         return f"the input is {_name(x)}, not a plain tensor"
     device, dtype, base_dtype = x.device, x.dtype, weight.dtype
@@ -160,7 +162,7 @@ def _intercepted(module: nn.Module) -> bool:
     )
 
 
-def _own(module: nn.Module, name: str) -> Tensor | None:
+def _own(module: Any, name: str) -> Any:
     """A parameter, past nn.Module's slow ``__getattr__``; DataParallel's replicas hold theirs as plain attributes."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)

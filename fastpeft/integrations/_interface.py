@@ -1,4 +1,4 @@
-"""Whether a package still has the interface that an integration was written against.
+"""Whether a package still has the interface that an integration was written against, and what has been replaced in it.
 
 An interface maps ``"module:Class.name"`` to the parameters' names, in order, or to ``"property"`` or ``"attribute"``.
 More parameters than expected do no harm if they may be left out.
@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 Wanted = tuple[str, ...] | str
 Present = inspect.Signature | str
@@ -28,6 +29,16 @@ def problems(interface: Mapping[str, Wanted], look: Callable[[str], Present] | N
     return found
 
 
+def mark(function: Any) -> None:
+    """Note that a function of the package has been replaced by ours."""
+    function.fastpeft = True
+
+
+def is_marked(function: object) -> bool:
+    """Whether ``mark`` has been called on it."""
+    return hasattr(function, "fastpeft")
+
+
 def _fits(wanted: Wanted, present: Present) -> bool:
     if isinstance(wanted, str) or isinstance(present, str):
         return wanted == present
@@ -40,7 +51,7 @@ def _fits(wanted: Wanted, present: Present) -> bool:
 
 def _live(target: str) -> Present:
     module, _, path = target.partition(":")
-    owner = importlib.import_module(module)
+    owner: Any = importlib.import_module(module)
     *outer, name = path.split(".")
     for part in outer:
         owner = getattr(owner, part)

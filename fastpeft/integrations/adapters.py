@@ -8,11 +8,13 @@ needs every adapter's projection, stochastic depth in training, activations with
 forward; ``fastpeft.report(model)`` says which layers, and why. Adapters that are added later need another call.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _check, ops
 from . import _fusable
 
 try:
@@ -38,7 +40,11 @@ _ACTIVATIONS = {
 }
 
 
-class _Fused:
+# For checkers: the fields and the forward that both kinds inherit are the library's.
+_Base: Any = object
+
+
+class _Fused(_Base):
     """The forward of both kinds. ``fastpeft_fusion``: the holder's AdapterFusion layers, in a tuple so that they do not
     become a child."""
 
@@ -76,7 +82,10 @@ class _Fused:
 
     def fastpeft_backend(self) -> str:
         """The backend for an x of one row."""
-        _, down, _ = _layers(self)
+        found = _layers(self)
+        if isinstance(found, str):
+            return found
+        down = found[1]
         try:
             return ops.explain("bottleneck", down.weight.new_empty(1, down.in_features), down.weight).backend
         except ValueError as error:  # FASTPEFT_BACKEND asks for one that cannot serve
@@ -105,14 +114,16 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
     """Serve the bottleneck adapters of a model of ``adapters`` by the fused op, in place; calling it again is no harm.
 
     Args:
+        model: after ``adapters.init``, or any module with such adapters inside.
         strict: raise if any adapter, AdapterFusion or invertible adapter would keep the library's own forward.
 
     Returns:
         The same model: same parameters, names, state dict, ``save_adapter``.
 
     Raises:
-        TypeError, ValueError: not a module, no bottleneck adapter in it, or with ``strict`` what is not fused and why.
-            Nothing has been changed then.
+        TypeError: ``model`` is no module.
+        ValueError: it has no bottleneck adapter, or with ``strict`` some are not fused, and why. Nothing has been
+            changed then.
     """
     layers, fusions = _adapters("accelerate", model), _fusions(model)
     if strict:
@@ -130,7 +141,18 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate``: every adapter is the library's own again. Returns the same model."""
+    """Undo ``accelerate``: every adapter is the library's own again.
+
+    Args:
+        model: as ``accelerate`` was given.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it has no bottleneck adapter.
+    """
     for layer in _adapters("restore", model).values():
         layer.__class__ = _SLOW.get(type(layer), type(layer))
         layer.__dict__.pop("fastpeft_fusion", None)
@@ -149,7 +171,7 @@ def unfused(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def plan(layer: Adapter, x: Tensor | None = None, fusion: nn.Module | None = None) -> str | None:
+def plan(layer: Adapter, x: Tensor | None = None, fusion: nn.ModuleDict | None = None) -> str | None:
     """Why the library's own forward serves this layer, or None.
 
     Args:
@@ -201,7 +223,12 @@ def _layers(layer: Adapter) -> tuple[nn.LayerNorm | None, nn.Linear, str | None]
 
 
 def _run(layer: Adapter, x: Tensor, residual: Tensor | None) -> Tensor:
-    norm, down, activation = _layers(layer)
+    found = _layers(layer)
+    if isinstance(found, str):
+        raise RuntimeError(f"accelerate: an adapter has changed since it was asked: {found}")
+    norm, down, activation = found
+    if activation is None:
+        raise RuntimeError("accelerate: an adapter's activation has changed since it was asked")
     up, drop = layer.adapter_up, layer.dropout
     return ops.bottleneck(
         x, down.weight, down.bias, up.weight, up.bias, residual, activation, layer.scaling,
@@ -212,7 +239,7 @@ def _run(layer: Adapter, x: Tensor, residual: Tensor | None) -> Tensor:
 
 def _adapters(op: str, model: nn.Module) -> dict[str, Adapter]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model is {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(f"{op}: model is {_check.shown(model)}, expected a torch.nn.Module")
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
     if not layers:
         raise ValueError(f"{op}: model has no bottleneck adapter of the adapters library {adapters.__version__}")
@@ -221,7 +248,7 @@ def _adapters(op: str, model: nn.Module) -> dict[str, Adapter]:
 
 def _fusions(model: nn.Module) -> dict[str, nn.ModuleDict]:
     """For each adapter's path the AdapterFusion layers beside it."""
-    found = {}
+    found: dict[str, nn.ModuleDict] = {}
     for path, module in model.named_modules():
         fusion, inner = getattr(module, "adapter_fusion_layer", None), getattr(module, "adapters", None)
         if isinstance(fusion, nn.ModuleDict) and isinstance(inner, nn.ModuleDict):

@@ -18,8 +18,8 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
         The same model: same parameters, names, state dict, saving.
 
     Raises:
-        TypeError, ValueError: not a module, no such layer in it, or with ``strict`` the layers not fused and why.
-            Nothing has been changed then.
+        TypeError: ``model`` is no module.
+        ValueError: it has no such layer, or with ``strict`` some are not fused, and why. Nothing has been changed then.
     """
     if _has_adapters(model):
         from . import adapters
@@ -31,10 +31,18 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate`` and ``register``: every layer is its library's own again. Returns the same model.
+    """Undo ``accelerate`` and ``register``: every layer is its library's own again.
+
+    Args:
+        model: as ``accelerate`` was given.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: a layer's class was wrapped after ``accelerate``, as by fully_shard. Nothing has been changed then.
+        TypeError: ``model`` is no module.
+        ValueError: it has no such layer, or a layer's class was wrapped after ``accelerate``, as by fully_shard.
+            Nothing has been changed then.
     """
     if _has_adapters(model):
         from . import adapters

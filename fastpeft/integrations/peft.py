@@ -12,9 +12,11 @@ keeps a copy where there is dropout or a float32 adapter).
 
 import functools
 import re
+from typing import Any
 
 from torch import Tensor, nn
 
+from .. import _check
 from ..nn import sharing
 from . import _fusable
 
@@ -50,7 +52,7 @@ class FastLoraLinear(Linear):
     def fastpeft_branch(self) -> sharing.Branch | str:
         """This layer for ``fastpeft.nn.sharing``, or why it computes alone."""
         plan = _fusable.plan(self)
-        if type(plan) is str:
+        if isinstance(plan, str):
             return plan
         if len(plan) > 1:
             return "several adapters are active"
@@ -60,8 +62,7 @@ class FastLoraLinear(Linear):
 
     def fastpeft_report(self) -> str:
         """``"fused"``, or why PEFT's own forward serves this layer as it is now."""
-        plan = _fusable.plan(self)
-        return plan if type(plan) is str else "fused"
+        return _report(self)
 
 
 def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True) -> nn.Module:
@@ -76,8 +77,8 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
         The same model: same parameters, names, state dict, ``save_pretrained``.
 
     Raises:
-        TypeError, ValueError: not a module, no LoRA layer in it, or with ``strict`` the layers not fused and why.
-            Nothing has been changed then.
+        TypeError: ``model`` is no module.
+        ValueError: it has no LoRA layer, or with ``strict`` some are not fused, and why. Nothing has been changed then.
     """
     layers = _lora_layers("accelerate", model)
     if strict:
@@ -96,10 +97,18 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate`` and ``register``: every layer is PEFT's own again. Returns the same model.
+    """Undo ``accelerate`` and ``register``: every layer is PEFT's own again.
+
+    Args:
+        model: as ``accelerate`` was given.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: a layer's class was wrapped after ``accelerate``, as by fully_shard. Nothing has been changed then.
+        TypeError: ``model`` is no module.
+        ValueError: it has no LoRA layer, or a layer's class was wrapped after ``accelerate``, as by fully_shard.
+            Nothing has been changed then.
     """
     layers = _lora_layers("restore", model)
     for name, layer in layers.items():
@@ -108,7 +117,7 @@ def restore(model: nn.Module) -> nn.Module:
     sharing.unshare_inputs(model)
     for layer in layers.values():
         if type(layer) is FastLoraLinear:
-            layer.__class__ = Linear
+            layer.__class__ = Linear  # type: ignore[assignment]
     return model
 
 
@@ -118,20 +127,24 @@ def register(lora_config: LoraConfig) -> LoraConfig:
     Quantised and other layers get the layer that PEFT has for them. The setting is not saved with the config.
     Modules of your own are registered with PEFT before this call: PEFT asks them in order.
 
+    Args:
+        lora_config: before ``get_peft_model``.
+
     Returns:
         The same config.
 
     Raises:
-        TypeError: not a LoraConfig. ValueError: it maps nn.Linear or Conv1D to another layer already.
+        TypeError: ``lora_config`` is no LoraConfig.
+        ValueError: it maps nn.Linear or Conv1D to another layer already.
     """
     if not isinstance(lora_config, LoraConfig):
-        raise TypeError(f"register: lora_config is {type(lora_config).__name__}, expected peft.LoraConfig")
+        raise TypeError(f"register: lora_config is {_check.shown(lora_config)}, expected peft.LoraConfig")
     for kind in (nn.Linear, Conv1D):
         present = (lora_config._custom_modules or {}).get(kind)
         if present is not None and getattr(present, "func", None) is not _build:
             raise ValueError(f"register: lora_config maps {kind.__name__} to {present}, expected nothing")
     # A partial of the config, not a closure: a deep copy of the config then refers to the copy.
-    build = functools.partial(_build, lora_config)
+    build: Any = functools.partial(_build, lora_config)
     lora_config._register_custom_module({nn.Linear: build, Conv1D: build})
     return lora_config
 
@@ -144,21 +157,22 @@ def _build(lora_config: LoraConfig, target: nn.Module, adapter_name: str, **kwar
         return None
     if "config" not in kwargs:  # PEFT < 0.19 gives a custom module the config's fields, and its own layers the config
         kwargs["lora_config"] = lora_config
-    layer = dispatch_default(target, adapter_name, **kwargs)
+    layer: Any = dispatch_default(target, adapter_name, **kwargs)
     layer.__class__ = FastLoraLinear
     return layer
 
 
 def _lora_layers(op: str, model: nn.Module) -> dict[str, LoraLayer]:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model is {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(f"{op}: model is {_check.shown(model)}, expected a torch.nn.Module")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise ValueError(f"{op}: model has no LoRA layer, expected a PEFT model with a LoRA adapter")
     return layers
 
 
-def _report(layer: LoraLayer) -> str:
-    if type(layer) is Linear or isinstance(layer, FastLoraLinear):
-        return FastLoraLinear.fastpeft_report(layer)
+def _report(layer: Any) -> str:
+    if isinstance(layer, FastLoraLinear) or type(layer) is Linear:
+        plan = _fusable.plan(layer)
+        return plan if isinstance(plan, str) else "fused"
     return f"{type(layer).__module__}.{type(layer).__qualname__} has no fused form"

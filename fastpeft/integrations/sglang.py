@@ -18,6 +18,7 @@ Interface read in SGLang 0.5.23; 0.5.21 and earlier differ (layers do not call `
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from ._step import StepRouting, add_lora_, define
 
 NAME = "fastpeft"
 TESTED = ("0.5.23",)  # versions whose source has INTERFACE
-INTERFACE = {
+INTERFACE: dict[str, _interface.Wanted] = {
     "sglang.srt.lora.backend.lora_registry:register_lora_backend": ("name",),
     "sglang.srt.lora.lora_manager:LoRAManager.prepare_lora_batch": ("self", "forward_batch"),
     "sglang.srt.lora.mem_pool:LoRAMemoryPool.load_lora_weight_to_buffer": (
@@ -68,6 +69,8 @@ INTERFACE = {
     ),
 }  # fmt: skip
 
+# For checkers: what the backend's base has is SGLang's, and known by INTERFACE alone.
+_Backend: Any = object
 _LAYERS = "sglang.srt.lora.layers"
 
 
@@ -83,7 +86,7 @@ def plugin() -> None:
     except ImportError as error:
         raise ImportError("fastpeft.integrations.sglang: sglang does not import, expected sglang>=0.5.23") from error
     register_lora_backend(NAME)(create_backend)
-    if not hasattr(ServerArgs.add_cli_args, "fastpeft"):
+    if not _interface.is_marked(ServerArgs.add_cli_args):
         ServerArgs.add_cli_args = staticmethod(_with_choice(ServerArgs.add_cli_args))
 
 
@@ -96,7 +99,7 @@ def _with_choice(add_cli_args):
                 action.choices = [*action.choices, NAME]
         return result
 
-    add.fastpeft = True
+    _interface.mark(add)
     return add
 
 
@@ -123,15 +126,15 @@ def backend_class(base: type) -> type:
     return type("FastLoRABackend", (_Fast, base), {"__doc__": _Fast.__doc__, "__module__": __name__})
 
 
-class _Fast:
+class _Fast(_Backend):
     """``FastLoRABackend`` without its base, ``ChunkedSgmvLoRABackend``, which only SGLang can provide."""
 
     name = NAME
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.fastpeft_steps = {}
-        self.fastpeft_tables = None
+        self.fastpeft_steps: dict[str, StepRouting] = {}
+        self.fastpeft_tables: list[Tensor] | None = None
 
     def init_decode_cuda_graph_batch_info(self, max_bs_in_cuda_graph, num_tokens_per_req):
         super().init_decode_cuda_graph_batch_info(max_bs_in_cuda_graph, num_tokens_per_req)
@@ -155,7 +158,7 @@ class _Fast:
         # In-place, as SGLang does it: a graph reads the buffers that it was captured with. Eager ones may grow.
         kind = "prefill graph" if use_prefill_cuda_graph else "decode graph" if use_cuda_graph else "eager"
         step = self.fastpeft_steps.get(kind)
-        if kind == "eager" and (step is None or len(step.tables[0]) < len(token_slots)):
+        if step is None or (kind == "eager" and len(step.tables[0]) < len(token_slots)):
             step = self.fastpeft_steps[kind] = self._new_step(2 * len(token_slots))
         if torch.device(self.device).type == "cuda":
             token_slots = token_slots.pin_memory().to(self.device, non_blocking=True)
@@ -226,10 +229,10 @@ _sglang_lora_ = define(
 )
 
 
-def spread_on_load(pool: type) -> None:
+def spread_on_load(pool: Any) -> None:
     """Have a memory pool move the stacked slices of each adapter that it loads for this backend apart; once a class."""
     original = pool.load_lora_weight_to_buffer
-    if hasattr(original, "fastpeft"):
+    if _interface.is_marked(original):
         return
 
     @functools.wraps(original)
@@ -241,7 +244,7 @@ def spread_on_load(pool: type) -> None:
                 spread(module, buffer_id, lora_adapter.config.r)
         return result
 
-    load_lora_weight_to_buffer.fastpeft = True
+    _interface.mark(load_lora_weight_to_buffer)
     pool.load_lora_weight_to_buffer = load_lora_weight_to_buffer
 
 

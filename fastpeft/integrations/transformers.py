@@ -13,9 +13,9 @@ different keys and values. Where streams of requests, cancellation or sampling b
 import contextlib
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..serving import AdapterBank, BankError, BankFull, Lease
 from ..serving.bank.lease import checked_rows
@@ -23,7 +23,6 @@ from ..serving.bank.lease import checked_rows
 try:
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
-    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
     from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput
 except ImportError as error:
     raise ImportError(
@@ -68,17 +67,18 @@ def generate_batch(
     counts = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(inputs)
     if len(counts) != len(inputs):
         raise ValueError(f"generate_batch: max_new_tokens has {len(counts)} items, expected {len(inputs)}")
-    generation_config = bank.model.generation_config if generation_config is None else generation_config
-    ignored = _ignored(bank.model, generation_config)
+    model: Any = bank.model
+    generation_config = generation_config or model.generation_config
+    ignored = _ignored(model, generation_config)
     if ignored:
         text = f"generate_batch: generation_config has {', '.join(ignored)}"
         raise ValueError(f"{text}, which transformers' continuous batching ignores")
     leases: dict[str, Lease | None] = {}
     outputs: dict[str, GenerationOutput] = {}
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [lease.release() for lease in leases.values() if lease is not None])
+        stack.callback(_release, leases)
         manager = stack.enter_context(
-            bank.model.continuous_batching_context_manager(
+            model.continuous_batching_context_manager(
                 generation_config=generation_config,
                 continuous_batching_config=_plain(continuous_batching_config),
                 warmup=False,
@@ -92,14 +92,19 @@ def generate_batch(
             output = manager.get_result(timeout=_POLL)
             if output is not None and output.is_finished():
                 outputs[output.request_id] = output
-                if leases[output.request_id] is not None:
-                    leases[output.request_id].release()
+                _release({output.request_id: leases[output.request_id]})
             elif output is None and not manager.is_running():
                 raise BankError("generate_batch: transformers' generation thread has ended; its log has the reason")
     return [outputs[name] for name in names]
 
 
-def _ignored(model: nn.Module, config: GenerationConfig) -> list[str]:
+def _release(leases: dict[str, Lease | None]) -> None:
+    for lease in leases.values():
+        if lease is not None:
+            lease.release()
+
+
+def _ignored(model: Any, config: GenerationConfig | None) -> list[str]:
     """What the config asks for and would not get."""
     found = [
         f"{name}={value}"
@@ -126,7 +131,7 @@ def _feed(manager, bank: AdapterBank, waiting: list, leases: dict, running: bool
     return []
 
 
-def _ride_along(manager: ContinuousBatchingManager, bank: AdapterBank, leases: dict) -> None:
+def _ride_along(manager: Any, bank: AdapterBank, leases: dict) -> None:
     """Have every step of the manager run under the bank's ``use``, with the adapters of the tokens it has packed."""
     missing = [name for name in ("_generation_step", "get_result", "add_request") if not hasattr(manager, name)]
     missing += [name for name in ("state", "query_length", "has_new_token") if not hasattr(FutureRequestState, name)]

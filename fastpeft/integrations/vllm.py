@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ._step import StepRouting, add_lora_, define
 
 TESTED = ("0.14.0", "0.20.0", "0.27.0", "0.33.0")  # versions whose source has INTERFACE
 REPLACED = "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
-INTERFACE = {
+INTERFACE: dict[str, _interface.Wanted] = {
     "vllm.envs:environment_variables": "attribute",
     "vllm.platforms.interface:Platform.get_punica_wrapper": ("cls",),
     "vllm.platforms.interface:Platform.is_cuda": ("self",),
@@ -46,6 +47,9 @@ INTERFACE = {
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.set_lora": ("self", "index", "lora_a", "lora_b"),
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.reset_lora": ("self", "index"),
 }  # fmt: skip
+
+# For checkers: what the wrapper's base has is vLLM's, and known by INTERFACE alone.
+_Wrapper: Any = object
 
 _log = logging.getLogger("vllm.fastpeft")  # below vLLM's own logger, which has the handlers
 # The true ranks [P, slots] of a layer's slots, by the address of its first lora_a_stacked: vLLM hands the wrapper the
@@ -70,7 +74,7 @@ def plugin() -> None:
         raise ImportError("fastpeft.integrations.vllm: vllm does not import, expected vllm>=0.14") from error
     platform = type(current_platform)
     original = platform.get_punica_wrapper
-    if hasattr(original, "fastpeft"):
+    if _interface.is_marked(original):
         return
 
     def get_punica_wrapper(cls) -> str:
@@ -85,7 +89,7 @@ def plugin() -> None:
         _log.warning(text)
         return name
 
-    get_punica_wrapper.fastpeft = True
+    _interface.mark(get_punica_wrapper)
     platform.get_punica_wrapper = classmethod(get_punica_wrapper)
 
 
@@ -107,7 +111,7 @@ def _reasons(platform, name: str) -> list[str]:
     return _interface.problems(INTERFACE)
 
 
-class _Fast:
+class _Fast(_Wrapper):
     """``FastPunicaWrapper`` without its base, ``PunicaWrapperGPU``, which only vLLM can provide."""
 
     def __init__(self, max_num_batched_tokens, max_batches, device, **kwargs):
@@ -173,11 +177,11 @@ def _prepare() -> None:
     envs.environment_variables["FASTPEFT_VLLM"] = lambda: __version__
 
 
-def record_ranks(base: type) -> None:
+def record_ranks(base: Any) -> None:
     """Wrap ``set_lora`` and ``reset_lora`` of a layer class and its subclasses, wherever one defines its own."""
     for method, note in (("set_lora", _narrow), ("reset_lora", _widen)):
         original = base.__dict__.get(method)
-        if original is not None and not hasattr(original, "fastpeft"):
+        if original is not None and not _interface.is_marked(original):
             setattr(base, method, _followed_by(original, note))
     for subclass in base.__subclasses__():
         record_ranks(subclass)
@@ -190,7 +194,7 @@ def _followed_by(original, note):
         note(self, index)
         return result
 
-    method.fastpeft = True
+    _interface.mark(method)
     return method
 
 

@@ -3,13 +3,15 @@
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ... import _check
 from ...methods.formats.peft_files import read_config, read_tensors, without_prefix
 from ...methods.formats.peft_format import from_peft
 from ...methods.lora.config import Lora
@@ -20,16 +22,25 @@ from .sites import Site, unserved_reason
 _KEY = re.compile(r"(?P<path>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 _SHOWN = 6
 
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+Fields = Lora | Mapping[str, object]
+
 
 class Adapter:
     """One adapter's tensors on the host, and where it stands in the bank.
 
     Attributes:
+        name: as it was loaded.
         tensors: for each adapted layer ``A [r, K]`` and ``B [N, r]``; an embedding's A is ``[V, r]``.
-        ranks, scales: int32 and float32, one for each layer of the bank; 0 where the adapter has nothing. On a CPU
-            ranks are rounded up, and the tensors padded with zeros.
-        slot: of the device, or None; leases: how many batches and requests hold it; used: when, for the LRU order;
-            retired: unloaded or replaced while it was held; ready: the event after which its slot can be read.
+        ranks: int32, one for each layer of the bank; 0 where the adapter has nothing. On a CPU they are rounded up, and
+            the tensors padded with zeros.
+        scales: float32, likewise.
+        slot: of the device, or None.
+        leases: how many batches and requests hold it.
+        used: when, for the order of eviction.
+        pinned: whether it stays in its slot.
+        retired: whether it was unloaded or replaced while it was held.
+        ready: the event after which its slot can be read, or None.
     """
 
     def __init__(self, name: str, tensors: dict[Site, tuple[Tensor, Tensor]], ranks: Tensor, scales: Tensor):
@@ -37,11 +48,17 @@ class Adapter:
         self.slot: int | None = None
         self.leases = self.used = 0
         self.pinned = self.retired = False
-        self.ready = None
+        self.ready: torch.cuda.Event | None = None
+
+    def in_slot(self) -> int:
+        """Its slot, where it must have one."""
+        if self.slot is None:
+            raise RuntimeError(f"AdapterBank: {self.name!r} is in no slot, expected one that was brought into a slot")
+        return self.slot
 
 
 def read_adapter(
-    op: str, name: str, source: object, config: object, model: nn.Module, sites: Sequence[Site], max_rank: int
+    op: str, name: str, source: Source, config: object, model: nn.Module, sites: Sequence[Site], max_rank: int
 ) -> Adapter:
     """Read and check a folder, or a state dict with its config.
 
@@ -51,12 +68,15 @@ def read_adapter(
     """
     fields = None if config is None else _fields(op, config)
     if not isinstance(source, str | os.PathLike | Mapping):
-        raise TypeError(f"{op}: source is {type(source).__name__}, expected a folder or a state dict")
+        raise TypeError(f"{op}: source is {_check.shown(source)}, expected a folder or a state dict")
     if fields is None and isinstance(source, Mapping):
         raise TypeError(f"{op}: config is None, expected adapter_config.json's fields beside a state dict")
     try:
-        fields, tensors = _read(op, source, fields)
-        lora = fields if isinstance(fields, Lora) else from_peft(op, fields)
+        if isinstance(source, Mapping):
+            found, tensors = fields, _read_tensors(op, source)
+        else:
+            found, tensors = _read_folder(op, source, fields)
+        lora = found if isinstance(found, Lora) else from_peft(op, found)
     except (ValueError, TypeError) as error:
         raise BadCheckpoint(str(error)) from None
     for field, unserved in (("bias", lora.bias != "none"), ("lora_bias", lora.lora_bias)):
@@ -69,12 +89,12 @@ def read_adapter(
     pin = sites[0].device.type == "cuda"
     padded = sites[0].device.type == "cpu"
     ranks, scales = torch.zeros(len(sites), dtype=torch.int32), torch.zeros(len(sites))
-    host = {}
+    host: dict[Site, tuple[Tensor, Tensor]] = {}
     for site, (a, b) in pairs.items():
         r = lora.rank_of(site.path)
         served = _rank_class(r, max_rank) if padded else r
         a, b = pad(a, (0, 0, 0, served - r)), pad(b, (0, served - r))
-        host[site] = tuple(_host(op, name, site, t, pin) for t in (a.T if site.embedding else a, b))
+        host[site] = _host(op, name, site, a.T if site.embedding else a, pin), _host(op, name, site, b, pin)
         ranks[site.index] = served
         scale = lora.alpha_of(site.path) / (math.sqrt(r) if lora.rslora else r) * site.factor
         if not abs(scale) <= torch.finfo(torch.float32).max:
@@ -91,32 +111,36 @@ def _rank_class(rank: int, max_rank: int) -> int:
     return min(served, max_rank)
 
 
-def _read(op: str, source: object, fields: object) -> tuple[object, dict[str, Tensor]]:
-    if not isinstance(source, Mapping):
-        directory = Path(source)
-        if not directory.is_dir():
-            raise FileNotFoundError(f"{op}: source {str(source)!r} is no folder")
-        return read_config(op, directory) if fields is None else fields, read_tensors(op, directory)
+def _read_folder(op: str, source: str | os.PathLike[str], fields: Fields | None) -> tuple[Any, dict[str, Tensor]]:
+    directory = Path(source)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{op}: source {str(source)!r} is no folder")
+    return read_config(op, directory) if fields is None else fields, read_tensors(op, directory)
+
+
+def _read_tensors(op: str, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     wrong = next((key for key, value in source.items() if not isinstance(value, Tensor)), None)
     if wrong is not None:
-        raise ValueError(f"{op}: source has {type(source[wrong]).__name__} under {wrong!r}, expected tensors")
-    return fields, without_prefix(op, "source", source)
+        raise ValueError(f"{op}: source has {_check.shown(source[wrong])} under {wrong!r}, expected tensors")
+    return without_prefix(op, "source", dict(source))
 
 
-def _fields(op: str, config: object) -> object:
+def _fields(op: str, config: Any) -> Fields:
     if isinstance(config, Lora):
         return config
     fields = config.to_dict() if hasattr(config, "to_dict") else config
     if not isinstance(fields, Mapping):
-        raise TypeError(f"{op}: config is {type(config).__name__}, expected a dict or peft.LoraConfig")
+        raise TypeError(f"{op}: config is {_check.shown(config)}, expected a dict or peft.LoraConfig")
     return {key: list(value) if isinstance(value, set) else value for key, value in fields.items()}
 
 
 def _pairs(
     op: str, name: str, model: nn.Module, sites: Mapping[str, Site], tensors: Mapping[str, Tensor]
-) -> dict[Site, dict[str, Tensor]]:
+) -> dict[Site, tuple[Tensor, Tensor]]:
     """A and B of each layer; anything else is refused, but for the model's own embeddings, which PEFT saves."""
-    modules, found, foreign, unserved = dict(model.named_modules()), {}, [], []
+    modules = dict(model.named_modules())
+    found: dict[Site, dict[str, Tensor]] = {}
+    foreign, unserved = [], []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
@@ -147,7 +171,7 @@ def _same_as_model(modules: Mapping[str, nn.Module], key: str, tensor: Tensor) -
     # PEFT saves the frozen weight of an embedding or a head beside its LoRA.
     path = key.removesuffix(".weight").removesuffix(".base_layer")
     weight = getattr(modules.get(path), "weight", None)
-    if not key.endswith(".weight") or weight is None or weight.shape != tensor.shape:
+    if not key.endswith(".weight") or not isinstance(weight, Tensor) or weight.shape != tensor.shape:
         return False
     return torch.equal(tensor.to(weight.device, weight.dtype), weight.detach())
 
@@ -191,6 +215,6 @@ def _host(op: str, name: str, site: Site, tensor: Tensor, pin: bool) -> Tensor:
     return copy
 
 
-def _some(items) -> str:
-    items = list(items)
+def _some(names: Iterable[str]) -> str:
+    items = list(names)
     return ", ".join(items[:_SHOWN]) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")

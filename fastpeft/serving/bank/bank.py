@@ -54,14 +54,16 @@ class AdapterBank:
         slots: int = 8,
         max_rank: int = 64,
         dtype: torch.dtype | None = None,
-        targets: object = "all-linear",
+        targets: str | Sequence[str] = "all-linear",
     ):
         if not isinstance(model, nn.Module):
-            raise TypeError(f"AdapterBank: model is {type(model).__name__}, expected a torch.nn.Module")
+            raise TypeError(f"AdapterBank: model is {_check.shown(model)}, expected a torch.nn.Module")
         _check.positive("AdapterBank", "slots", slots)
         _check.positive("AdapterBank", "max_rank", max_rank)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"AdapterBank: dtype is {dtype!r}, expected a floating-point torch.dtype or None")
+            raise TypeError(
+                f"AdapterBank: dtype is {_check.shown(dtype)}, expected a floating-point torch.dtype or None"
+            )
         refuse_adapted("AdapterBank", model)
         self.model, self.max_rank = model, max_rank
         self._sites = find_sites("AdapterBank", model, targets, dtype)
@@ -206,7 +208,7 @@ class AdapterBank:
     ) -> Iterator["AdapterBank"]:
         held = self._known.acquire(op, [row for row in rows if row is not None], self)
         try:
-            slots = iter([adapter.slot for adapter in held])
+            slots = iter([adapter.in_slot() for adapter in held])
             batch = None
             if held:
                 by_row = [-1 if row is None else next(slots) for row in rows]
@@ -220,7 +222,7 @@ class AdapterBank:
                     yield self
             finally:
                 self._running.batch = outer
-                self._slots.copies.read({adapter.slot for adapter in held})
+                self._slots.copies.read({adapter.in_slot() for adapter in held})
         finally:
             self._known.release(held)
 
@@ -250,9 +252,8 @@ class AdapterBank:
             found = "missing" if inputs is None else f"of {len(inputs)} rows"
             raise ValueError(f"generate: input_ids is {found}, but adapter_names has {len(rows)}")
         with self._use("generate", rows):
-            if input_ids is None:
-                return self.model.generate(**generate_kwargs)
-            return self.model.generate(input_ids, **generate_kwargs)
+            model: Any = self.model
+            return model.generate(*(() if input_ids is None else (input_ids,)), **generate_kwargs)
 
     def close(self) -> None:
         """Take the bank off the model, which is then as it was, bit for bit. A second call does nothing.

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +40,11 @@ class Batch:
         for slot in slots:
             self.mask |= 1 << slot if slot >= 0 else 0
         self.total = None if lengths is None else sum(lengths)
-        self.shared = {}  # what siblings of one input left for each other
-        self.plans = {}
+        # What siblings of one input left for each other, and what each group computes.
+        self.shared: dict[Any, tuple[Tensor, int, dict[Any, Tensor]]] = {}
+        self.plans: dict[Any, tuple[Any, ...]] = {}
         self._slot_count = slot_count
-        self._routings = {}
+        self._routings: dict[torch.Size, Routing] = {}
         self._slots = torch.tensor(slots, dtype=torch.int32, device=device)
         if lengths is not None:
             counts = torch.tensor(lengths, device=device)

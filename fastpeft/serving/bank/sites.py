@@ -4,18 +4,20 @@ A layer keeps its module, class, parameters and names: only ``forward`` is repla
 layer's own forward and adds the rows' adapters to the result. Tables are made when the first adapter needs them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import ops
+from ... import _check, ops
 from ...methods.lora.config import Lora
 from ...methods.targets import ALL_LINEAR, names
 from ...nn.base_layer import is_conv1d
 from ...nn.lora import LoraLinear
 from ...nn.sharing import SIBLINGS
+from ...ops.routing import Routing
 from .batch import Batch, Running
 
 _BYPASS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -36,12 +38,17 @@ class Site:
         self.embedding = isinstance(module, nn.Embedding)
         self.plain_linear = not self.embedding and not head
         self.in_features, self.out_features = _sizes(module)
-        weight = module.weight
-        self.dtype = dtype or (weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype())
-        self.device = weight.device
+        weight = weight_of(module)
+        own = weight.dtype if weight.dtype.is_floating_point else torch.get_default_dtype()
+        self.dtype: torch.dtype = dtype or own
+        self.device: torch.device = weight.device
         self.factor = float(getattr(module, "embed_scale", 1.0)) if self.embedding else 1.0
         self.mask = 0
-        self.lora_a = self.lora_b = self.ranks = self.scales = self.siblings = None
+        self.lora_a: Tensor | None = None
+        self.lora_b: Tensor | None = None
+        self.ranks: Tensor | None = None
+        self.scales: Tensor | None = None
+        self.siblings: Siblings | None = None
 
     def __getstate__(self):
         return {"module": self.module, "_own": self._own}
@@ -75,15 +82,22 @@ class Site:
             self._eye = torch.eye(rank, dtype=self.dtype, device=self.device).expand(slots, rank, rank)
         self.lora_a = lora_a
 
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A, B, scales and ranks of all slots, once an adapter has needed them."""
+        if self.lora_a is None or self.lora_b is None or self.scales is None or self.ranks is None:
+            raise RuntimeError(f"AdapterBank: {self.path} has no slots, expected an adapter that needs them")
+        return self.lora_a, self.lora_b, self.scales, self.ranks
+
     def write(self, slot: int, a: Tensor, b: Tensor) -> None:
         """Copy an adapter's tensors into a slot."""
+        lora_a, lora_b, *_ = self.tables()
         r = b.shape[1]
         if self.embedding:
-            self.lora_a[slot, :, r:].zero_()
-            self.lora_a[slot, :, :r].copy_(a, non_blocking=True)
+            lora_a[slot, :, r:].zero_()
+            lora_a[slot, :, :r].copy_(a, non_blocking=True)
         else:
-            self.lora_a[slot, :r].copy_(a, non_blocking=True)
-        self.lora_b[slot, :, :r].copy_(b, non_blocking=True)
+            lora_a[slot, :r].copy_(a, non_blocking=True)
+        lora_b[slot, :, :r].copy_(b, non_blocking=True)
 
     def _forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         batch = self._running.batch
@@ -92,8 +106,12 @@ class Site:
         if self.siblings is not None and not args and not kwargs and self.siblings.shares(x):
             return self.siblings.forward(self, x, batch)
         y = _writable(self.base(x, *args, **kwargs))
-        routing = batch.routing(x.shape[:-1])
-        return ops.multi_lora_(y, x, self.lora_a, self.lora_b, routing, self.scales, self.ranks)
+        self._add(y, x, batch.routing(x.shape[:-1]))
+        return y
+
+    def _add(self, y: Tensor, x: Tensor, routing: Routing) -> None:
+        lora_a, lora_b, scales, ranks = self.tables()
+        ops.multi_lora_(y, x, lora_a, lora_b, routing, scales, ranks)
 
     def _idle(self, batch: Batch) -> bool:
         """Whether the batch's adapters leave this layer alone. A compiled graph is one for all adapters."""
@@ -107,9 +125,11 @@ class Site:
         if batch is None or self._idle(batch):
             return y
         slots = batch.token_slots(ids.shape).clamp(min=0).long().view(ids.shape)
-        s = nn.functional.embedding(ids + slots * self.in_features, self.lora_a.flatten(0, 1)).to(y.dtype)
-        routing = batch.routing(ids.shape)
-        return ops.multi_lora_(_writable(y), s, self._eye, self.lora_b, routing, self.scales, self.ranks)
+        lora_a, lora_b, scales, ranks = self.tables()
+        s = nn.functional.embedding(ids + slots * self.in_features, lora_a.flatten(0, 1)).to(y.dtype)
+        y = _writable(y)
+        ops.multi_lora_(y, s, self._eye, lora_b, batch.routing(ids.shape), scales, ranks)
+        return y
 
 
 class Siblings:
@@ -155,24 +175,27 @@ class Siblings:
         if plan is None:
             members = [member for member in self.members if member.mask & batch.mask]
             scales, ranks = (torch.stack([getattr(m, name) for m in members]) for name in ("scales", "ranks"))
-            columns = [m.lora_a for m in members], [m.lora_b for m in members]
+            tables = [m.tables() for m in members]
+            columns = [lora_a for lora_a, *_ in tables], [lora_b for _, lora_b, *_ in tables]
             plan = batch.plans[self] = (members, *columns, scales, ranks)
         return plan
 
 
-def find_sites(op: str, model: nn.Module, targets: object, dtype: torch.dtype | None) -> list[Site]:
+def find_sites(op: str, model: nn.Module, targets: str | Sequence[str], dtype: torch.dtype | None) -> list[Site]:
     """Every layer of the model that can be adapted and that ``targets`` means, in the model's order.
 
     Raises:
         ValueError: there is none, or they do not lie on one device.
     """
     config = Lora(targets=targets)  # which checks them
-    modules, head, sites = dict(model.named_modules()), _head(model), []
+    modules, head = dict(model.named_modules()), _head(model)
+    sites: list[Site] = []
     for path, module in modules.items():
         if path and unserved_reason(path, modules) is None and (targets == ALL_LINEAR or names(path, config)):
             sites.append(Site(len(sites), path, module, dtype, module is head))
     if not sites:
-        raise ValueError(f"{op}: targets={targets!r} matches no layer of {type(model).__name__} that can be adapted")
+        given = f"targets is {_check.shown(targets)}, which matches no layer of {type(model).__name__}"
+        raise ValueError(f"{op}: {given} that can be adapted")
     devices = {site.device for site in sites}
     if len(devices) > 1 or devices == {torch.device("meta")}:
         given = ", ".join(sorted(map(str, devices)))
@@ -216,11 +239,22 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if is_conv1d(module):
-        return tuple(module.weight.shape)
-    return module.in_features, module.out_features
+        k, n = weight_of(module).shape
+        return k, n
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    raise TypeError(f"AdapterBank: a layer is {_check.shown(module)}, expected a linear layer, Conv1D or an embedding")
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def weight_of(module: nn.Module) -> Tensor:
+    """Of a layer that ``unserved_reason`` has nothing against."""
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"AdapterBank: {type(module).__name__}.weight is {_check.shown(weight)}, expected a tensor")
+    return weight
+
+
+def _head(model: Any) -> nn.Module | None:
     try:
         return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):  # what models without one raise

@@ -75,7 +75,8 @@ class Slots:
 
     def vacate(self, adapter: Adapter) -> int:
         """Take the adapter out of its slot, which is returned."""
-        slot, adapter.slot, adapter.ready = adapter.slot, None, None
+        slot = adapter.in_slot()
+        adapter.slot = adapter.ready = None
         self.held[slot] = None
         for site in adapter.tensors:
             site.mask &= ~(1 << slot)

@@ -66,8 +66,9 @@ class Batcher:
         if not isinstance(bank, AdapterBank):
             raise TypeError(f"Batcher: bank is {_check.shown(bank)}, expected an AdapterBank")
         limits = {"max_tokens": max_tokens, "max_waiting": max_waiting, "max_cached": max_cached}
-        for name, value in {"max_rows": max_rows, **limits}.items():
-            if value is not None or name == "max_rows":
+        _check.positive("Batcher", "max_rows", max_rows)
+        for name, value in limits.items():
+            if value is not None:
                 _check.positive("Batcher", name, value)
         if bank.model.training:
             raise ValueError("Batcher: the bank's model is in training mode, expected model.eval()")
@@ -76,7 +77,8 @@ class Batcher:
         self.max_tokens = max_tokens or getattr(config, "max_position_embeddings", None) or 4096
         self.max_cached = max_cached or max_rows * self.max_tokens
         self.max_tokens = min(self.max_tokens, self.max_cached)
-        self._vocabulary = bank.model.get_input_embeddings().num_embeddings
+        model: Any = bank.model
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._stop_ids = end_ids(bank.model, tokenizer)
         self._rows = Rows(bank)
         self._admission = Admission(bank, max_rows, self.max_cached)

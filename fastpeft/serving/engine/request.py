@@ -152,13 +152,14 @@ class Request:
             self._call(function)
 
 
-def number(op: str, name: str, value: object, most: float) -> float:
+def number(op: str, name: str, value: Any, most: float) -> float:
     """A setting from 0 to ``most`` as float32 has it, in which it is used: below its normal numbers it is 0.
 
     Raises:
         ValueError: no number, or not in that range.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= most:
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or not 0 <= value <= most:
         raise ValueError(f"{op}: {name} is {_check.shown(value)}, expected a number from 0 to {most:g}")
     return float(value) if value >= torch.finfo(torch.float32).tiny else 0.0
 
@@ -183,7 +184,8 @@ def prompt_ids(op: str, input_ids: Any, tokenizer: Any, vocabulary: int) -> list
     if not ids:
         raise ValueError(f"{op}: input_ids is empty, {expected}")
     for i, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < vocabulary:
+        integer = isinstance(token, Integral) and not isinstance(token, bool)
+        if not integer or not 0 <= token < vocabulary:
             raise ValueError(f"{op}: input_ids[{i}] is {_check.shown(token)}, {expected}")
     return [int(token) for token in ids]
 

@@ -10,7 +10,7 @@ rows are found that fail by themselves. They end; nobody else does.
 import contextlib
 import inspect
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -192,10 +192,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _cache_kind(model: nn.Module, device: torch.device) -> type:
+def _cache_kind(model: nn.Module, device: torch.device) -> Callable[[], Any]:
     """The class of the model's cache, if rows can be put together and taken apart in it."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    kind = type(getattr(model(input_ids=ids, use_cache=True), "past_key_values", None))
+    kind: Any = type(getattr(model(input_ids=ids, use_cache=True), "past_key_values", None))
     cache = None
     with contextlib.suppress(Exception):
         cache = kind()

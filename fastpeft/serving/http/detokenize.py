@@ -1,8 +1,13 @@
-"""Tokens become text one by one, up to a stop string."""
+"""Tokens become text one by one, up to a stop string.
+
+``tokenizers.decoders.DecodeStream`` does not serve. It takes no tokenizer that is not of its library, keeps what is
+held back at the end, and raises where bytes that were a character become none by those behind them (byte fallback).
+"""
 
 from collections.abc import Sequence
 
-_INCOMPLETE = "\ufffd"  # what a tokenizer writes for bytes that are no whole character yet
+_INCOMPLETE = "\ufffd"  # what a tokenizer writes for bytes that are no whole character yet, or never will be
+_CHARACTER = 4  # tokens that one character can fill: UTF-8 has no more bytes
 
 
 class TextStream:
@@ -12,6 +17,7 @@ class TextStream:
     pieces together are ``tokenizer.decode`` of all tokens, up to the first stop string.
 
     Args:
+        tokenizer: of transformers.
         stops: strings that end the text; the one that is found is not part of it.
     """
 
@@ -35,10 +41,26 @@ class TextStream:
         # A few earlier tokens are decoded with the new ones: some tokenizers write a text's first token differently.
         before = self._decode(self._tokens[self._start : self._read])
         text = self._decode(self._tokens[self._start :])
-        if len(text) <= len(before) or (text.endswith(_INCOMPLETE) and not last):
+        end = len(self._tokens)
+        if text.endswith(_INCOMPLETE) and not last:
+            end = self._certain(text)
+            text = self._decode(self._tokens[self._start : end])
+        if len(text) <= len(before):
             return ""
-        self._start, self._read = self._read, len(self._tokens)
+        self._start, self._read = self._read, end
         return text[len(before) :]
+
+    def _certain(self, text: str) -> int:
+        """Up to which token ``text`` can be given out although its end is incomplete: where it falls into two.
+
+        Without this a run of bytes that are no text would be held back, and decoded again, with every token.
+        """
+        end = len(self._tokens)
+        if end - self._read >= 2 * _CHARACTER:
+            for cut in range(end - _CHARACTER, end - 2 * _CHARACTER, -1):
+                if self._decode(self._tokens[self._start : cut]) + self._decode(self._tokens[cut:]) == text:
+                    return cut
+        return self._read
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,6 +1,7 @@
 """What a server counts, in Prometheus' text format."""
 
 import time
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -18,7 +19,7 @@ class Metrics:
     def __init__(self, batcher: Batcher, base: str):
         self._bank, self._constant = batcher.bank, frozenset((base, UNKNOWN))
         self.registry = CollectorRegistry()
-        made = {"registry": self.registry}
+        made: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("fastpeft_requests", "Requests that ended", ["adapter", "status"], **made)
         self.prompt = Counter("fastpeft_prompt_tokens", "Tokens of prompts", ["adapter"], **made)
         self.generated = Counter("fastpeft_generated_tokens", "Tokens generated", ["adapter"], **made)

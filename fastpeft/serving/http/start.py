@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def _service(options: argparse.Namespace) -> Service:
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     # safetensors only: nothing is unpickled, and no code of the checkpoint runs.
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, use_safetensors=True)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, use_safetensors=True)
     # A folder's name, not where it is: clients see it.
     name = options.served_model_name or (
         Path(options.model).resolve().name if Path(options.model).is_dir() else options.model

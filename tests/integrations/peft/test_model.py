@@ -183,7 +183,7 @@ def test_restore_refuses_a_wrapped_class():
 
 @pytest.mark.parametrize("function", [fastpeft.accelerate, fastpeft.restore])
 def test_wrong_models_are_refused(function):
-    with pytest.raises(TypeError, match="model is str, expected"):
+    with pytest.raises(TypeError, match=r"model is 'model' \(str\), expected"):
         function("model")
     with pytest.raises(ValueError, match="no LoRA layer"):
         function(Model())
@@ -229,7 +229,7 @@ def test_register_survives_a_copy_and_is_not_saved(tmp_path):
 
 
 def test_register_refuses():
-    with pytest.raises(TypeError, match=r"lora_config is dict, expected peft\.LoraConfig"):
+    with pytest.raises(TypeError, match=r"lora_config is a dict of 0, expected peft\.LoraConfig"):
         fastpeft.register({})
     taken = config()
     taken._register_custom_module({nn.Linear: SpecialLora})

@@ -46,7 +46,7 @@ def test_stand_ins_are_like_sglang():
     assert len(own) == 8
     for name, target in own.items():
         owner = getattr(small_sglang, target.split(":")[1].split(".")[0])
-        assert _interface.problems({f"small_sglang:{owner.__name__}.{name}": sglang.INTERFACE[target]}) == []
+        assert _interface.problems({f"{small_sglang.__name__}:{owner.__name__}.{name}": sglang.INTERFACE[target]}) == []
 
 
 @pytest.fixture

@@ -206,7 +206,7 @@ def test_a_copy_has_no_bank(bank, model, folders):
         (lambda bank: bank.use(["bob"], lengths=[-1]).__enter__(), ValueError, r"lengths\[0\] is -1 \(int\)"),
         (lambda bank: bank.unload("eve"), UnknownAdapter, "unload: no adapter 'eve'"),
         (lambda bank: bank.load("", "x"), ValueError, r"load: name is '' \(str\)"),
-        (lambda bank: bank.load("x", 3), TypeError, "source is int, expected a folder or a state dict"),
+        (lambda bank: bank.load("x", 3), TypeError, r"source is 3 \(int\), expected a folder or a state dict"),
         (lambda bank: bank.load("x", {}), TypeError, "config is None"),
         (
             lambda bank: bank.generate(prompts(2), adapter_names=["bob"]),
@@ -216,7 +216,7 @@ def test_a_copy_has_no_bank(bank, model, folders):
         (lambda bank: bank.generate(prompts(1), adapter_names="bob"), TypeError, "generate: adapter_names is 'bob'"),
         (lambda bank: bank.generate(prompts(1), adapter_names=["eve"]), UnknownAdapter, "generate: no adapter 'eve'"),
         (lambda bank: AdapterBank(nn.ReLU()), ValueError, "matches no layer of ReLU"),
-        (lambda bank: AdapterBank(3), TypeError, "model is int"),
+        (lambda bank: AdapterBank(3), TypeError, r"model is 3 \(int\)"),
         (lambda bank: AdapterBank(nn.Sequential(nn.Linear(2, 2)), slots=0), ValueError, "slots is 0"),
         (lambda bank: AdapterBank(nn.Sequential(nn.Linear(2, 2)), dtype=torch.int8), TypeError, "dtype is torch.int8"),
     ],
