@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _check, ops
+from .. import ops
 from . import _fusable
+from ._layers import layers_of, refuse_unfused
 
 try:
     import adapters
@@ -111,28 +112,17 @@ _SLOW = {fast: slow for slow, fast in _FAST.items()}
 
 
 def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
-    """Serve the bottleneck adapters of a model of ``adapters`` by the fused op, in place; calling it again is no harm.
+    """Serve the bottleneck adapters of a model of ``adapters`` by the fused op: ``fastpeft.accelerate`` for them alone.
 
     Args:
         model: after ``adapters.init``, or any module with such adapters inside.
         strict: raise if any adapter, AdapterFusion or invertible adapter would keep the library's own forward.
-
-    Returns:
-        The same model: same parameters, names, state dict, ``save_adapter``.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it has no bottleneck adapter, or with ``strict`` some are not fused, and why. Nothing has been
-            changed then.
     """
     layers, fusions = _adapters("accelerate", model), _fusions(model)
     if strict:
         reasons = {path: plan(layer, fusion=fusions.get(path)) for path, layer in layers.items()}
         reasons |= unfused(model)
-        lines = [f"  {path}: {reason}" for path, reason in reasons.items() if reason is not None]
-        if lines:
-            first = f"accelerate: strict, but {len(lines)} of {len(reasons)} adapter layers would not be fused"
-            raise ValueError("\n".join([first, *lines]))
+        refuse_unfused(reasons, "adapter layers")
     for path, layer in layers.items():
         if type(layer) in _FAST:
             layer.__class__ = _FAST[type(layer)]
@@ -141,17 +131,10 @@ def accelerate(model: nn.Module, strict: bool = False) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate``: every adapter is the library's own again.
+    """Undo ``accelerate``, as ``fastpeft.restore`` does.
 
     Args:
         model: as ``accelerate`` was given.
-
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it has no bottleneck adapter.
     """
     for layer in _adapters("restore", model).values():
         layer.__class__ = _SLOW.get(type(layer), type(layer))
@@ -237,13 +220,9 @@ def _run(layer: Adapter, x: Tensor, residual: Tensor | None) -> Tensor:
     )  # fmt: skip
 
 
-def _adapters(op: str, model: nn.Module) -> dict[str, Adapter]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model is {_check.shown(model)}, expected a torch.nn.Module")
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
-    if not layers:
-        raise ValueError(f"{op}: model has no bottleneck adapter of the adapters library {adapters.__version__}")
-    return layers
+def _adapters(op: str, model: nn.Module) -> dict[str, Any]:
+    expected = f"no bottleneck adapter of the adapters library {adapters.__version__}"
+    return layers_of(op, model, Adapter, expected)
 
 
 def _fusions(model: nn.Module) -> dict[str, nn.ModuleDict]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import _check
 from ..nn import sharing
 from . import _fusable
+from ._layers import layers_of, refuse_unfused
 
 _OLDEST = (0, 15)
 
@@ -66,27 +67,18 @@ class FastLoraLinear(Linear):
 
 
 def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True) -> nn.Module:
-    """Serve the LoRA layers of a PEFT model by the fused op, in place; calling it again does no harm.
+    """Serve the LoRA layers of a PEFT model by the fused op: ``fastpeft.accelerate`` for them alone.
 
     Args:
         model: a PeftModel, or any module with PEFT's LoRA layers inside.
         strict: raise if any LoRA layer would keep PEFT's own forward.
         share_inputs: let siblings that receive the same tensor (q, k, v; gate, up) read it once; same result.
-
-    Returns:
-        The same model: same parameters, names, state dict, ``save_pretrained``.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it has no LoRA layer, or with ``strict`` some are not fused, and why. Nothing has been changed then.
     """
     layers = _lora_layers("accelerate", model)
     if strict:
-        reasons = {name: _report(layer) for name, layer in layers.items()}
-        lines = [f"  {name}: {reason}" for name, reason in reasons.items() if reason != "fused"]
-        if lines:
-            first = f"accelerate: strict, but {len(lines)} of {len(layers)} LoRA layers would not be fused"
-            raise ValueError("\n".join([first, *lines]))
+        reports = {name: _report(layer) for name, layer in layers.items()}
+        reasons = {name: None if report == "fused" else report for name, report in reports.items()}
+        refuse_unfused(reasons, "LoRA layers")
     for layer in layers.values():
         if type(layer) is Linear:
             layer.__class__ = FastLoraLinear
@@ -97,18 +89,10 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate`` and ``register``: every layer is PEFT's own again.
+    """Undo ``accelerate`` and ``register``, as ``fastpeft.restore`` does.
 
     Args:
         model: as ``accelerate`` was given.
-
-    Returns:
-        The same model.
-
-    Raises:
-        TypeError: ``model`` is no module.
-        ValueError: it has no LoRA layer, or a layer's class was wrapped after ``accelerate``, as by fully_shard.
-            Nothing has been changed then.
     """
     layers = _lora_layers("restore", model)
     for name, layer in layers.items():
@@ -162,13 +146,8 @@ def _build(lora_config: LoraConfig, target: nn.Module, adapter_name: str, **kwar
     return layer
 
 
-def _lora_layers(op: str, model: nn.Module) -> dict[str, LoraLayer]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model is {_check.shown(model)}, expected a torch.nn.Module")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if not layers:
-        raise ValueError(f"{op}: model has no LoRA layer, expected a PEFT model with a LoRA adapter")
-    return layers
+def _lora_layers(op: str, model: nn.Module) -> dict[str, Any]:
+    return layers_of(op, model, LoraLayer, "no LoRA layer, expected a PEFT model with a LoRA adapter")
 
 
 def _report(layer: Any) -> str:

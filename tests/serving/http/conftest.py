@@ -11,3 +11,17 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     checkpoints(llama(), root)
     return root
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    """A service of three slots, and a client of its server."""
+    from tests.support.small_server import serving  # which needs the server's packages
+
+    with serving(folder, slots=3) as (service, client):
+        yield service, client
+
+
+@pytest.fixture
+def client(served):
+    return served[1]

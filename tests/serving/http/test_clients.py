@@ -3,18 +3,7 @@
 import pytest
 
 from tests.support.lora_checkpoints import greedy_alone
-from tests.support.small_server import chat, complete, events, serving
-
-
-@pytest.fixture(scope="module")
-def served(folder):
-    with serving(folder, slots=3) as (service, client):
-        yield service, client
-
-
-@pytest.fixture
-def client(served):
-    return served[1]
+from tests.support.small_server import chat, complete, events
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -17,17 +17,6 @@ from tests.support.small_server import chat, complete, error, events, serving, t
 NAMES = list(SETTINGS)
 
 
-@pytest.fixture(scope="module")
-def served(folder):
-    with serving(folder, slots=3) as (service, client):
-        yield service, client
-
-
-@pytest.fixture
-def client(served):
-    return served[1]
-
-
 def alone(service, text, name, count):
     """The text that the adapter gives with nobody beside it."""
     encode = service.tokenizer
