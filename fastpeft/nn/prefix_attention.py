@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import prefix_attention_kernels as kernels
 
@@ -66,9 +65,15 @@ class _PrefixAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
         (q, k, v, out, lse, *prefixes), mask, (causal, scale, rows) = ctx.saved_tensors, ctx.mask, ctx.settings
+        if torch.is_grad_enabled():  # gradients that are differentiated themselves: autograd's, of scores that exist
+            inputs = [t.view_as(t) for t in (q, k, v, *prefixes)]  # aliases: none is a function of another
+            asked = [t for t in inputs if t.requires_grad]
+            ys = _explicit(*inputs[:3], inputs[3:], rows, mask, causal, scale, 0.0)
+            found = iter(torch.autograd.grad(ys, asked, dout, create_graph=True, materialize_grads=True))
+            dq, dk, dv, *rest = [next(found) if t.requires_grad else None for t in inputs]
+            return dq, dk, dv, None, None, None, None, *rest
         dout, out = kernels.heads_inside(dout), kernels.heads_inside(out)  # once, where every part's kernel would
         kernel = kernels.choose(q, k, v, mask, causal)
         dq, dk, dv = kernel.backward(dout, q, k, v, mask, causal, scale, out, lse)

@@ -21,12 +21,12 @@ Sources: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (2019);
 import torch
 from torch import Tensor
 
-from .. import _backend, _check
+from .. import _backend, _check, reference
 from .._library import autocast_dtype, cast, register_op
 from ..reference import Routing
 from ..reference.bottleneck_terms import Settings, Weights
 from . import bottleneck_arguments as arguments
-from .routing import check_slots, routed
+from .routing import check_slots, routed, slots_of
 
 MAX_WIDTH = 4096
 
@@ -64,6 +64,27 @@ def _backward(ctx, grads, _):
         found = _bottleneck_backward(dy, x, kept, *operands[:7], None, *operands[7:], *ctx.settings, ctx.needs)
         found = [grad if need else None for grad, need in zip(found, ctx.needs, strict=True)]
     return *found, dy if ctx.need_residual else None, *[None] * (4 + len(ctx.settings))
+
+
+def _definition(ctx, grads):
+    x, _, *rest = ctx.saved_tensors
+    weights, seed, routing = Weights._make(rest[:7]), rest[7], rest[8:]
+    activation, number, norm, eps, dropout, own, _, _ = ctx.settings
+    (dy,) = grads
+    if x.shape[0] != dy.shape[0]:
+        if any(ctx.needs):
+            reason = "with a frozen down projection, expected one that is trained: x is not kept"
+            raise RuntimeError(f"bottleneck: create_graph=True {reason}")
+        x = x.new_zeros(dy.shape[0], x.shape[1])  # the residual's gradient depends on nothing
+    residual = None if own else dy.new_zeros(dy.shape, requires_grad=ctx.need_residual)
+    slots = None if routing[0] is None else slots_of(*routing[:2])
+
+    def outputs(x, down, down_bias, up, up_bias, scales, norm_weight, norm_bias, residual, *_):
+        scale = number if scales is None else scales
+        settings = activation, scale, norm_weight, norm_bias, norm, eps, dropout, seed, slots
+        return [reference.bottleneck(x, down, down_bias, up, up_bias, x if own else residual, *settings)]
+
+    return (x, *weights, residual, *[None] * (4 + len(ctx.settings))), outputs
 
 
 def _backward_implementation(dy, x, kept, *operands):
@@ -107,6 +128,7 @@ _bottleneck = register_op(
     _fake,
     _setup_context,
     _backward,
+    _definition,
 )
 
 

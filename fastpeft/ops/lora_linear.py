@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _backend, _check
+from .. import _backend, _check, reference
 from .._library import autocast_dtype, cast, register_op
 from . import lora_linear_arguments as arguments
 from .lora_linear_backends import MAX_RANK, REASONS, facts
@@ -58,6 +58,31 @@ def _backward(ctx, grads, _):
     dx, *flat = _lora_linear_backward(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds, ctx.needs, backend)
     groups = [flat[i * count : (i + 1) * count] if need else [None] * count for i, need in enumerate(ctx.needs[1:])]
     return dx if ctx.needs[0] else None, *groups, None, None, None, None
+
+
+def _definition(ctx, grads):
+    x, _, seeds, *rest = ctx.saved_tensors
+    count = len(rest) // 3
+    weights, lora_as, lora_bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    scales, dropouts, _ = ctx.settings
+    if x.dim() == 1:  # not kept: then the gradient of B alone depends on it
+        if ctx.needs[3]:
+            raise RuntimeError(
+                "lora_linear: create_graph=True with a frozen lora_a, expected a trained one: x is not kept"
+            )
+        rows = next(grad.shape[0] for grad in grads if grad is not None)
+        x = x.new_zeros(rows, lora_as[0].shape[1], requires_grad=ctx.needs[0])
+    biases = [b.new_zeros(b.shape[0], requires_grad=ctx.needs[4]) for b in lora_bs]
+
+    def outputs(x, weights, lora_as, lora_bs, biases, *_):
+        return [
+            reference.lora_linear(x, weight if weight.numel() else None, a, b, bias, scale, dropout, seeds[p : p + 1])
+            for p, (weight, a, b, bias, scale, dropout) in enumerate(
+                zip(weights, lora_as, lora_bs, biases, scales, dropouts, strict=True)
+            )
+        ]
+
+    return (x, weights, lora_as, lora_bs, biases, None, None, None, None), outputs
 
 
 def _backward_implementation(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds, needs, backend):
@@ -107,6 +132,7 @@ _lora_linear = register_op(
     _fake,
     _setup_context,
     _backward,
+    _definition,
 )
 
 

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _backend, _check
+from .. import _backend, _check, reference
 from .._library import autocast_dtype, cast, register_inplace_op, register_op
+from .._mask import LANES
 from ..reference import Routing, Slots
 from . import multi_lora_arguments as arguments
 from .multi_lora_backends import MAX_RANK, REASONS, facts
-from .routing import routed
+from .routing import routed, slots_of
 
 __all__ = ["MAX_RANK", "REASONS", "facts", "multi_lora", "multi_lora_", "multi_lora_shared"]
 
@@ -68,6 +69,33 @@ def _backward(ctx, grads, _):
     need_dx, need_da, need_db, need_dy = ctx.needs
     das, dbs = (flat[:count] if need_da else [None] * count), (flat[count:] if need_db else [None] * count)
     return dx if need_dx else None, das, dbs, dys if need_dy else [None] * count, *[None] * 9
+
+
+def _definition(ctx, grads):
+    x, _, *rest = ctx.saved_tensors
+    count = ctx.settings[0]
+    order, starts, _, scales, ranks, thresholds, seeds = rest[:7]
+    lora_as, lora_bs, tokens = rest[7 : 7 + count], rest[7 + count :], len(order)
+    if x.dim() == 1:  # not kept: then the gradient of B alone depends on it
+        if ctx.needs[2]:
+            raise RuntimeError(
+                "multi_lora: create_graph=True with a frozen lora_a, expected a trained one: x is not kept"
+            )
+        x = x.new_zeros(tokens, lora_as[0].shape[2], requires_grad=ctx.needs[0])
+    ys = [x.new_zeros(tokens, b.shape[1], requires_grad=ctx.needs[3]) for b in lora_bs]
+    token_slots = slots_of(order, starts)
+    dropouts = [t / LANES for t in thresholds.tolist()] if thresholds.numel() else None
+
+    def of(table, p):
+        return None if not table.numel() else table[p] if table.dim() == 2 else table
+
+    def outputs(x, lora_as, lora_bs, ys, *_):
+        return [
+            reference.multi_lora(x, a, b, token_slots, of(scales, p), of(ranks, p), y, dropouts, of(seeds, p))
+            for p, (a, b, y) in enumerate(zip(lora_as, lora_bs, ys, strict=True))
+        ]
+
+    return (x, lora_as, lora_bs, ys, *[None] * 9), outputs
 
 
 def _backward_implementation(
@@ -118,6 +146,7 @@ _multi_lora = register_op(
     _fake,
     _setup_context,
     _backward,
+    _definition,
 )
 _multi_lora_ = register_inplace_op(
     "multi_lora_",

@@ -5,6 +5,8 @@ On a GPU two small kernels do it, nothing waits for the device, and every shape 
 slots alone: the call can be captured in a CUDA graph and replayed with another mapping in ``token_slots``.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -106,3 +108,11 @@ REASONS = {
     "triton": lambda token_slots: _backend.triton_reason(token_slots.device),
     "reference": lambda token_slots: None,
 }
+
+
+def slots_of(order: Tensor, starts: Tensor) -> Tensor:
+    """The tokens' slots that were routed, -1 for none."""
+    slots, bounds = torch.full_like(order, -1), starts.tolist()
+    for slot, (first, end) in enumerate(pairwise(bounds)):
+        slots[order[first:end].long()] = slot
+    return slots

@@ -44,6 +44,27 @@ def _backward(ctx, grads, _):
     return dx if need_dx else None, None, dt if need_dt else None, None, db if need_db else None, None, None
 
 
+def _definition(ctx, grads):
+    x, weight, trained, index = ctx.saved_tensors
+    columns, _ = ctx.settings
+    need_dx, _, need_db = ctx.needs
+    if columns and need_dx:
+        raise RuntimeError(
+            "row_linear: create_graph=True with columns=True and an x that gets a gradient, expected rows: of x only "
+            "the trained columns are kept"
+        )
+    n = weight.shape[0] if need_dx else grads[0].shape[1]
+    bias = x.new_zeros(n, requires_grad=need_db)
+    if not need_dx and not columns:
+        weight = x.new_zeros(n, x.shape[1])  # not kept: then no gradient depends on it
+
+    def outputs(x, _, trained, __, bias, *___):
+        part = trained.to(x.dtype)
+        return [F.linear(x, part if columns else weight.index_copy(0, index, part), bias)]
+
+    return (x, None, trained, None, bias, None, None), outputs
+
+
 def _backward_implementation(dy, x, weight, trained, index, needs, columns, backend):
     """``[dX, d(trained), dbias]``; what is not needed is an empty tensor."""
     need_dx, need_dt, need_db = needs
@@ -79,6 +100,7 @@ _row_linear = register_op(
     _fake,
     _setup_context,
     _backward,
+    _definition,
 )
 
 

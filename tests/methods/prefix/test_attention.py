@@ -133,3 +133,18 @@ def test_strides_and_a_gradient_that_is_expanded(way):
     found = solve(prefix_attention, (*moved, *args[3:]), grad)
     for one, wanted in zip(found, solve(in_front, args, grad.contiguous()), strict=True):
         torch.testing.assert_close(one, wanted)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("who", [ALL, APART])
+def test_second_gradients(who, mask):
+    """Gradients that are differentiated themselves are those of rows with their prefix in front."""
+    args = operands(FP64, 2, T if mask == "causal" else 7, who, mask)
+    leaves = [*args[:3], *(t for prefix in args[3] for t in prefix[:2])]
+
+    def penalties(function):
+        gradients = torch.autograd.grad(function(*args).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+
+    for found, wanted in zip(penalties(prefix_attention), penalties(in_front), strict=True):
+        torch.testing.assert_close(found, wanted)
