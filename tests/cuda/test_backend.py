@@ -138,10 +138,11 @@ def test_explain_names_the_kernel_that_is_asked_for(hopper):
     assert "Config(tile='128x128', inside=False)" in said
 
 
-def test_wide_tiles_where_they_fill_the_device():
+def test_the_tiles_that_are_over_first():
+    """66 clusters at a time; a narrow tile takes half as long as a wide one, which is taken where it costs nothing."""
     wide, narrow = cuda_linear.TILES
-    assert cuda_linear.config(4096, 4096) == cuda_linear.Config(wide)
-    assert cuda_linear.config(1024, 4096) == cuda_linear.Config(narrow)
+    chosen = {m: cuda_linear.config(m, 4096).tile for m in (1, 256, 512, 1024, 1536, 2048, 4096, 8192)}
+    assert chosen == dict.fromkeys((1, 256, 512, 1536), narrow) | dict.fromkeys((1024, 2048, 4096, 8192), wide)
     assert cuda_linear.config(1, 8, inside=True) == cuda_linear.Config(wide, True)
 
 
