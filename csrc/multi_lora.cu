@@ -15,10 +15,10 @@ namespace multi_lora {
 using fastpeft::BAD_ARGUMENT;
 using fastpeft::fail;
 
-// What a block may have: 227 KiB on sm_90 and sm_100, 99 on sm_120, where config() takes clusters up to 192 columns.
-static_assert(shrink_bytes(MAX_COLUMNS, 4) + expand_bytes(MAX_COLUMNS) <= 232448);
-static_assert(shrink_bytes(192, 4) + expand_bytes(192) <= 101376);
-static_assert(shrink_bytes(MAX_COLUMNS, 4) <= 101376 && expand_bytes(MAX_COLUMNS) <= 101376);
+// What a block may have: 227 KiB on sm_90 and sm_100, 99 on sm_120, where config() takes clusters up to 384 columns.
+static_assert(shrink_bytes(MAX_COLUMNS, 2) + expand_bytes(MAX_COLUMNS) <= 232448);
+static_assert(shrink_bytes(384, 2) + expand_bytes(384) <= 101376);
+static_assert(shrink_bytes(MAX_COLUMNS, 2) <= 101376 && expand_bytes(MAX_COLUMNS) <= 101376);
 
 template <class T, int RB>
 int launch_ranks(const Params& p, int path, bool early, cudaStream_t stream) {
@@ -42,7 +42,6 @@ extern "C" int fastpeft_multi_lora(const multi_lora::Params* given, int dtype, i
     using T = decltype(type);
     const auto s = static_cast<cudaStream_t>(stream);
     if (p.columns <= 16) return launch_ranks<T, 1>(p, path, early, s);
-    if (p.columns <= 32) return launch_ranks<T, 2>(p, path, early, s);
-    return launch_ranks<T, 4>(p, path, early, s);
+    return launch_ranks<T, 2>(p, path, early, s);
   });
 }

@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(THREADS, 2) multi_lora_cluster(const __grid_co
   ptx::cluster_sync();
   gather(p, item, s, part == 0 && p.s != nullptr,
          [&](int block, int i) { return ptx::cluster_map(partial, block)[i]; });
-  ptx::cluster_arrive();  // others may still read this block's partial sums: it must not exit before they have
+  // Others may still read this block's partial sums: it must not exit before they have. Nothing is published.
+  ptx::cluster_arrive_relaxed();
   __syncthreads();
   ring.expand(p, item, part, s);
   ptx::cluster_wait();

@@ -57,7 +57,7 @@ __device__ __forceinline__ void load_chunk(const Params& p, const Item& item, co
     if (slice.aligned_b) {
       ptx::copy_async_16(to + i * 8, from, left * int(sizeof(T)));
     } else {
-      ptx::store_shared_16(to + i * 8, load8<T, false>(from, left, false));
+      ptx::store_shared_16(to + i * 8, load8(from, left));
     }
   }
 }
@@ -181,8 +181,8 @@ struct Ring {
     }
     __syncthreads();
     ahead = first_chunk(p, item, part);
-    load(p, item, part, 0);
-    load(p, item, part, 1);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) load(p, item, part, i);
     for (Chunk c = ahead; BULK && c.slice < p.slice_count; c = next_chunk(p, item, part, c)) {
       const Slice& slice = p.slices[c.slice];
       const T* b = static_cast<const T*>(slice.b) + item.slot * slice.stride_bs + c.n * slice.stride_bn;

@@ -57,19 +57,14 @@ __device__ __forceinline__ int columns_in_use(const Params& p, int slot) {
   return columns;
 }
 
-/// Eight elements, those from `left` on as zeros that are not read. Weights stream past the L1 cache.
-template <class T, bool STREAM>
-__device__ __forceinline__ uint4 load8(const T* from, int left, bool aligned) {
+/// Eight 16-bit elements at any address, those from `left` on as zeros that are not read.
+template <class T>
+__device__ __forceinline__ uint4 load8(const T* from, int left) {
   uint32_t word[4] = {0, 0, 0, 0};
-  if (from != nullptr && left >= 8 && aligned) {
-    return STREAM ? ptx::load_streaming(from) : *reinterpret_cast<const uint4*>(from);
-  }
-  if (from != nullptr) {
-    const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i < left) word[i / 2] |= uint32_t(bits[i]) << (i % 2 * 16);
-    }
+  for (int i = 0; i < 8; ++i) {
+    if (i < left) word[i / 2] |= uint32_t(bits[i]) << (i % 2 * 16);
   }
   return make_uint4(word[0], word[1], word[2], word[3]);
 }

@@ -17,42 +17,72 @@ __device__ __forceinline__ void prefetch_a(const Params& p, const Item& item, in
   }
 }
 
+/// A step of 32 columns for 16 columns of S; a lane has eight adjacent ones: tensor cores add in any order of them.
+template <class T>
+__device__ __forceinline__ void multiply(float (&acc)[2][4], uint4 low, uint4 high, uint4 near, uint4 far) {
+  ptx::mma_m16n8k16<T>(acc[0], low.x, high.x, low.y, high.y, near.x, near.y);
+  ptx::mma_m16n8k16<T>(acc[0], low.z, high.z, low.w, high.w, near.z, near.w);
+  ptx::mma_m16n8k16<T>(acc[1], low.x, high.x, low.y, high.y, far.x, far.y);
+  ptx::mma_m16n8k16<T>(acc[1], low.z, high.z, low.w, high.w, far.z, far.w);
+}
+
 /// partial [columns, TOKENS] = A x over block `part`'s columns of x, in shared memory;
 /// `scratch` is [WARPS, 16 RB, TOKENS].
-/// Inside a step of 32 columns a lane takes eight adjacent ones: tensor cores add in any order of columns.
+/// Tokens that there are not repeat the item's last, ranks past a slice's last repeat that one: nobody looks at them.
 template <class T, int RB>
 __device__ __forceinline__ void shrink(const Params& p, const Item& item, int part, float* partial, float* scratch) {
+  constexpr int STEPS = 4 / RB, STRIDE = WARPS * 32;  // steps whose loads are in flight together; columns between them
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, q = lane / 4, t = lane % 4;
   const int begin = k_begin(p, part), end = k_begin(p, part + 1), columns = columns_in_use(p, item.slot);
-  const T* x = static_cast<const T*>(p.x);
-  const T* row0 = q < item.count ? x + p.order[item.first + q] * p.stride_xm : nullptr;
-  const T* row1 = q + 8 < item.count ? x + p.order[item.first + q + 8] * p.stride_xm : nullptr;
-  const bool two = item.count > 8;
+  const int whole = p.aligned_k ? begin + (end - begin) / 32 * 32 : begin;  // up to here, steps of 16-byte loads
+  const T* x[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int token = min(q + 8 * i, item.count - 1);
+    x[i] = static_cast<const T*>(p.x) + p.order[item.first + token] * p.stride_xm;
+  }
   for (int first = 0; first < columns; first += 16 * RB) {
     float acc[RB][2][4] = {};
     const T* a[RB][2];
 #pragma unroll
     for (int i = 0; i < 2 * RB; ++i) {
-      const Column c = find_column(p, item.slot, first + i * 8 + q);
+      const Column c = find_column(p, item.slot, min(first + i * 8 + q, columns - 1));
       const Slice& slice = p.slices[c.slice];
-      const T* row = static_cast<const T*>(slice.a) + item.slot * slice.stride_as + c.rank * slice.stride_ar;
-      a[i / 2][i % 2] = c.rank >= 0 && c.rank < c.of ? row : nullptr;
+      const int64_t row = item.slot * slice.stride_as + min(c.rank, c.of - 1) * slice.stride_ar;
+      a[i / 2][i % 2] = static_cast<const T*>(slice.a) + row;
     }
-#pragma unroll(4 / RB)
-    for (int step = begin + warp * 32; step < end; step += WARPS * 32) {
-      const int k = step + t * 8, left = end - k;
-      const uint4 x0 = load8<T, false>(row0 == nullptr ? nullptr : row0 + k, left, p.aligned_k);
-      const uint4 x1 = load8<T, false>(row1 == nullptr ? nullptr : row1 + k, left, p.aligned_k);
+#pragma unroll 1
+    for (int step = begin + warp * 32; step < whole; step += STEPS * STRIDE) {
+      uint4 near[STEPS], far[STEPS], low[STEPS], high[STEPS];
+      int k[STEPS];
+#pragma unroll
+      for (int j = 0; j < STEPS; ++j) {
+        k[j] = (step + j * STRIDE < whole ? step + j * STRIDE : step) + t * 8;
+        near[j] = *reinterpret_cast<const uint4*>(x[0] + k[j]);
+        far[j] = *reinterpret_cast<const uint4*>(x[1] + k[j]);
+      }
 #pragma unroll
       for (int b = 0; b < RB; ++b) {
-        const uint4 lo = load8<T, true>(a[b][0] == nullptr ? nullptr : a[b][0] + k, left, p.aligned_k);
-        const uint4 hi = load8<T, true>(a[b][1] == nullptr ? nullptr : a[b][1] + k, left, p.aligned_k);
-        ptx::mma_m16n8k16<T>(acc[b][0], lo.x, hi.x, lo.y, hi.y, x0.x, x0.y);
-        ptx::mma_m16n8k16<T>(acc[b][0], lo.z, hi.z, lo.w, hi.w, x0.z, x0.w);
-        if (two) {
-          ptx::mma_m16n8k16<T>(acc[b][1], lo.x, hi.x, lo.y, hi.y, x1.x, x1.y);
-          ptx::mma_m16n8k16<T>(acc[b][1], lo.z, hi.z, lo.w, hi.w, x1.z, x1.w);
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j) {
+          low[j] = ptx::load_streaming(a[b][0] + k[j]);
+          high[j] = ptx::load_streaming(a[b][1] + k[j]);
         }
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j) {
+          if (step + j * STRIDE < whole) multiply<T>(acc[b], low[j], high[j], near[j], far[j]);
+        }
+      }
+    }
+    // The last step where it is not whole, by the warp whose turn it is; or all, where rows are not aligned.
+    const int done = (whole - begin) / 32;
+#pragma unroll 1
+    for (int step = whole + (warp + WARPS - done % WARPS) % WARPS * 32; step < end; step += STRIDE) {
+      const int k = step + t * 8;
+      const uint4 near = load8(x[0] + k, end - k), far = load8(x[1] + k, end - k);
+#pragma unroll
+      for (int b = 0; b < RB; ++b) {
+        multiply<T>(acc[b], load8(a[b][0] + k, end - k), load8(a[b][1] + k, end - k), near, far);
       }
     }
     float* own = scratch + warp * 16 * RB * TOKENS;

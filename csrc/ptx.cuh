@@ -193,6 +193,8 @@ PTX uint32_t cluster_rank() {
 }
 
 PTX void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+/// Says that this thread has read what it wanted to; what it wrote need not be seen, so no fence is waited for.
+PTX void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 PTX void cluster_sync() {

@@ -35,9 +35,9 @@ class Config:
 
 def config(columns: int, capability: int) -> Config:
     """The kernels for S with so many columns, a multiple of 16."""
-    at_a_time = 16 if columns <= 16 else 32 if columns <= 32 else 64
-    # sm_12x has 99 KiB of shared memory a block, the others 227; 192 columns take 95.
-    room = 192 if capability // 10 == 12 else MAX_COLUMNS
+    at_a_time = 16 if columns <= 16 else 32
+    # sm_12x has 99 KiB of shared memory a block, the others 227; 384 columns take 97.
+    room = 384 if capability // 10 == 12 else MAX_COLUMNS
     return Config("cluster" if capability // 10 in _CLUSTERS and columns <= room else "planes", at_a_time)
 
 

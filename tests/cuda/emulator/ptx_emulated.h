@@ -193,17 +193,20 @@ inline void barrier_sync(int id, int threads) {
   emulator::arrive_and_wait(self().block->barriers[id], threads, "barrier_sync");
 }
 inline uint32_t cluster_rank() { return self().block->rank; }
-inline void cluster_arrive() {
+inline void cluster_arrive_relaxed() {
   Unseen unseen;
   emulator::aligned("cluster_arrive");
   auto& cluster = *self().block->cluster;
   auto& barrier = cluster.barrier;
   self().cluster_generation = barrier.generation;
-  emulator::happens_before(&barrier);
   if (++barrier.arrived < cluster.blocks.size() * emulator::grid.block.x) return;
   barrier.arrived = 0;
   ++barrier.generation;
   emulator::notify(barrier.queue);
+}
+inline void cluster_arrive() {
+  emulator::happens_before(&self().block->cluster->barrier);
+  cluster_arrive_relaxed();
 }
 inline void cluster_wait() {
   Unseen unseen;

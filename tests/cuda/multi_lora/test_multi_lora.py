@@ -371,9 +371,9 @@ def test_configurations():
     """By capability and shape alone; clusters where they are compiled in, and fit."""
     assert cuda.config(16, 90) == cuda.Config("cluster", 16)
     assert cuda.config(32, 103) == cuda.Config("cluster", 32)
-    assert cuda.config(512, 100) == cuda.Config("cluster", 64)
-    assert cuda.config(192, 120).path == "cluster"
-    assert cuda.config(208, 120).path == "planes"
+    assert cuda.config(512, 100) == cuda.Config("cluster", 32)
+    assert cuda.config(384, 120).path == "cluster"
+    assert cuda.config(400, 120).path == "planes"
     assert {cuda.config(16, capability).path for capability in (80, 86, 89, 110)} == {"planes"}
 
 

@@ -38,7 +38,7 @@ def compiled(request):
 def test_every_kernel_is_there(compiled):
     _, usage, sass = compiled
     dtypes = ("bf16", "fp16")
-    wanted = {(name, dtype, blocks) for name in ("cluster", "shrink") for dtype in dtypes for blocks in "124"}
+    wanted = {(name, dtype, blocks) for name in ("cluster", "shrink") for dtype in dtypes for blocks in "12"}
     assert set(usage) == set(sass) == wanted | {("expand", dtype, "") for dtype in dtypes}
 
 
@@ -77,3 +77,25 @@ def test_two_launches_need_nothing_newer_than_sm_80(compiled):
             assert re.search(ASYNC, text)
         if name != "cluster":
             assert not any(re.search(what, text) for what in (BULK, CLUSTER, WAIT))
+
+
+@pytest.mark.parametrize(("blocks", "loads"), [("1", 16), ("2", 12)])
+@pytest.mark.parametrize("kernel", ["cluster", "shrink"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_steps_of_shrink_are_loaded_together(compiled, kernel, dtype, blocks, loads):
+    """Four steps with two rows of x and two of A, or two with half as many more: no product waits between them."""
+    architecture, _, sass = compiled
+    if architecture == "sm_80" and kernel == "cluster":
+        pytest.skip("a trap, and nothing else")
+    events = re.findall(r"\b(LDG\.E\S*\.128|HMMA\.16816)", sass[kernel, dtype, blocks])
+    bursts = re.findall("L+", "".join(event[0] for event in events))
+    assert max(map(len, bursts)) >= loads
+
+
+def test_the_cluster_kernel_is_small_and_waits_for_one_fence(compiled):
+    """Code is fetched like data before it runs for the first time; found: 3,480 to 3,864 instructions."""
+    architecture, _, sass = compiled
+    for (kernel, *_), text in sass.items():
+        if kernel == "cluster" and architecture != "sm_80":
+            assert len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", text, flags=re.MULTILINE)) <= 4000
+            assert len(re.findall(r"MEMBAR\.\w+\.GPU", text)) == 1
