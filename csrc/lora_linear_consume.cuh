@@ -129,7 +129,7 @@ struct Consumer {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         float* a = acc + chunk * 32 + j * 8;
-        if (p.bias) add_bias(bias[chunk], j, a);
+        if (FORM == Form::FORWARD && p.bias) add_bias(bias[chunk], j, a);
         const int line = (j * 2 + lane / 16) ^ (row & 7);  // the swizzle: 16-byte units of a row, permuted by the row
         ptx::stmatrix_x4(staging + row * 64 + line * 8, ptx::pack<T>(a[0], a[1]), ptx::pack<T>(a[2], a[3]),
                          ptx::pack<T>(a[4], a[5]), ptx::pack<T>(a[6], a[7]));
