@@ -89,7 +89,7 @@ def expand_backward(
     if need_db:
         s = s[0] if s.shape[0] == 1 else s.sum(0)
         dbs = [
-            _outer(s_p, dy, routing, slots.of(p), b.dtype).mT.contiguous()
+            outer(s_p, dy, routing, slots.of(p), b.dtype).mT.contiguous()
             for p, (s_p, dy, b) in enumerate(zip(s.split(ranks, 1), dys, lora_bs, strict=True))
         ]
     return ds, dbs
@@ -105,11 +105,11 @@ def shrink_backward(
         add_expanded([dx], ds, [a.mT for a in lora_as], routing, slots, total=True)
     if need_da:
         parts = ds[0].split(ranks_of(lora_as), 1)
-        das = [_outer(ds_p, x, routing, slots.of(p), a.dtype) for p, (ds_p, a) in enumerate(zip(parts, lora_as))]
+        das = [outer(ds_p, x, routing, slots.of(p), a.dtype) for p, (ds_p, a) in enumerate(zip(parts, lora_as))]
     return dx, das
 
 
-def _outer(s, x, routing, slots, dtype):
+def outer(s, x, routing, slots, dtype):
     """``Sᵀ drop(x)`` of each slot: ``[slots, R, K]``."""
     k, rank, acc, c = x.shape[1], s.shape[1], math(x, s), config("outer", s.shape[1], x.dtype, routing.tile)
     g = x.new_empty(routing.slots, rank, k, dtype=dtype)

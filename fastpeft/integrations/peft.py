@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..nn import sharing
-from . import _fusable
+from . import _fusable, experts
 from ._layers import layers_of, refuse_unfused
 
 _OLDEST = (0, 15)
@@ -26,6 +26,7 @@ _OLDEST = (0, 15)
 try:
     import peft
     from peft.tuners.lora import LoraConfig
+    from peft.tuners.lora import layer as _layers
     from peft.tuners.lora.layer import Linear, LoraLayer, dispatch_default
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
@@ -34,6 +35,11 @@ except ImportError as error:
     ) from error
 if tuple(int(part) for part in re.findall(r"\d+", peft.__version__)[:2]) < _OLDEST:
     raise ImportError(f"fastpeft.integrations.peft: peft has version {peft.__version__}, expected >=0.15")
+ParamWrapper = getattr(_layers, "ParamWrapper", LoraLayer)  # PEFT has it since 0.17
+
+
+class FastParamWrapper(experts.ExpertsForward, ParamWrapper):
+    """PEFT's LoRA on a parameter of experts; ``forward`` goes to the fused op wherever that serves."""
 
 
 class FastLoraLinear(Linear):
@@ -66,6 +72,9 @@ class FastLoraLinear(Linear):
         return _report(self)
 
 
+_THEIRS = {FastLoraLinear: Linear, FastParamWrapper: ParamWrapper}
+
+
 def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True) -> nn.Module:
     """Serve the LoRA layers of a PEFT model by the fused op: ``fastpeft.accelerate`` for them alone.
 
@@ -82,6 +91,8 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
     for layer in layers.values():
         if type(layer) is Linear:
             layer.__class__ = FastLoraLinear
+        elif _around_experts(layer):
+            layer.__class__ = FastParamWrapper
     sharing.unshare_inputs(model)
     if share_inputs:
         sharing.share_inputs(model, lambda module: type(module) is FastLoraLinear)
@@ -96,12 +107,12 @@ def restore(model: nn.Module) -> nn.Module:
     """
     layers = _lora_layers("restore", model)
     for name, layer in layers.items():
-        if isinstance(layer, FastLoraLinear) and type(layer) is not FastLoraLinear:
-            raise ValueError(f"restore: {name} is {type(layer).__name__}, expected FastLoraLinear")
+        ours = next((kind for kind in _THEIRS if isinstance(layer, kind)), None)
+        if ours is not None and type(layer) is not ours:
+            raise ValueError(f"restore: {name} is {type(layer).__name__}, expected {ours.__name__}")
     sharing.unshare_inputs(model)
     for layer in layers.values():
-        if type(layer) is FastLoraLinear:
-            layer.__class__ = Linear  # type: ignore[assignment]
+        layer.__class__ = _THEIRS.get(type(layer), type(layer))
     return model
 
 
@@ -154,4 +165,13 @@ def _report(layer: Any) -> str:
     if isinstance(layer, FastLoraLinear) or type(layer) is Linear:
         plan = _fusable.plan(layer)
         return plan if isinstance(plan, str) else "fused"
+    if isinstance(layer, FastParamWrapper) or _around_experts(layer):
+        found = experts.plan(layer)
+        return found if isinstance(found, str) else "fused"
+    if type(layer) is ParamWrapper:
+        return str(experts.layout_of(experts.innermost(layer)))
     return f"{type(layer).__module__}.{type(layer).__qualname__} has no fused form"
+
+
+def _around_experts(layer: Any) -> bool:
+    return type(layer) is ParamWrapper and not isinstance(experts.layout_of(experts.innermost(layer)), str)

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import _backend, _check
 from .._backend import Explanation
 from .bottleneck import bottleneck
+from .experts import ExpertLinear, experts
 from .lora_linear import lora_linear, lora_linear_shared
 from .multi_lora import multi_lora, multi_lora_, multi_lora_shared
 from .prompt_gather import prompt_gather
@@ -17,8 +18,10 @@ from .routing import route
 from .row_linear import row_linear
 
 __all__ = [
+    "ExpertLinear",
     "Explanation",
     "bottleneck",
+    "experts",
     "explain",
     "lora_linear",
     "lora_linear_shared",
@@ -30,7 +33,7 @@ __all__ = [
     "row_linear",
 ]
 
-OPS = tuple(name for name in __all__ if name not in ("Explanation", "explain"))
+OPS = tuple(name for name in __all__ if name not in ("ExpertLinear", "Explanation", "explain"))
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:

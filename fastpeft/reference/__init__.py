@@ -2,6 +2,7 @@
 
 from .bottleneck import bottleneck
 from .dropout import inverse_keep, keep_mask
+from .experts import ExpertLinear, experts
 from .lora_linear import lora_linear
 from .multi_lora import Slots, multi_lora
 from .prompt_gather import prompt_gather
@@ -9,9 +10,11 @@ from .routing import Routing
 from .row_linear import row_linear
 
 __all__ = [
+    "ExpertLinear",
     "Routing",
     "Slots",
     "bottleneck",
+    "experts",
     "inverse_keep",
     "keep_mask",
     "lora_linear",

@@ -45,27 +45,32 @@ def _signed(constant: int, width: int) -> int:
     return constant - (1 << width) if constant >> (width - 1) else constant
 
 
-def row_keys(seed: Tensor, rows: int) -> Tensor:
-    """splitmix64 of every row number: ``int64 [rows]`` for a seed of one int64 element."""
-    z = torch.arange(1, rows + 1, dtype=torch.int64, device=seed.device)
-    z = z.mul_(_signed(ROW_STEP, 64)).add_(seed.reshape(()))
+def row_keys(seed: Tensor, rows: int | Tensor) -> Tensor:
+    """splitmix64 of the rows 0 ... rows - 1 for a seed of one int64 element, or of row ``rows[i]`` for ``seed[i]``."""
+    one_seed = not isinstance(rows, Tensor)
+    z = torch.arange(1, rows + 1, dtype=torch.int64, device=seed.device) if one_seed else rows + 1
+    z = z.mul_(_signed(ROW_STEP, 64)).add_(seed.reshape(()) if one_seed else seed)
     for factor, shift in zip(ROW_FACTORS, ROW_SHIFTS, strict=False):
         z = z.bitwise_xor_(_shift_right(z, shift, 64)).mul_(_signed(factor, 64))
     return z.bitwise_xor_(_shift_right(z, ROW_SHIFTS[-1], 64))
 
 
-def keep_mask(seed: Tensor, dropout: float, rows: int, columns: int, dtype: torch.dtype = torch.bool) -> Tensor:
+def keep_mask(
+    seed: Tensor, dropout: float, rows: int | Tensor, columns: int, dtype: torch.dtype = torch.bool
+) -> Tensor:
     """The dropout mask ``[rows, columns]``: one (or True) where the element is kept.
 
     Args:
         seed: int64, one element, on the device where the mask is wanted.
         dropout: probability of dropping an element, in [0, 1), rounded to 2**-16.
-        rows: how many rows, of which each has a key of its own.
+        rows: how many, numbered from 0; or their numbers, int64 ``[rows]``, with a seed each, ``[rows]``.
         columns: how many columns.
         dtype: any real dtype. A float mask costs no extra pass and multiplies faster than a bool one.
     """
     pairs = (columns + 1) // 2
-    lo, hi = row_keys(seed, rows).view(torch.int32).view(rows, 2, 1).unbind(1)  # little-endian halves
+    keys = row_keys(seed, rows)
+    rows = len(keys)
+    lo, hi = keys.view(torch.int32).view(rows, 2, 1).unbind(1)  # little-endian halves
     j = torch.arange(pairs, dtype=torch.int32, device=seed.device).mul_(_signed(PAIR_STEP, 32))
     z = torch.bitwise_xor(j, lo).mul_(_signed(PAIR_FACTORS[0], 32))
     shifted = _shift_right(z, PAIR_SHIFTS[0], 32)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from . import bottleneck, lora_linear, multi_lora, prompt_gather, row_linear
+from . import bottleneck, experts, lora_linear, multi_lora, prompt_gather, row_linear
 from .accuracy import MAX_RATIO, RMS_RATIO, Ratios, assert_no_worse, error_vs_eager, integer_inputs
 from .bottleneck import BottleneckProblem, eager_bottleneck
+from .experts import ExpertsProblem, eager_experts
 from .lora_linear import LoraProblem, eager_lora_linear
 from .memory import guarded, poisoned
 from .multi_lora import MultiLoraProblem, eager_multi_lora
@@ -22,6 +23,7 @@ __all__ = [
     "MAX_RATIO",
     "RMS_RATIO",
     "BottleneckProblem",
+    "ExpertsProblem",
     "LoraProblem",
     "MultiLoraProblem",
     "PromptProblem",
@@ -30,6 +32,7 @@ __all__ = [
     "assert_no_worse",
     "check_ops",
     "eager_bottleneck",
+    "eager_experts",
     "eager_lora_linear",
     "eager_multi_lora",
     "eager_prompt_gather",
@@ -49,6 +52,6 @@ def check_ops(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, fl
     Args:
         device: where the ops run.
     """
-    for op in (bottleneck, lora_linear, multi_lora, prompt_gather, row_linear):
+    for op in (bottleneck, experts, lora_linear, multi_lora, prompt_gather, row_linear):
         for name, dtype, worst in op.check(device):
             yield name, dtype, *worst, worst.ok

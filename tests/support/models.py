@@ -22,8 +22,44 @@ _LLAMA = {**SIZES, **_WORDS, **_ENDLESS, **_WIDE, "num_key_value_heads": 2, "max
 _BERT = {**SIZES, **_WORDS, **_WIDE, **_KEPT, "max_position_embeddings": 128, "num_labels": 3}
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+_MOE = {**_LLAMA, "num_experts_per_tok": 2}
+_LOCAL = {**_MOE, "num_local_experts": 6}
+_GROUPS = {"n_routed_experts": 6, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1}
+_SHARED = {**_MOE, **_GROUPS, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_MLA = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_MAMBA = {"n_groups": 1, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8}
+# Models with experts: the head, the config and what that is given.
+MOE_FAMILIES = {
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_MOE, "num_experts": 6, "moe_intermediate_size": 24}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**_MOE, "num_experts": 6, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16},
+    ),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _LOCAL),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**_LOCAL, "head_dim": 8, "layer_types": ["full_attention"] * 2}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**_SHARED, **_MLA, "num_key_value_heads": 4}),
+    "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**_SHARED, "head_dim": 8}),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {**_LOCAL, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8, "attention_chunk_size": 32},
+    ),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**_MOE, "num_experts": 6}),
+    "granite_moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", _LOCAL),
+    "phimoe": ("PhimoeForCausalLM", "PhimoeConfig", _LOCAL),
+    "nemotron_h": (
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        {
+            **_MOE, **_GROUPS, **_MAMBA, "head_dim": 8, "moe_shared_expert_intermediate_size": 16,
+            "layers_block_type": ["attention", "moe"],
+        },
+    ),
+}  # fmt: skip
 # The usual head of each family, its config and what that is given.
 FAMILIES = {
+    **MOE_FAMILIES,
     "bert": ("BertForSequenceClassification", "BertConfig", _BERT),
     "roberta": ("RobertaForTokenClassification", "RobertaConfig", _BERT),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
