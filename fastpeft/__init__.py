@@ -24,23 +24,25 @@ if TYPE_CHECKING:
     from . import serving as serving
     from . import testing as testing
     from .integrations.models import accelerate as accelerate
+    from .integrations.models import report as report
     from .integrations.models import restore as restore
     from .integrations.peft import register as register
     from .methods.attach import attach as attach
+    from .methods.attach import delete_adapter as delete_adapter
     from .methods.attach import detach as detach
     from .methods.bottleneck.config import Bottleneck as Bottleneck
     from .methods.checkpoint import load as load
     from .methods.checkpoint import save as save
     from .methods.lora.config import Lora as Lora
     from .methods.per_row import per_row as per_row
-    from .methods.prefix.method import PrefixTuning as PrefixTuning
-    from .methods.prompt.method import PromptTuning as PromptTuning
-    from .methods.report import report as report
+    from .methods.prefix.config import PrefixTuning as PrefixTuning
+    from .methods.prompt.config import PromptTuning as PromptTuning
     from .methods.selective.config import Selective as Selective
-    from .methods.selective.files import load_selective as load_selective
     from .methods.selective.lisa import LisaSchedule as LisaSchedule
     from .methods.selective.selection import Selection as Selection
+    from .methods.selective.selection import load_selective as load_selective
     from .methods.selective.selection import select as select
+    from .methods.switch import active_adapters as active_adapters
     from .methods.switch import disable_adapter as disable_adapter
     from .methods.switch import merge as merge
     from .methods.switch import set_adapter as set_adapter
@@ -52,21 +54,23 @@ _HOME = {
     "Bottleneck": "methods.bottleneck.config",
     "LisaSchedule": "methods.selective.lisa",
     "Lora": "methods.lora.config",
-    "PrefixTuning": "methods.prefix.method",
-    "PromptTuning": "methods.prompt.method",
+    "PrefixTuning": "methods.prefix.config",
+    "PromptTuning": "methods.prompt.config",
     "Selection": "methods.selective.selection",
     "Selective": "methods.selective.config",
     "accelerate": "integrations.models",
+    "active_adapters": "methods.switch",
     "attach": "methods.attach",
+    "delete_adapter": "methods.attach",
     "detach": "methods.attach",
     "disable_adapter": "methods.switch",
     "explain": "ops",
     "load": "methods.checkpoint",
-    "load_selective": "methods.selective.files",
+    "load_selective": "methods.selective.selection",
     "merge": "methods.switch",
     "per_row": "methods.per_row",
     "register": "integrations.peft",
-    "report": "methods.report",
+    "report": "integrations.models",
     "restore": "integrations.models",
     "save": "methods.checkpoint",
     "select": "methods.selective.selection",

@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+import re
 from collections.abc import Collection, Sequence, Sized
 
 import torch
@@ -171,3 +172,49 @@ def seed(op: str, name: Name, value: object, device: torch.device) -> Tensor:
     if not -(1 << 63) <= number < 1 << 63:
         raise ValueError(f"{op}: {label(name)} is {shown(number)}, expected {expected}")
     return torch.tensor([number], dtype=torch.int64, device=device)
+
+
+def integers(op: str, name: Name, values: object) -> tuple[int, ...]:
+    """Integers in a list, a range, an array or a tensor of one dimension, as Python's."""
+    try:
+        found = list(values.tolist() if hasattr(values, "tolist") else values)
+    except TypeError:
+        found = [None]
+    if isinstance(values, str):
+        raise TypeError(f"{op}: {label(name)} is {shown(values)}, expected integers")
+    for i, value in enumerate(found):
+        try:
+            found[i] = integer(op, name, value)
+        except ValueError:
+            raise TypeError(f"{op}: {label(name)} has {shown(value)}, expected integers") from None
+    return tuple(found)
+
+
+def names(op: str, name: Name, values: object) -> tuple[str, ...]:
+    """Names in a list; a single string is no list, though it could be read as one of letters."""
+    if isinstance(values, str):
+        raise TypeError(f"{op}: {label(name)} is the string {values!r}, expected a list of names")
+    try:
+        found = tuple(values)
+    except TypeError:
+        raise TypeError(f"{op}: {label(name)} is {shown(values)}, expected a list of names") from None
+    for value in found:
+        if not isinstance(value, str) or not value:
+            raise TypeError(f"{op}: {label(name)} has {shown(value)}, expected names")
+    return found
+
+
+def pattern(op: str, name: Name, value: object) -> str:
+    """A regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{op}: {label(name)} is {shown(value)}, expected a regular expression ({error})") from None
+    return value
+
+
+def dtype_or_none(op: str, name: Name, value: object) -> torch.dtype | None:
+    """A floating-point dtype, or None where something else decides."""
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise TypeError(f"{op}: {label(name)} is {shown(value)}, expected a floating-point torch.dtype or None")
+    return value

@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..nn.backend import serving_backend
+from ..nn.bottleneck import BottleneckAdapter
 from . import _fusable
 from ._layers import layers_of, refuse_unfused
 
 try:
     import adapters
-    from adapters.methods.modeling import Adapter, ParallelAdapter
+    from adapters.methods.invertible import GLOWCouplingBlock, NICECouplingBlock
+    from adapters.methods.modeling import Adapter, BertFusion, ParallelAdapter
 except ImportError as error:
     raise ImportError(
         "fastpeft.integrations.adapters: adapters does not import, expected adapters>=1.0 (pip install adapters)"
@@ -49,7 +52,7 @@ class _Fused(_Base):
     """The forward of both kinds. ``fastpeft_fusion``: the holder's AdapterFusion layers, in a tuple so that they do not
     become a child."""
 
-    fastpeft_kind = "bottleneck adapters"
+    fastpeft_kind = BottleneckAdapter.fastpeft_kind
 
     def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False):
         if output_gating or plan(self, x) is not None:
@@ -87,10 +90,7 @@ class _Fused(_Base):
         if isinstance(found, str):
             return found
         down = found[1]
-        try:
-            return ops.explain("bottleneck", down.weight.new_empty(1, down.in_features), down.weight).backend
-        except ValueError as error:  # FASTPEFT_BACKEND asks for one that cannot serve
-            return str(error)
+        return serving_backend("bottleneck", down.weight.new_empty(1, down.in_features), down.weight)
 
 
 class FastAdapter(_Fused, Adapter):
@@ -108,6 +108,7 @@ class FastParallelAdapter(_Fused, ParallelAdapter):
 
 
 _FAST = {Adapter: FastAdapter, ParallelAdapter: FastParallelAdapter}
+_WITHOUT_FORM = (BertFusion, NICECouplingBlock, GLOWCouplingBlock)
 _SLOW = {fast: slow for slow, fast in _FAST.items()}
 
 
@@ -144,14 +145,22 @@ def restore(model: nn.Module) -> nn.Module:
 
 def unfused(model: nn.Module) -> dict[str, str]:
     """Path and reason of every part of the library that has no fused form."""
-    found = {}
-    for path, module in model.named_modules():
-        name, home = type(module).__name__, type(module).__module__
-        if home in ("adapters.methods.modeling", "adapters.methods.invertible") and name in (
-            "BertFusion", "NICECouplingBlock", "GLOWCouplingBlock",
-        ):  # fmt: skip
-            found[path] = f"{name} has no fused form"
-    return found
+    return {path: _no_form(m) for path, m in model.named_modules() if isinstance(m, _WITHOUT_FORM)}
+
+
+def describe(module: nn.Module) -> tuple[str, str] | None:
+    """(kind, why it is not fused) of a part that ``accelerate`` has not been called on; None for any other module."""
+    if isinstance(module, _WITHOUT_FORM):
+        return _Fused.fastpeft_kind, _no_form(module)
+    if type(module) not in _FAST:
+        return None
+    name = type(module).__name__
+    why = f"{name} is the adapters library's own layer; fastpeft.accelerate has not been called on it"
+    return _Fused.fastpeft_kind, why
+
+
+def _no_form(module: nn.Module) -> str:
+    return f"{type(module).__name__} has no fused form"
 
 
 def plan(layer: Adapter, x: Tensor | None = None, fusion: nn.ModuleDict | None = None) -> str | None:

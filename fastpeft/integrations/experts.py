@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._check import PLAIN
+from ..nn.backend import serving_backend
+from ..nn.lora import LoraLinear
 from ..ops import ExpertLinear
 from . import _fusable
 
@@ -73,6 +75,8 @@ class Plan(NamedTuple):
 class ExpertsForward(nn.Module):
     """The forward of a PEFT wrapper around a parameter of experts; a class of PEFT's stands behind it."""
 
+    fastpeft_kind = LoraLinear.fastpeft_kind
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not kwargs:
             found = plan(self, x, *args)
@@ -89,10 +93,7 @@ class ExpertsForward(nn.Module):
         """The backend that serves ``ops.experts`` on the layer's tensors."""
         found = plan(self)
         x = found.up.weight.new_empty(1, found.up.weight.shape[2])
-        try:
-            return ops.explain("experts", x, up=found.up, down=found.down).backend
-        except ValueError as error:  # FASTPEFT_BACKEND asks for one that cannot serve
-            return str(error)
+        return serving_backend("experts", x, up=found.up, down=found.down)
 
 
 def run(found: Plan, x: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:

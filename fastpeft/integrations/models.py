@@ -2,6 +2,9 @@
 
 from torch import nn
 
+from ..methods.report import Report
+from ..methods.report import report as report_layers
+
 _ADAPTERHUB = "adapters.methods.modeling"
 
 
@@ -51,6 +54,42 @@ def restore(model: nn.Module) -> nn.Module:
     from . import peft
 
     return peft.restore(model)
+
+
+def report(model: nn.Module) -> Report:
+    """Every adapted layer in ``model``: fused or not and why, by which backend, and who shares its input.
+
+    These are the layers of ``attach`` and what it did elsewhere, and PEFT's LoRA layers and the adapter layers of the
+    library ``adapters``, whether ``accelerate`` was called on them or they have no fused form (Embedding, quantised,
+    AdapterFusion).
+
+    >>> print(fastpeft.report(model))
+
+    Args:
+        model: Any module.
+
+    Returns:
+        One ``LayerReport`` for each layer, and how many parameters are trained. Printed, it has one line for layers
+        that differ in their number alone; a notebook shows a table.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    return report_layers(model, (describe,))
+
+
+def describe(module: nn.Module) -> tuple[str, str] | None:
+    """(kind, why it is not fused) of another library's layer as it is; None for any other module."""
+    homes = {kind.__module__.partition(".")[0] for kind in type(module).__mro__}
+    if "peft" in homes:
+        from . import peft
+
+        return peft.describe(module)
+    if "adapters" in homes:
+        from . import adapters
+
+        return adapters.describe(module)
+    return None
 
 
 def _has_adapters(model: nn.Module) -> bool:

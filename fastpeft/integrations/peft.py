@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import _check
-from ..nn import sharing
+from ..nn import LoraLinear, sharing
+from ..nn.backend import serving_backend
 from . import _fusable, experts
 from ._layers import layers_of, refuse_unfused
 
@@ -45,6 +46,7 @@ class FastParamWrapper(experts.ExpertsForward, ParamWrapper):
 class FastLoraLinear(Linear):
     """PEFT's LoRA layer around ``nn.Linear`` or ``Conv1D``; ``forward`` goes to the fused op wherever that serves."""
 
+    fastpeft_kind = LoraLinear.fastpeft_kind
     fastpeft_shared: sharing.SharedInput | None = None
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -66,6 +68,14 @@ class FastLoraLinear(Linear):
         if isinstance(plan[0].scale, Tensor):
             return "its scaling is a tensor"
         return "its base layer is a Conv1D" if _fusable.is_conv1d(self.base_layer) else plan[0]
+
+    def fastpeft_backend(self) -> str:
+        """The backend for an x of one row and the first active adapter."""
+        plan = _fusable.plan(self)
+        if isinstance(plan, str):
+            return plan
+        weight, lora_a = plan[0].weight, plan[0].lora_a
+        return serving_backend("lora_linear", weight.new_empty(1, weight.shape[1]), weight, lora_a)
 
     def fastpeft_report(self) -> str:
         """``"fused"``, or why PEFT's own forward serves this layer as it is now."""
@@ -142,6 +152,14 @@ def register(lora_config: LoraConfig) -> LoraConfig:
     build: Any = functools.partial(_build, lora_config)
     lora_config._register_custom_module({nn.Linear: build, Conv1D: build})
     return lora_config
+
+
+def describe(module: nn.Module) -> tuple[str, str] | None:
+    """(kind, why it is not fused) of a layer that ``accelerate`` has not been called on; None for any other module."""
+    if not isinstance(module, LoraLayer):
+        return None
+    own = f"{type(module).__name__} is PEFT's own layer; fastpeft.accelerate has not been called on it"
+    return LoraLinear.fastpeft_kind, own if type(module) is Linear or _around_experts(module) else _report(module)
 
 
 def _build(lora_config: LoraConfig, target: nn.Module, adapter_name: str, **kwargs) -> FastLoraLinear | None:

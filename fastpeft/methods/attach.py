@@ -1,4 +1,4 @@
-"""Attach adapters of one or several methods to a model in place, and detach them.
+"""Attach adapters of one or several methods to a model in place, and take them off.
 
 Whatever can be wrong is found before the model is touched: all configs are resolved, then all are applied, and if one
 of them fails the others are taken back. What was changed is noted in an ``Attachment`` on the model, so that ``detach``
@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from ..nn.adapter import adapter_name
-from .attachment import KEY, Attachment, attachment_of, holder_of
+from .attachment import KEY, Attachment, attachment_of, check_module, holder_of
+from .formats.peft_configs import is_peft_config, translated
 from .method import Method
-from .registry import METHODS, method_of, methods_of
+from .registry import METHODS, mergeable_of, method_of, methods_of
 from .switch import refuse_merged, set_adapter
 
 Plans = list[tuple[Method, Any]]
@@ -26,19 +27,25 @@ def attach(model: nn.Module, config: Any | Sequence[Any], name: str = "default")
     The first adapter is active; another name adds a second adapter, inactive until ``set_adapter``.
 
     Args:
-        config: what to do, one of ``fastpeft.Lora`` and its siblings, or a list of several kinds that act together and
-            are one adapter: ``[fastpeft.Lora(r=8), fastpeft.Bottleneck("seq_bn")]``.
-        name: of the adapter, for ``set_adapter``, ``save`` and ``load``.
+        model: Any module; a model that has adapters already gets another one.
+        config: What to do: ``fastpeft.Lora`` or one of its siblings, or a config of PEFT that means one of these
+            (``peft.LoraConfig``, ``PromptTuningConfig``, ``PrefixTuningConfig``, ``LNTuningConfig``,
+            ``TrainableTokensConfig``). A list of several kinds that act together is one adapter:
+            ``[fastpeft.Lora(r=8), fastpeft.Bottleneck("seq_bn")]``.
+        name: The adapter's name, for ``set_adapter``, ``save`` and ``load``.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError, ValueError: naming what is wrong; nothing has been changed then.
+        TypeError: ``model`` is no module, ``config`` no config, or a layer that was named cannot be adapted.
+        ValueError: The config means nothing in this model, or does not go with what is attached already; the error
+            names what is wrong. Nothing has been changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"attach: model is {type(model).__name__}, expected a torch.nn.Module")
-    configs = tuple(config) if isinstance(config, list | tuple) else (config,)
+    check_module("attach", model)
+    configs: list[Any] = []
+    for part in config if isinstance(config, list | tuple) else (config,):
+        configs += translated("attach", model, part) if is_peft_config(part) else [part]
     apply_all(model, configs, name, resolve_all("attach", model, configs, name))
     return model
 
@@ -78,7 +85,7 @@ def apply_all(model: nn.Module, configs: Sequence[Any], name: str, plans: Plans)
             method.lift(model)
         for method, plan in sorted(plans, key=lambda pair: METHODS.index(pair[0])):
             if method.name not in state.records:
-                state.records[method.name] = method.new_record()
+                state.records[method.name] = method.record_type()
             method.apply(model, plan, name)
         for method in methods_of(state):
             method.settle(model)
@@ -92,8 +99,8 @@ def apply_all(model: nn.Module, configs: Sequence[Any], name: str, plans: Plans)
 
 
 def take_back(model: nn.Module, name: str, flags: Flags) -> None:
-    """Take one adapter off, whole or half applied, and give parameters these flags."""
-    state = attachment_of(model)
+    """Take one inactive adapter off, whole or half applied, and give parameters these flags."""
+    state = model.__dict__[KEY]
     parts = [method_of("attach", config) for config in state.parts(name)]
     for method in methods_of(state):
         method.lift(model)
@@ -116,15 +123,49 @@ def _set_flags(flags: Flags) -> None:
         parameter.requires_grad_(flag)
 
 
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Take one adapter off for good; the others, and which of them act and train, stay as they are.
+
+    Where it was the only active one, the model computes as before it was attached to until ``set_adapter`` says
+    otherwise. Where it was the only one, this is ``detach``.
+
+    Args:
+        model: A model that adapters are attached to, or a wrapper around it.
+        name: The adapter's name.
+
+    Raises:
+        ValueError: There is no such adapter, or the adapters are merged. Nothing has been changed then.
+    """
+    holder, state = holder_of("delete_adapter", model)
+    state.check_known("delete_adapter", name)
+    refuse_merged("delete_adapter", holder, state)
+    if len(state.configs) == 1:
+        detach(holder)
+        return
+    before = {parameter: parameter.requires_grad for parameter in holder.parameters()}
+    set_adapter(holder, [other for other in state.active if other != name])
+    # Of what acts without it, that trains which trained before.
+    flags = [(parameter, parameter.requires_grad and before.get(parameter, False)) for parameter in holder.parameters()]
+    take_back(holder, name, flags)
+
+
 def detach(model: nn.Module, keep_merged: bool = False) -> nn.Module:
     """Take every adapter off again: the original modules, values and requires_grad flags, bit for bit.
 
     Args:
-        keep_merged: leave the adapters' contribution in the weights of a merged model, and let the originals go.
+        model: A model that adapters are attached to, or a wrapper around it.
+        keep_merged: Whether to leave the adapters' contribution in the weights of a merged model, and to let the
+            originals go.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: Nothing is attached to the model, or ``keep_merged`` is asked of a model that is not merged.
     """
     holder, state = holder_of("detach", model)
     methods = methods_of(state)
-    if keep_merged and not any(method.merged(holder) for method in methods):
+    if keep_merged and not any(method.merged(holder) for method in mergeable_of(state)):
         raise ValueError("detach: keep_merged on a model that is not merged; merge it first")
     for method in methods:
         method.lift(holder)

@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from ..nn.lora import LoraLinear
-from ..nn.trained_copy import TrainedCopy
+from .. import _check
+from ..nn.protocol import original_child
 
 KEY = "fastpeft_attachment"
-_ORIGINALS = {LoraLinear: "base_layer", TrainedCopy: "original_module"}
 
 
 @dataclass
@@ -38,6 +37,12 @@ class Attachment:
         config = self.configs[name]
         return config if isinstance(config, tuple) else (config,)
 
+    def check_known(self, op: str, name: object) -> None:
+        """Raise if there is no adapter of this name."""
+        if not isinstance(name, str) or name not in self.configs:
+            given = repr(name) if isinstance(name, str) else _check.shown(name)
+            raise ValueError(f"{op}: no adapter {given}, expected one of {', '.join(self.configs)}")
+
     @property
     def linears(self) -> list[str]:
         """Paths where a LoraLinear stands for the original."""
@@ -49,6 +54,12 @@ class Attachment:
         return self.records["lora"].copies if "lora" in self.records else []
 
 
+def check_module(op: str, model: object) -> None:
+    """Raise if ``model`` is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model is {type(model).__name__}, expected a torch.nn.Module")
+
+
 def attachment_of(model: nn.Module) -> Attachment | None:
     """What was attached to exactly this module, or None."""
     return model.__dict__.get(KEY)
@@ -56,26 +67,20 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 def holder_of(op: str, model: nn.Module) -> tuple[nn.Module, Attachment]:
     """The module that was attached to: ``model``, or the one inside a wrapper (of DDP, of torch.compile)."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model is {type(model).__name__}, expected a torch.nn.Module")
-    holders = [module for module in model.modules() if attachment_of(module) is not None]
+    check_module(op, model)
+    holders = [(m, state) for m in model.modules() if (state := attachment_of(m)) is not None]
     if not holders:
         raise ValueError(f"{op}: nothing is attached to this {type(model).__name__}")
-    if len(holders) > 1 and holders[0] is not model:
+    if len(holders) > 1 and holders[0][0] is not model:
         raise ValueError(
             f"{op}: {len(holders)} parts of this {type(model).__name__} have adapters, expected one of them"
         )
-    return holders[0], attachment_of(holders[0])
-
-
-def original_child(module: nn.Module) -> str | None:
-    """Where a module that stands for another keeps it; None for a module that stands for itself."""
-    return _ORIGINALS.get(type(module)) or getattr(type(module), "fastpeft_original", None)
+    return holders[0]
 
 
 def original_names(model: nn.Module, state: Attachment) -> dict[str, nn.Parameter]:
     """Parameters of the original model by the names they had in it; those that were added keep theirs."""
-    wrappers = {path: original_child(module) for path, module in model.named_modules() if original_child(module)}
+    wrappers = {path: child for path, module in model.named_modules() if (child := original_child(module)) is not None}
     return {_original_name(name, wrappers): parameter for name, parameter in model.named_parameters()}
 
 
@@ -86,6 +91,14 @@ def _original_name(name: str, wrappers: dict[str, str]) -> str:
             kept.append(part)
         path = f"{path}.{part}" if path else part
     return ".".join(kept)
+
+
+def owners(model: nn.Module) -> dict[int, list[str]]:
+    """For the id of every parameter the names that it has: several where it is tied."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return found
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

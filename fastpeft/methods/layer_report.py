@@ -24,3 +24,9 @@ class LayerReport:
     @property
     def fused(self) -> bool:
         return self.status == "fused"
+
+    def __str__(self) -> str:
+        """What became of the layer, without its path."""
+        text = f"fused ({self.backend})" if self.fused else f"not fused: {self.status}"
+        partners = ", ".join(path.rpartition(".")[2] for path in self.shares_with)
+        return f"{text}, reads x with {partners}" if partners else text

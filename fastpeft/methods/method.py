@@ -12,39 +12,41 @@ pickled. An adapter name stands for one config of each of some methods. The orde
 4. ``set_active``, if the adapter is the model's first, and whenever the user calls ``set_adapter``.
 
 ``model`` is always the module that was attached to. Paths and names of parameters are those of the model as it was
-before (``targets.walk``, ``attachment.original_names``); a class of modules that stand for another names the attribute
-that holds it in ``fastpeft_original``, and a class of modules that are added to a model sets ``fastpeft_added = True``,
-so that no method adapts another's parts.
+before (``targets.walk``, ``attachment.original_names``); what modules tell about themselves is declared in
+``nn.protocol``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from .attachment import attachment_of
+from .layer_report import LayerReport
 
 
-class Method:
+class Method(ABC):
     """One way of adapting: how its config becomes a change of a model, and the reverse.
 
     Attributes:
         name: a word: the key of its record, its folder in a checkpoint of several methods.
-        config: the class of its configs. title: what messages call it.
-        unmergeable: why its adapters cannot be added to frozen weights; None where they can.
+        config: the class of its configs.
+        title: what messages call it.
+        record_type: makes what it notes on a model that it was not used on before.
+        files: its adapters on disk.
+        unmergeable: why its adapters cannot be added to frozen weights, unless it is ``Mergeable``.
     """
 
-    name: str
-    config: type
-    title: str
-    unmergeable: str | None = "it is no term of a weight"
+    name: ClassVar[str]
+    config: ClassVar[type]
+    title: ClassVar[str]
+    record_type: ClassVar[Callable[[], Any]]
+    files: "Files"
+    unmergeable: ClassVar[str] = ""
 
-    def new_record(self) -> Any:
-        """What the method notes on a model it was not used on before."""
-        raise NotImplementedError
-
-    def record(self, model: nn.Module) -> Any | None:
+    def record(self, model: nn.Module) -> Any:
         """What it noted on this model, or None."""
         state = attachment_of(model)
         return None if state is None else state.records.get(self.name)
@@ -54,79 +56,105 @@ class Method:
         state = attachment_of(model)
         return {} if state is None else state.of(self.config)
 
+    @abstractmethod
     def resolve(self, op: str, model: nn.Module, config: Any, name: str, strict: bool = True) -> Any:
         """A plan for ``apply``, of any kind.
 
         Args:
-            op: the function to name in errors. strict: also refuse what a checkpoint's config may contain and a user's
-                may not (names that match nothing).
+            op: The function to name in errors.
+            model: The model, which is read and not changed.
+            config: One of its configs.
+            name: The adapter's.
+            strict: Whether to refuse what a checkpoint's config may contain and a user's may not (names that match
+                nothing).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, model: nn.Module, plan: Any, name: str) -> None:
         """Add what has been resolved, inactive and frozen. ``record(model)`` and ``configs(model)[name]`` are there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def discard(self, model: nn.Module, name: str) -> None:
-        """Take one adapter off after ``lift``, also half an adapter that ``apply`` left when it raised."""
-        raise NotImplementedError
+        """Take one inactive adapter off after ``lift``, also half an adapter that ``apply`` left when it raised."""
 
-    def lift(self, model: nn.Module) -> None:
-        """Take off for a while what must not be there when modules are copied or replaced (hooks)."""
-
-    def settle(self, model: nn.Module) -> None:
-        """Put right what depends on which module now stands at a path (hooks)."""
-
+    @abstractmethod
     def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
         """Take everything off after ``lift``: the modules, values and attributes that were there are there again.
         requires_grad is not its concern."""
-        raise NotImplementedError
 
-    def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:
-        """Raise if these cannot be active together; names of adapters without a part in this method are passed too."""
-
+    @abstractmethod
     def set_active(self, model: nn.Module, names: Sequence[str], trainable: bool = True) -> None:
         """Make these adapters act, in this order, and train unless told otherwise; the others neither."""
-        raise NotImplementedError
 
+    @abstractmethod
     def disable(self, model: nn.Module) -> Callable[[], None]:
         """Have the model compute what it did before; returns what puts back the state it found. May be nested."""
-        raise NotImplementedError
 
+    # What most methods have no need of.
+
+    def lift(self, model: nn.Module) -> None:  # noqa: B027  it may be left as it is
+        """Take off for a while what must not be there when modules are copied or replaced (hooks)."""
+
+    def settle(self, model: nn.Module) -> None:  # noqa: B027
+        """Put right what depends on which module now stands at a path (hooks)."""
+
+    def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:  # noqa: B027
+        """Raise if these cannot be active together; names of adapters without a part in this method are passed too."""
+
+    def report(self, model: nn.Module) -> Sequence[LayerReport]:
+        """Rows for what it did that no module reports itself (``nn.protocol.Reported``)."""
+        return ()
+
+
+class Mergeable(Method):
+    """A method whose adapters are terms of frozen weights."""
+
+    @abstractmethod
+    def merged(self, model: nn.Module) -> bool:
+        """Whether its adapters are in the frozen weights now."""
+
+    @abstractmethod
+    def prepare_merge(self, model: nn.Module) -> Callable[[], None] | None:
+        """Raise whatever can be wrong; returns what merges its active adapters, or None if none is active."""
+
+    @abstractmethod
+    def unmerge(self, model: nn.Module) -> None:
+        """Take them out again, bit for bit."""
+
+
+class Files(ABC):
+    """A method's adapters on disk.
+
+    Args:
+        method: whose records and configs are read.
+    """
+
+    def __init__(self, method: Method):
+        self.method = method
+
+    @abstractmethod
+    def recognises(self, fields: Mapping[str, Any]) -> bool:
+        """Whether ``adapter_config.json`` with these fields is a checkpoint of this method."""
+
+    @abstractmethod
+    def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Any, dict[str, Tensor]]:
+        """Config and tensors, by the keys of ``parameters``, of a checkpoint that it recognises."""
+
+    @abstractmethod
+    def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
+        """Write one adapter. ``tensors`` are those of ``parameters``, whole and contiguous. ``formats.files`` has what
+        puts files in place as a whole."""
+
+    @abstractmethod
     def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
         """The adapter's own tensors, by the keys that ``read`` and ``write`` give them."""
-        raise NotImplementedError
 
     def expected(self, model: nn.Module, config: Any, plan: Any) -> dict[str, tuple[int, ...]] | None:
         """Keys and shapes of ``parameters`` after ``apply`` of this plan; None: only known once it has been applied."""
         return None
 
-    def merged(self, model: nn.Module) -> bool:
-        """Whether its adapters are in the frozen weights now."""
-        return False
-
-    def prepare_merge(self, model: nn.Module) -> Callable[[], None] | None:
-        """Raise whatever can be wrong; returns what merges its active adapters, or None if none is active."""
-        return None
-
-    def unmerge(self, model: nn.Module) -> None:
-        """Take them out again, bit for bit."""
-
-    def recognises(self, fields: Mapping[str, Any]) -> bool:
-        """Whether ``adapter_config.json`` with these fields is a checkpoint of this method."""
-        return False
-
-    def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Any, dict[str, Tensor]]:
-        """Config and tensors, by the keys of ``parameters``, of a checkpoint that it recognises."""
-        raise NotImplementedError
-
-    def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
-        """Write one adapter. ``tensors`` are those of ``parameters``, whole and contiguous. ``files.write_json`` and
-        ``files.write_tensors`` put files in place as a whole."""
-        raise NotImplementedError
-
-    def checkpoint_key(self, key: str) -> str:
-        """A key of ``parameters`` as the method's files write it."""
+    def key(self, key: str) -> str:
+        """A key of ``parameters`` as the files have it."""
         return key
 
     def ignores(self, key: str) -> bool:
@@ -136,8 +164,3 @@ class Method:
     def must_be_float(self, key: str) -> bool:
         """Whether an integer tensor under this key of a checkpoint cannot be meant."""
         return True
-
-    def report(self, model: nn.Module) -> Sequence[Any]:
-        """Rows (``layer_report.LayerReport``) for what it did that no module reports itself. A module reports itself by
-        ``fastpeft_report()`` ("fused" or why not), ``fastpeft_backend()`` and the class attribute ``fastpeft_kind``."""
-        return ()

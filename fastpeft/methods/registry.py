@@ -1,8 +1,9 @@
 """All methods, in the order in which they are applied."""
 
+from .attachment import Attachment
 from .bottleneck.method import BottleneckMethod
 from .lora.method import LoraMethod
-from .method import Method
+from .method import Mergeable, Method
 from .prefix.method import PrefixMethod
 from .prompt.method import PromptMethod
 from .selective.method import SelectiveMethod
@@ -20,7 +21,8 @@ def method_of(op: str, config: object) -> Method:
         if type(config) is method.config:
             return method
     known = ", ".join(f"fastpeft.{method.config.__name__}" for method in METHODS)
-    raise TypeError(f"{op}: config is {type(config).__name__}, expected {known}, or a list of them")
+    given = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+    raise TypeError(f"{op}: config is {given}, expected {known}, PEFT's config of one of these, or a list of them")
 
 
 def method_named(name: str) -> Method:
@@ -28,6 +30,11 @@ def method_named(name: str) -> Method:
     return next(method for method in METHODS if method.name == name)
 
 
-def methods_of(state) -> list[Method]:
+def methods_of(state: Attachment) -> list[Method]:
     """The methods in use on a model, in their order."""
     return [method for method in METHODS if method.name in state.records]
+
+
+def mergeable_of(state: Attachment) -> list[Mergeable]:
+    """Those of them whose adapters can be merged."""
+    return [method for method in methods_of(state) if isinstance(method, Mergeable)]

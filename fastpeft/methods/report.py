@@ -1,29 +1,33 @@
-"""What became of every adapted layer of a model: fused or not, why, by which backend, who shares its input."""
+"""What became of every adapted layer of a model: fused or not, why, by which backend, who shares its input.
 
-from collections.abc import Iterator
+A layer is known by what its class says (``nn.protocol.Reported``). Layers of other libraries say nothing: whoever knows
+a library passes a describer for them, as ``integrations.models`` does for ``fastpeft.report``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 
 from torch import nn
 
-from .. import ops
-from ..nn.bottleneck import BottleneckAdapter
-from .attachment import attachment_of
-from .bottleneck.holder import backend_of
+from ..nn.protocol import is_added, reported
+from .attachment import attachment_of, check_module
+from .folding import folded
 from .layer_report import LayerReport
 from .registry import methods_of
 
-_SERVED = "peft.tuners.lora.layer.Linear"  # the one class that accelerate changes; by name, so PEFT need not be there
-_ADAPTERHUB = ("adapters.methods.modeling", "adapters.methods.invertible")
-_ADAPTERHUB_LAYERS = ("Adapter", "ParallelAdapter", "BertFusion", "NICECouplingBlock", "GLOWCouplingBlock")
+# For a layer of another library as it is, (kind, why it is not fused); None for any other module.
+Describer = Callable[[nn.Module], tuple[str, str] | None]
 
 
 @dataclass(frozen=True)
 class Report:
-    """All adapted layers of a model; printing it gives one line for each.
+    """All adapted layers of a model. Printing it gives one line for those that differ in their number alone.
 
     Attributes:
-        layers: in the model's order.
-        trained, total: numbers of parameters that are trained, and of all.
+        layers: One ``LayerReport`` for each layer, in the model's order.
+        trained: How many numbers of the model's parameters are trained.
+        total: How many numbers its parameters have.
     """
 
     layers: tuple[LayerReport, ...]
@@ -42,49 +46,58 @@ class Report:
         return len(self.layers)
 
     def __str__(self) -> str:
-        width = max((len(layer.path) for layer in self.layers), default=0)
+        rows = folded((layer.path, str(layer)) for layer in self.layers)
+        width = max((len(path) for path, _ in rows), default=0)
+        return "\n".join([*self._summary(), *(f"  {path:{width}}  {text}" for path, text in rows)])
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        layers = {(layer.path, str(layer)): layer.fused for layer in self.layers}
+        fused = {text: flag for (_, text), flag in layers.items()}
+        lines = []
+        for path, text in folded(layers):
+            mark = "&#10003;" if fused[text] else "&#10007;"
+            cells = f"<code>{escape(path)}</code>", mark, escape(text)
+            lines.append("<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>")
+        table = f"<table><tbody>{''.join(lines)}</tbody></table>" if lines else ""
+        return "".join(f"<div>{escape(line)}</div>" for line in self._summary()) + table
+
+    def _summary(self) -> list[str]:
         counts: dict[str, list[bool]] = {}
         for layer in self.layers:
             counts.setdefault(layer.kind, []).append(layer.fused)
         lines = [f"{sum(fused)} of {len(fused)} {kind} fused" for kind, fused in counts.items()]
         share = f" ({self.trained / self.total:.2%})" if self.total else ""
-        lines = [*(lines or ["no adapted layers"]), f"{self.trained:,} of {self.total:,} parameters trained{share}"]
-        for layer in self.layers:
-            text = f"fused ({layer.backend})" if layer.fused else f"not fused: {layer.status}"
-            if layer.shares_with:
-                text += f", reads x with {', '.join(path.rpartition('.')[2] for path in layer.shares_with)}"
-            lines.append(f"  {layer.path:{width}}  {text}")
-        return "\n".join(lines)
+        return [*(lines or ["no adapted layers"]), f"{self.trained:,} of {self.total:,} parameters trained{share}"]
 
 
-def report(model: nn.Module) -> Report:
-    """Every adapted layer in ``model``, ours or PEFT's: fused or not and why, which backend, who shares its input.
+def report(model: nn.Module, describers: Sequence[Describer] = ()) -> Report:
+    """Every adapted layer in ``model``, and what a method of ``attach`` did elsewhere.
 
-    A layer is any module with ``fastpeft_report()`` (which returns "fused" or the reason against it), or a LoRA layer
-    of PEFT that ``fastpeft.accelerate`` has not been called on or has no fused form for (Embedding, quantised, ...);
-    and what a method of ``attach`` did elsewhere.
+    Args:
+        model: Any module.
+        describers: They are asked, in order, about every module that does not speak for itself.
 
-    >>> print(fastpeft.report(model))
+    Raises:
+        TypeError: ``model`` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"report: model is {type(model).__name__}, expected a torch.nn.Module")
+    check_module("report", model)
     paths = {module: path for path, module in model.named_modules()}
-    rows, reported = [], ()
+    rows: list[LayerReport] = []
+    inside: tuple[str, ...] = ()
     for module, path in paths.items():
-        if reported and path.startswith(reported):
+        if inside and path.startswith(inside):
             continue
-        if hasattr(type(module), "fastpeft_report") and getattr(type(module), "fastpeft_added", False):
-            reported = (f"{path}.",)  # it speaks for the modules inside
-        status = _status(module)
-        if status is not None:
-            backend = _backend(module) if status == "fused" else None
-            group = module.__dict__.get("fastpeft_shared")
-            partners = group.partners(module) if group is not None and status == "fused" else []
-            partners = tuple(paths.get(partner, "a layer elsewhere") for partner in partners)
-            bottleneck = isinstance(module, BottleneckAdapter) or type(module).__module__ in _ADAPTERHUB
-            kind = "bottleneck adapters" if bottleneck else "LoRA layers"
-            kind = getattr(type(module), "fastpeft_kind", kind)
-            rows.append(LayerReport(path, status, backend, partners, kind))
+        layer = reported(module)
+        if layer is not None:
+            if is_added(module):
+                inside = (f"{path}.",)  # it speaks for the modules inside
+            rows.append(_row(module, path, paths))
+        else:
+            described = (describer(module) for describer in describers)
+            found = next((description for description in described if description is not None), None)
+            if found is not None:
+                rows.append(LayerReport(path, found[1], None, (), found[0]))
     for module in paths:
         state = attachment_of(module)
         for method in methods_of(state) if state is not None else ():
@@ -93,32 +106,12 @@ def report(model: nn.Module) -> Report:
     return Report(tuple(rows), sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
 
 
-def _status(module: nn.Module) -> str | None:
-    if hasattr(type(module), "fastpeft_report"):
-        return module.fastpeft_report()
-    if type(module).__module__ in _ADAPTERHUB and type(module).__name__ in _ADAPTERHUB_LAYERS:
-        name = type(module).__name__
-        if name.endswith("Adapter"):
-            return f"{name} is the adapters library's own layer; fastpeft.accelerate has not been called on it"
-        return f"{name} has no fused form"
-    if "base_layer" not in module._modules or "lora_A" not in module._modules:
-        return None
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if name == _SERVED:
-        return f"{type(module).__name__} is PEFT's own layer; fastpeft.accelerate has not been called on it"
-    return f"{name} has no fused form"
-
-
-def _backend(module: nn.Module) -> str:
-    """The backend for the layer's own tensors and an x of one row."""
-    if hasattr(type(module), "fastpeft_backend"):
-        return module.fastpeft_backend()
-    if isinstance(module, BottleneckAdapter):
-        return backend_of(module)
-    weight = module.base_layer.weight
-    lora_a = next(p for name, p in module.named_parameters() if "lora_A" in name)
-    x = weight.new_empty(1, lora_a.shape[1])
-    try:
-        return ops.explain("lora_linear", x, weight, lora_a).backend
-    except ValueError as error:  # FASTPEFT_BACKEND asks for one that cannot serve
-        return str(error)
+def _row(module: nn.Module, path: str, paths: dict[nn.Module, str]) -> LayerReport:
+    layer = reported(module)
+    status = layer.fastpeft_report()
+    if status != "fused":
+        return LayerReport(path, status, None, (), layer.fastpeft_kind)
+    group = module.__dict__.get("fastpeft_shared")
+    partners = () if group is None else group.partners(module)
+    shares = tuple(paths.get(partner, "a layer elsewhere") for partner in partners)
+    return LayerReport(path, status, layer.fastpeft_backend(), shares, layer.fastpeft_kind)

@@ -12,11 +12,10 @@ from torch import nn
 
 from ..nn.base_layer import is_conv1d, not_linear_reason
 from ..nn.lora import LoraLinear
-from ..nn.trained_copy import TrainedCopy
-from .attachment import original_child
-from .lora.config import Lora
+from ..nn.protocol import is_added, original_child
+from .embeddings import output_embeddings
+from .lora.config import ALL_LINEAR, Lora
 
-ALL_LINEAR = "all-linear"
 _HEADS = ("score", "classifier")
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -32,22 +31,19 @@ class Targets:
 def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the model as it was before anything was attached, every module once.
 
-    Where another module stands for the original, that module is yielded at the original's path; what was added is not.
+    Where another module stands for the original, that module is yielded at the original's path, and nothing of what is
+    inside; what was added is not.
     """
     return _walk(model, path, set())
 
 
 def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    if module in seen or getattr(type(module), "fastpeft_added", False):
+    if module in seen or is_added(module):
         return
     seen.add(module)
     yield path, module
-    if isinstance(module, LoraLinear | TrainedCopy):
+    if original_child(module) is not None:
         return
-    child = original_child(module)
-    while child is not None:
-        module = getattr(module, child)
-        child = original_child(module)
     for name, inner in module._modules.items():
         if inner is not None:
             yield from _walk(inner, f"{path}.{name}" if path else name, seen)
@@ -146,10 +142,7 @@ def _head_paths(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[str, .
     """The output head of a Hugging Face model: its output embeddings, else the head of a classifier."""
     if not hasattr(model, "get_output_embeddings"):
         return ()
-    try:
-        head = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):  # what models without one raise
-        head = None
+    head = output_embeddings(model)
     if head is None:
         head = next(
             (getattr(model, name) for name in _HEADS if isinstance(getattr(model, name, None), nn.Module)), None

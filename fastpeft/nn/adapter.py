@@ -11,21 +11,25 @@ INITS = ("kaiming", "gaussian", "random")
 
 
 class LoraAdapter(nn.Module):
-    """The trained parameters of one adapter and the numbers that go with them.
+    """The trained parameters of one adapter, ``lora_A [r, K]`` and ``lora_B [N, r]``, and the numbers beside them.
 
     Args:
-        in_features, out_features: K and N of the frozen layer.
-        r: rank, the rows of A.
-        alpha: numerator of the scale.
-        dropout: probability of dropping an element of x, in [0, 1); in training mode only.
-        rslora: scale is ``alpha / sqrt(r)`` instead of ``alpha / r``.
-        lora_bias: whether B has a bias ``[N]``, trained with it.
-        init: of A and B. "kaiming": uniform A and zero B, as the paper and PEFT; "gaussian": normal A of standard
-            deviation 1 / r and zero B; "random": both as ``nn.Linear`` starts, so that the adapter acts from the start.
-        dtype, device: of the parameters.
+        in_features: K, the width of the frozen layer's input.
+        out_features: N, the width of its output.
+        r: The rank, at least 1. The default is PEFT's.
+        alpha: The numerator of the scale, any finite number. The default is PEFT's.
+        dropout: The probability of dropping an element of x, in [0, 1), in training mode only.
+        rslora: Whether the scale is ``alpha / sqrt(r)`` (Kalajdzievski, 2023) instead of ``alpha / r``.
+        lora_bias: Whether B has a bias ``[N]``, which is trained with it.
+        init: How A and B start. "kaiming" is a uniform A and a zero B, as in the paper and in PEFT; "gaussian" a normal
+            A of standard deviation 1 / r and a zero B; "random" starts both as ``nn.Linear`` starts its weight, so that
+            the adapter acts from the first step.
+        dtype: The parameters' dtype; None is torch's default.
+        device: The parameters' device; None is torch's default.
 
     Raises:
-        ValueError: naming the argument, what it is and what was expected.
+        ValueError: An argument has a value that it may not have; the error names it and what was expected.
+        TypeError: ``rslora`` is no bool.
     """
 
     def __init__(
@@ -33,7 +37,7 @@ class LoraAdapter(nn.Module):
         in_features: int,
         out_features: int,
         r: int = 8,
-        alpha: float = 16,
+        alpha: float = 8,
         dropout: float = 0.0,
         rslora: bool = False,
         lora_bias: bool = False,
@@ -45,13 +49,12 @@ class LoraAdapter(nn.Module):
         self.r = _check.positive("LoraAdapter", "r", r)
         self.alpha = _check.finite("LoraAdapter", "alpha", alpha)
         self.dropout = _check.probability("LoraAdapter", "dropout", dropout)
-        if init not in INITS:
-            raise ValueError(f"LoraAdapter: init is {init!r}, expected one of {', '.join(INITS)}")
-        self.rslora = rslora
+        _check.one_of("LoraAdapter", "init", init, INITS)
+        self.rslora = _check.boolean("LoraAdapter", "rslora", rslora)
         self.init = init
-        self.scale = self.alpha / (math.sqrt(r) if rslora else r)
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(out_features, r, dtype=dtype, device=device))
+        self.scale = self.alpha / (math.sqrt(self.r) if rslora else self.r)
+        self.lora_A = nn.Parameter(torch.empty(self.r, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(out_features, self.r, dtype=dtype, device=device))
         bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if lora_bias else None
         self.register_parameter("lora_bias", bias)
         self.reset_parameters()
@@ -76,7 +79,8 @@ class LoraAdapter(nn.Module):
 
 
 def adapter_name(op: str, name: str) -> str:
-    """A name that can be part of a parameter's name."""
+    """Check that ``name`` can be part of a parameter's name."""
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name) or name == "training":
-        raise ValueError(f"{op}: name is {name!r}, expected a word without dots that nn.ModuleDict does not use itself")
+        given = repr(name) if isinstance(name, str) else _check.shown(name)
+        raise ValueError(f"{op}: name is {given}, expected a word without dots that nn.ModuleDict does not use itself")
     return name

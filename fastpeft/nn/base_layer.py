@@ -1,13 +1,16 @@
 """What a LoRA layer can stand around: the kinds of frozen layer and the dtypes of their weights."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-HALF = (torch.float16, torch.bfloat16)
+from .. import _check
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, known by its name and ``nf``, so that transformers need not be there."""
+    """Whether this is transformers' Conv1D, whose weight is ``[K, N]``.
+
+    Known by its name and ``nf``, so that transformers need not be there.
+    """
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -16,8 +19,13 @@ def not_linear_reason(module: nn.Module) -> str | None:
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"a {type(module).__name__}"
     weight = module.weight
-    if type(weight) not in (nn.Parameter, Tensor):  # quantised by torchao, sharded by fully_shard
+    if type(weight) not in _check.PLAIN:  # quantised by torchao, sharded by fully_shard
         return f"a {type(module).__name__} with a {type(weight).__name__} weight"
-    if weight.dtype not in (*HALF, torch.float32, torch.float64):
+    if weight.dtype not in _check.FLOATS:
         return f"a {type(module).__name__} with a {weight.dtype} weight"
     return None
+
+
+def trained_dtype(weight: torch.dtype) -> torch.dtype:
+    """The dtype of what is trained beside a weight: float32 where that is 16 bits wide or less, as in PEFT."""
+    return torch.float32 if weight.itemsize <= 2 else weight

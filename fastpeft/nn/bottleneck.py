@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import _check, ops
 from ..ops.bottleneck_arguments import ACTIVATIONS, NORMS
+from .backend import serving_backend
 
 INITS = ("bert", "mam", "houlsby")
 SCALES = ("learned", "channel")
@@ -35,23 +36,31 @@ class BottleneckAdapter(nn.Module):
     ``gate_weight [1, features]``, ``gate_bias [1]``.
 
     Args:
-        features: K, the width of x and of the output; bottleneck: H, from 1.
+        features: K, the width of x and of the output.
+        bottleneck: H, the width between the projections, at least 1.
         activation: "relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu" or "identity".
-        scale: a number, "learned" (one parameter) or "channel" (one a feature); parameters start at 1.
-        norm: of x before the projection: None, "layer" or "rms".
-        norm_after: LayerNorm of the output. residual_first: whether the residual is added before it, as by default;
-            a parallel adapter adds it after.
-        parallel: without a given residual nothing is added; a sequential adapter adds x.
-        dropout: probability of dropping an element of the branch, in [0, 1); stochastic_depth: of dropping the whole
-            branch of a sample (the first dimension). Both in training mode only.
-        gating: multiply the branch by sigmoid(x Gᵀ + g), averaged over dimension 1, the sequence.
-        init: "bert": normal weights of standard deviation 0.02; "mam": uniform D as ``nn.Linear``'s and zero U;
-            "houlsby": normal weights of standard deviation 0.01, cut at two of them. Biases start at 0.
-        bias: whether the projections have biases. eps: of the norms. dtype, device: of the parameters.
+        scale: A number, "learned" (one parameter) or "channel" (one parameter a feature); parameters start at 1.
+        norm: The norm of x before the projection: None, "layer" or "rms".
+        norm_after: Whether the output goes through a LayerNorm.
+        residual_first: Whether the residual is added before that LayerNorm, as it is by default; a parallel adapter
+            adds it after.
+        parallel: Whether nothing is added where no residual is given; a sequential adapter adds x.
+        dropout: The probability of dropping an element of the branch, in [0, 1), in training mode only.
+        stochastic_depth: The probability of dropping the whole branch of a sample (the first dimension), in [0, 1), in
+            training mode only.
+        gating: Whether the branch is multiplied by sigmoid(x Gᵀ + g), averaged over dimension 1, the sequence.
+        init: How the weights start. "bert" is normal with standard deviation 0.02; "mam" a uniform D as ``nn.Linear``'s
+            and a zero U; "houlsby" normal with standard deviation 0.01, cut at two of them. Biases start at 0.
+        bias: Whether the projections have biases.
+        eps: What the norms add to the variance.
+        dtype: The parameters' dtype; None is torch's default.
+        device: The parameters' device; None is torch's default.
 
     Raises:
-        ValueError: naming the argument, what it is and what was expected.
+        ValueError: An argument has a value that it may not have; the error names it and what was expected.
     """
+
+    fastpeft_kind = "bottleneck adapters"
 
     def __init__(
         self,
@@ -127,7 +136,12 @@ class BottleneckAdapter(nn.Module):
             nn.init.normal_(self.gate_weight, std=0.02)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``[..., features]``; residual: of the same shape, None for x (sequential) or nothing (parallel)."""
+        """The adapter's output, of x's shape.
+
+        Args:
+            x: ``[..., features]``.
+            residual: What is added, of x's shape; None is x for a sequential adapter, nothing for a parallel one.
+        """
         if residual is None and not self.parallel:
             residual = x
         dropout = self.dropout if self.training else 0.0
@@ -149,6 +163,11 @@ class BottleneckAdapter(nn.Module):
         if after:
             y = F.layer_norm(y, y.shape[-1:], self.norm_after_weight, self.norm_after_bias, self.eps)
         return y + residual if alone and not before and residual is not None else y
+
+    def fastpeft_backend(self) -> str:
+        """The backend for an x of one row."""
+        tensors = self.down_weight, self.down_bias, self.up_weight, self.up_bias
+        return serving_backend("bottleneck", self.down_weight.new_empty(1, self.features), *tensors)
 
     def fastpeft_report(self) -> str:
         """``"fused"``, or what runs in plain PyTorch around the fused op."""

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-PLAIN = frozenset({Tensor, nn.Parameter})
+from .._check import PLAIN
 
 
 class Branch(NamedTuple):
@@ -12,7 +12,8 @@ class Branch(NamedTuple):
 
     Attributes:
         weight: ``[N, K]`` frozen, any strides.
-        lora_a: ``[r, K]``; lora_b: ``[N, r]``.
+        lora_a: ``[r, K]`` trained.
+        lora_b: ``[N, r]`` trained.
         bias: ``[N]`` of the frozen layer, or None.
         scale: dimensionless factor of the low-rank term.
         dropout: probability that holds for this call, 0 outside training.

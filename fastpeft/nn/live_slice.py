@@ -11,7 +11,8 @@ moves no counter, once after every forward that recorded gradients. Where nothin
 import torch
 from torch import Tensor, nn
 
-from .base_layer import HALF
+from .. import _check
+from .base_layer import trained_dtype
 
 
 class LiveSlice(nn.Module):
@@ -21,14 +22,23 @@ class LiveSlice(nn.Module):
     too. Loading a weight loads its slice.
 
     Args:
-        base_layer: the module to stand for; it is not changed.
-        index: ``[n]``; columns: whether it counts the weight's columns.
-        transposed: whether the base stores the weight the other way round.
-        trained: the slice of a layer that is tied to this one; None for one of its own.
-        dtype: of the slice; None is the weight's, or float32 where that is 16 bits wide.
+        base_layer: The module to stand for; it is not changed.
+        index: ``[n]`` int64, the numbers of the chosen rows or columns.
+        columns: Whether ``index`` counts the weight's columns.
+        transposed: Whether the base stores the weight the other way round, as ``[K, N]``.
+        trained: The slice of a layer that is tied to this one; None for one of its own.
+        dtype: The slice's dtype; None is the weight's, or float32 where that is 16 bits wide.
     """
 
-    def __init__(self, base_layer, index, columns=False, transposed=False, trained=None, dtype=None):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        index: Tensor,
+        columns: bool = False,
+        transposed: bool = False,
+        trained: nn.Parameter | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.__dict__["base_layer"] = base_layer  # no submodule: the parameters keep the names they had
         self.columns, self.transposed = columns, transposed
@@ -38,7 +48,7 @@ class LiveSlice(nn.Module):
         self._parameters["bias"] = getattr(base_layer, "bias", None)
         self.register_buffer("index", index.to(weight.device), persistent=False)
         if trained is None:
-            dtype = dtype or (torch.float32 if weight.dtype in HALF else weight.dtype)
+            dtype = dtype or trained_dtype(weight.dtype)
             values = self._matrix(weight.detach()).index_select(int(columns), self.index)
             trained = nn.Parameter(values.to(dtype, memory_format=torch.contiguous_format, copy=True))
         self.trained = trained
@@ -116,17 +126,16 @@ def index_of(op: str, name: str, numbers, size: int) -> Tensor:
     """Distinct numbers in [0, size), sorted, as an int64 tensor; negative ones count from the end.
 
     Raises:
-        ValueError: naming the argument, what it is and what was expected.
+        TypeError: A number is no integer.
+        ValueError: A number is out of range, two are the same, or there is none.
     """
-    if isinstance(numbers, Tensor):
-        numbers = numbers.tolist()
-    numbers = [numbers] if isinstance(numbers, int) else list(numbers)
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int) or not -size <= number < size:
-            raise ValueError(f"{op}: {name} has {number!r}, expected integers in [0, {size})")
-    distinct = sorted({number % size for number in numbers})
-    if not distinct or len(distinct) < len(numbers):
+    found = _check.integers(op, name, [numbers] if isinstance(numbers, int) else numbers)
+    for number in found:
+        if not -size <= number < size:
+            raise ValueError(f"{op}: {name} has {number}, expected integers in [0, {size})")
+    distinct = sorted({number % size for number in found})
+    if not distinct or len(distinct) < len(found):
         raise ValueError(
-            f"{op}: {name} has {len(numbers)} numbers of which {len(distinct)} differ, expected distinct ones"
+            f"{op}: {name} has {len(found)} numbers of which {len(distinct)} differ, expected distinct ones"
         )
     return torch.tensor(distinct, dtype=torch.int64)

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _check, ops
+from . import merging
 from .adapter import LoraAdapter, adapter_name
-from .base_layer import HALF, is_conv1d, not_linear_reason
+from .backend import serving_backend
+from .base_layer import is_conv1d, not_linear_reason, trained_dtype
 from .branch import Branch, own_path_reason
 from .sharing import SharedInput
 
@@ -31,18 +33,37 @@ class LoraLinear(nn.Module):
 
     Args:
         base_layer: ``nn.Linear`` or transformers' ``Conv1D`` (weight ``[K, N]``); its parameters are frozen.
-        name: of the first adapter, active from the start.
-        dtype: of its parameters; None is the base's, or float32 where that is 16 bits wide, as in PEFT.
-        settings: of ``LoraAdapter``: r, alpha, dropout, rslora, lora_bias, init.
+        name: The name of the first adapter, which is active from the start.
+        dtype: The dtype of its parameters; None is the base's, or float32 where that is 16 bits wide, as in PEFT.
+        r: The rank, as of ``LoraAdapter``, like what follows.
+        alpha: The numerator of the scale.
+        dropout: The probability of dropping an element of x, in [0, 1), in training mode only.
+        rslora: Whether the scale is ``alpha / sqrt(r)`` instead of ``alpha / r``.
+        lora_bias: Whether B has a bias ``[N]``.
+        init: How A and B start: "kaiming", "gaussian" or "random".
 
     Raises:
-        TypeError: the base is no linear layer with a floating-point weight.
-        ValueError: naming the argument, what it is and what was expected.
+        TypeError: The base is no linear layer with a floating-point weight.
+        ValueError: An argument has a value that it may not have; the error names it and what was expected.
     """
 
+    fastpeft_kind = "LoRA layers"
+    fastpeft_original = "base_layer"
     fastpeft_shared: SharedInput | None = None  # set by share_inputs
 
-    def __init__(self, base_layer: nn.Module, name: str = "default", dtype: torch.dtype | None = None, **settings):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        name: str = "default",
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        alpha: float = 8,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        lora_bias: bool = False,
+        init: str = "kaiming",
+    ):
         super().__init__()
         reason = not_linear_reason(base_layer)
         if reason is not None:
@@ -54,7 +75,7 @@ class LoraLinear(nn.Module):
         self.merged: tuple[str, ...] = ()
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
         self.train(base_layer.training)
-        self.add_adapter(name, dtype, **settings)
+        self.add_adapter(name, dtype, r=r, alpha=alpha, dropout=dropout, rslora=rslora, lora_bias=lora_bias, init=init)
         self.set_adapter([name])
 
     @property
@@ -74,21 +95,51 @@ class LoraLinear(nn.Module):
     def out_features(self) -> int:
         return self._matrix().shape[0]
 
-    def add_adapter(self, name: str, dtype: torch.dtype | None = None, **settings) -> LoraAdapter:
-        """Add an adapter on the base's device; it is inactive and frozen until ``set_adapter``."""
+    def add_adapter(
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        alpha: float = 8,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        lora_bias: bool = False,
+        init: str = "kaiming",
+    ) -> LoraAdapter:
+        """Add an adapter on the base's device; it is inactive and frozen until ``set_adapter``.
+
+        Args:
+            name: A name that no adapter of this layer has.
+            dtype: The dtype of its parameters; None is the base's, or float32 where that is 16 bits wide.
+            r: The rank, as of ``LoraAdapter``, like what follows.
+            alpha: The numerator of the scale.
+            dropout: The probability of dropping an element of x, in [0, 1), in training mode only.
+            rslora: Whether the scale is ``alpha / sqrt(r)`` instead of ``alpha / r``.
+            lora_bias: Whether B has a bias ``[N]``.
+            init: How A and B start: "kaiming", "gaussian" or "random".
+
+        Returns:
+            The new adapter.
+        """
         adapter_name("LoraLinear", name)
+        _check.dtype_or_none("LoraLinear", "dtype", dtype)
         if name in self.adapters:
             raise ValueError(f"LoraLinear: adapter {name!r} exists already")
         n, k = self._matrix().shape
-        weight = self.weight
-        if dtype is None:
-            dtype = torch.float32 if weight.dtype in HALF else weight.dtype
-        adapter = LoraAdapter(k, n, dtype=dtype, device=weight.device, **settings)
+        where = {"dtype": dtype or trained_dtype(self.weight.dtype), "device": self.weight.device}
+        adapter = LoraAdapter(k, n, r, alpha, dropout, rslora, lora_bias, init, **where)
         self.adapters[name] = adapter.requires_grad_(False).train(self.training)
         return adapter
 
-    def set_adapter(self, names: Sequence[str], trainable: bool = True) -> None:
-        """Make these adapters active, and trainable unless told otherwise; the others are frozen."""
+    def set_adapter(self, names: str | Sequence[str], trainable: bool = True) -> None:
+        """Make these adapters active, and trainable unless told otherwise; the others are frozen.
+
+        Args:
+            names: The names, or a single one. Without any, the layer is its base.
+            trainable: Whether the active adapters ask for gradients.
+        """
+        names = _check.names("LoraLinear", "names", [names] if isinstance(names, str) else names)
         missing = [name for name in names if name not in self.adapters]
         if missing:
             raise ValueError(f"LoraLinear: no adapter {missing[0]!r}, expected one of {', '.join(self.adapters)}")
@@ -133,6 +184,11 @@ class LoraLinear(nn.Module):
         bias, lora_bias = frozen["bias"], trained["lora_bias"]
         return Branch(weight, lora_a, trained["lora_B"], bias, adapter.scale, dropout, lora_bias)
 
+    def fastpeft_backend(self) -> str:
+        """The backend for an x of one row and the first active adapter."""
+        weight, lora_a = self.weight, self.adapters[self.active[0]].lora_A
+        return serving_backend("lora_linear", weight.new_empty(1, lora_a.shape[1]), self._matrix(), lora_a)
+
     def fastpeft_report(self) -> str:
         """``"fused"``, or why this layer does not run as one fused op."""
         if self.disabled or self.merged or not self.active:
@@ -140,44 +196,37 @@ class LoraLinear(nn.Module):
         reason = own_path_reason(self.base_layer)
         return "fused" if reason is None else f"its base layer {reason}, so it is called and the low-rank term added"
 
-    def delta(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """``Σ scale · B A`` as ``[N, K]`` and ``Σ scale · lora_bias`` as ``[N]`` or None, in float32 or wider."""
-        weight = bias = None
-        for adapter in (self.adapters[name] for name in names):
-            dtype = torch.promote_types(adapter.lora_A.dtype, torch.float32)
-            term = adapter.scale * (adapter.lora_B.to(dtype) @ adapter.lora_A.to(dtype))
-            weight = term if weight is None else weight + term
-            if adapter.lora_bias is not None:
-                term = adapter.scale * adapter.lora_bias.to(dtype)
-                bias = term if bias is None else bias + term
-        return weight, bias
+    def delta(self, names: str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """What these adapters add to the weight and the bias, in float32 or wider.
+
+        Args:
+            names: At least one name of an adapter.
+
+        Returns:
+            ``Σ scale · B A`` as ``[N, K]`` and ``Σ scale · lora_bias`` as ``[N]``, or None where none has one.
+        """
+        return merging.added([self.adapters[name] for name in ([names] if isinstance(names, str) else names)])
 
     @torch.no_grad()
     def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
         """The base's weight and bias with the active adapters added, in the base's layout and dtype.
 
         Raises:
-            ValueError: there is no active adapter, a bias has nowhere to go, or a merged value is not finite.
+            ValueError: There is no active adapter, a bias has nowhere to go, or a merged value is not finite.
         """
         if not self.active:
             raise ValueError("no active adapter to merge")
-        delta, delta_bias = self.delta(self.active)
-        if delta_bias is not None and self.bias is None:
-            raise ValueError("lora_bias cannot be merged into a base layer without bias")
-        weight = self.weight + (delta.T if is_conv1d(self.base_layer) else delta)
-        bias = None if delta_bias is None else (self.bias + delta_bias).to(self.bias.dtype)
-        tensors = weight.to(self.weight.dtype), bias
-        for tensor in tensors:
-            if tensor is not None and not torch.isfinite(tensor).all():
-                raise ValueError("the merged weights are not all finite")
-        return tensors
+        return merging.merged(self.base_layer, [self.adapters[name] for name in self.active])
 
     @torch.no_grad()
     def merge(self, tensors: tuple[Tensor, Tensor | None] | None = None) -> None:
         """Add the active adapters to the base. The base's own tensors are kept, so ``unmerge`` restores every bit.
 
         Args:
-            tensors: from ``merged_tensors``, computed here if not given.
+            tensors: What ``merged_tensors`` gave; None has it computed here.
+
+        Raises:
+            ValueError: The layer is merged already, or cannot be merged (see ``merged_tensors``).
         """
         if self.merged:
             raise ValueError("LoraLinear: merge of a merged layer; unmerge it first")

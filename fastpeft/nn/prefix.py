@@ -82,11 +82,10 @@ class Prefixes(RowAdapters):
         # RoBERTa numbers positions from its padding token's on, and only over tokens.
         embeddings = [m for m in model.modules() if hasattr(m, "create_position_ids_from_inputs_embeds")]
         self.padding = int(embeddings[0].padding_idx) if embeddings else None
-        self.handles = []
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.adapters)
+    def parts(self) -> nn.ModuleDict:
+        return self.adapters
 
     def attach(self, model: nn.Module) -> None:
         """Hook into the model."""
@@ -94,12 +93,6 @@ class Prefixes(RowAdapters):
             model.register_forward_pre_hook(self.before, with_kwargs=True),
             model.register_forward_hook(self.after, with_kwargs=True),
         ]
-
-    def detach(self) -> None:
-        """Take the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The model's arguments, with the prefixes of this call and positions after them."""

@@ -45,11 +45,10 @@ class Prompts(RowAdapters):
         self.generates = bool(getattr(model, "can_generate", bool)()) and not self.encodes and not shifted
         # Classifiers on decoders read the last position when they are given embeddings.
         self.reads_last = hasattr(model, "score") and type(model).__name__.endswith("ForSequenceClassification")
-        self.handles = []
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.prompts)
+    def parts(self) -> nn.ParameterDict:
+        return self.prompts
 
     def attach(self, model: nn.Module) -> None:
         """Hook into the model; an encoder-decoder's generation calls the encoder by itself."""
@@ -63,12 +62,6 @@ class Prompts(RowAdapters):
                 encoder.register_forward_pre_hook(self.before_encoder, with_kwargs=True),
                 encoder.register_forward_hook(self.after, with_kwargs=True),
             ]
-
-    def detach(self) -> None:
-        """Take the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """The model's arguments with prompts in them; with a cache, only in the call that begins it."""

@@ -24,13 +24,16 @@ class RowSparseLinear(LiveSlice):
 
     Args:
         base_layer: ``nn.Linear`` or transformers' ``Conv1D``; its parameters become this layer's.
-        rows: numbers of the output features to train; columns: of the input features. One of the two.
-        dtype: of the trained part; None is the weight's, or float32 where that is 16 bits wide.
-        trained: the slice of a layer that is tied to this one.
+        rows: The numbers of the output features to train, distinct, in [0, N), from the end where negative. Either
+            these or ``columns`` are given.
+        columns: The numbers of the input features to train, distinct, in [0, K).
+        dtype: The trained part's dtype; None is the weight's, or float32 where that is 16 bits wide.
+        trained: The slice ``[n, K]`` (``[N, n]`` of columns) of a layer that is tied to this one; None for one of its
+            own.
 
     Raises:
-        TypeError: the base is no linear layer with a floating-point weight.
-        ValueError: naming the argument, what it is and what was expected.
+        TypeError: The base is no linear layer with a floating-point weight, or a number no integer.
+        ValueError: Both or neither of ``rows`` and ``columns`` are given, or a number is out of range or there twice.
     """
 
     def __init__(

@@ -1,16 +1,23 @@
 """Which row of a batch has which adapter, for the methods that can tell rows apart."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .. import _check
 
 BASE = "__base__"  # PEFT's word for no adapter; here None says the same
 
 
 class RowAdapters(nn.Module):
-    """Trained parts that act on single rows: names of all, which are active, and what rows were promised.
+    """Trained parts that act on single rows, the hooks that call them, and what rows were promised.
 
-    ``active`` serves every row of a batch for which no names are given; several of them follow one another.
+    Attributes:
+        active: names of the adapters that serve every row of a batch for which no names are given; several of them
+            follow one another.
+        rows: names, or None, for the rows of every batch that does not name its own; None where ``active`` serves all.
+        disabled: whether no row has an adapter.
     """
 
     fastpeft_added = True
@@ -20,10 +27,38 @@ class RowAdapters(nn.Module):
         self.active: tuple[str, ...] = ()
         self.rows: tuple[str | None, ...] | None = None
         self.disabled = False
+        self.handles: list[RemovableHandle] = []
+
+    @property
+    def parts(self) -> nn.ModuleDict | nn.ParameterDict:
+        """What is trained, by the adapters' names."""
+        raise NotImplementedError
 
     @property
     def names(self) -> tuple[str, ...]:
+        return tuple(self.parts)
+
+    def set_active(self, names: Sequence[str], trainable: bool = True) -> None:
+        """Of these names the ones that are here act, in their order, and train unless told otherwise."""
+        self.active = tuple(name for name in names if name in self.parts)
+        for name, part in self.parts.items():
+            part.requires_grad_(trainable and name in self.active)
+
+    def drop(self, name: str) -> None:
+        """Let an adapter go, if it is here."""
+        if name in self.parts:
+            del self.parts[name]
+        self.active = tuple(other for other in self.active if other != name)
+
+    def attach(self, model: nn.Module) -> None:
+        """Hook into the model."""
         raise NotImplementedError
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
 
     def take(self, op: str, model: nn.Module, given: dict) -> tuple[str | None, ...] | None:
         """Out of a call's arguments the adapters that it names for its rows; the last part to ask takes them away."""
@@ -34,7 +69,7 @@ class RowAdapters(nn.Module):
         rows = given.pop("adapter_names") if parts[-1] is self else given["adapter_names"]
         if rows is None:
             return None
-        rows = check_rows(op, "adapter_names", rows, known)
+        rows = check_rows(op, rows, known)
         return tuple(name if name in self.names else None for name in rows)
 
     def members(self, op: str, rows: Sequence[str | None] | None, batch: int) -> list[tuple[str, ...]]:
@@ -52,16 +87,18 @@ class RowAdapters(nn.Module):
         return [() if name is None else (name,) for name in rows for _ in range(batch // len(rows))]
 
 
-def check_rows(op: str, argument: str, rows: Sequence[str | None], known: Iterable[str]) -> tuple[str | None, ...]:
-    """The rows' adapters, None for no adapter.
+def check_rows(op: str, rows: object, known: Collection[str]) -> tuple[str | None, ...]:
+    """The adapters of ``adapter_names``, None for no adapter.
 
     Raises:
-        TypeError, ValueError: no sequence of names, or an adapter that is not there.
+        TypeError: It is no sequence of names.
+        ValueError: It holds an adapter that is not there.
     """
     if isinstance(rows, str) or not isinstance(rows, Sequence):
-        raise TypeError(f"{op}: {argument} is {rows!r}, expected a name or None for each row of the batch")
+        given = _check.shown(rows)
+        raise TypeError(f"{op}: adapter_names is {given}, expected a name or None for each row of the batch")
     for name in rows:
         if name is not None and name != BASE and name not in known:
             names = ", ".join(map(repr, known))
-            raise ValueError(f"{op}: {argument} holds {name!r}, expected None or one of {names}")
+            raise ValueError(f"{op}: adapter_names holds {name!r}, expected None or one of {names}")
     return tuple(None if name == BASE else name for name in rows)

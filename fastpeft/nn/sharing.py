@@ -1,10 +1,9 @@
 """Sibling layers that receive the same tensor (q, k and v; gate and up) read it once.
 
-A layer takes part by offering ``fastpeft_branch()``: its ``Branch``, or a string that says why it must compute alone;
-asked twice without a change in between, it gives the same tensor objects. The first sibling that is called with x
-computes the outputs of all and keeps the others' until they are asked for, with the very same tensor object, not
-modified since, and with the same parameters, grad mode and autocast. Whatever differs is computed by itself, so sharing
-never changes what a layer computes, only how often x is read.
+A layer takes part by what ``protocol.Sharing`` declares. The first sibling that is called with x computes all outputs
+and keeps the others' until they are asked for, with the very same tensor object, not modified since, and with the same
+parameters, grad mode and autocast. Whatever differs is computed by itself, so sharing never changes what a layer
+computes, only how often x is read.
 
 Siblings are found by the names of their modules (``SIBLINGS``). Names are a guess: when a sibling turns out to receive
 another tensor (cross-attention), those that were served stay together and the rest form a group of their own, for good.
@@ -12,14 +11,15 @@ another tensor (cross-attention), those that were served stay together and the r
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .branch import PLAIN, Branch, branch_of
+from .._check import PLAIN
+from .branch import Branch, branch_of
 
 # Names of children of one parent that are usually called with one tensor.
 SIBLINGS = (
@@ -159,18 +159,31 @@ class SharedInput:
         return output
 
 
-def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> list[SharedInput]:
-    """Group the siblings in ``model`` that take part; each gets its group as the attribute ``fastpeft_shared``."""
-    groups = []
+def siblings(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> Iterator[list[nn.Module]]:
+    """Groups of two or more modules in ``model`` that take part and, by their names, receive the same tensor."""
     for path, parent in model.named_modules():
         for names in SIBLINGS:
             names = names[1:] if len(names) == 3 and _CROSS.search(path) else names
             members = [child for child in (getattr(parent, name, None) for name in names) if child is not None]
             members = [child for child in members if isinstance(child, nn.Module) and takes_part(child)]
             if len(members) > 1 and len({id(child) for child in members}) == len(members):
-                groups.append(SharedInput(members))
-                for child in members:
-                    child.fastpeft_shared = groups[-1]
+                yield members
+
+
+def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> list[SharedInput]:
+    """Group the siblings in ``model`` that take part (see ``siblings``).
+
+    Args:
+        model: The model, whose modules' names say who are siblings.
+        takes_part: Whether a module, which then has what ``protocol.Sharing`` declares, is to be in a group.
+
+    Returns:
+        The groups. Each of their members has its group as the attribute ``fastpeft_shared``.
+    """
+    groups = [SharedInput(members) for members in siblings(model, takes_part)]
+    for group in groups:
+        for member in group.members:
+            member.fastpeft_shared = group
     return groups
 
 

@@ -36,13 +36,13 @@ class TokenRows(LiveSlice):
     ``RowSparseLinear`` with the same ``trained`` for its share of the gradient.
 
     Args:
-        base_layer: ``nn.Embedding``.
-        tokens: ids to train.
-        dtype: of the trained rows; None is the weight's, or float32 where that is 16 bits wide.
+        base_layer: ``nn.Embedding`` with a weight ``[V, D]``, without ``max_norm`` and ``scale_grad_by_freq``.
+        tokens: The ids whose rows are trained: distinct, in [0, V), and not the padding's.
+        dtype: The trained rows' dtype; None is the weight's, or float32 where that is 16 bits wide.
 
     Raises:
-        TypeError: the base is no plain ``nn.Embedding``.
-        ValueError: naming the argument, what it is and what was expected.
+        TypeError: The base is no plain ``nn.Embedding``, or an id no integer.
+        ValueError: An id is out of range, there twice, or the padding's.
     """
 
     def __init__(self, base_layer: nn.Module, tokens: Sequence[int] | Tensor, dtype: torch.dtype | None = None):

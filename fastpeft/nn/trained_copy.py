@@ -17,6 +17,8 @@ class TrainedCopy(nn.Module):
         original_module: the module to leave as it is.
     """
 
+    fastpeft_original = "original_module"
+
     def __init__(self, original_module: nn.Module):
         super().__init__()
         self.original_module = original_module.requires_grad_(False)

@@ -44,6 +44,10 @@ def changed(model, before) -> set[str]:
     }
 
 
+def names(selection) -> set[str]:
+    return {name for name, _ in selection.named_parameters()}
+
+
 WHAT = {
     "last 2": {"layers": "last:2"},
     "first": {"layers": "first:1"},

@@ -19,15 +19,6 @@ LONGER = {
     "kernels/lora_linear.py",
     "kernels/multi_lora.py",
     "tests/cuda/multi_lora/test_multi_lora.py",
-    "tests/methods/bottleneck/test_attach.py",
-    "tests/methods/lora/test_module.py",
-    "tests/methods/lora/test_sharing.py",
-    "tests/methods/prefix/test_attention_kernels.py",
-    "tests/methods/prefix/test_prefix_tuning.py",
-    "tests/methods/prompt/test_prompt_tuning.py",
-    "tests/methods/selective/test_selective.py",
-    "tests/methods/test_attach.py",
-    "tests/methods/test_checkpoint.py",
     "tests/ops/row_linear/test_row_linear.py",
 }
 # Examples are scripts: what they import of one another lies beside them.

@@ -58,7 +58,6 @@ INSIDE = {
 # Imports inside functions that would close a circle if they stood above.
 LATE = {
     ("fastpeft.integrations.vllm", "fastpeft"),  # the version; the package names its integrations to checkers
-    ("fastpeft.methods.selective.selection", "fastpeft.methods.selective.files"),
 }
 
 

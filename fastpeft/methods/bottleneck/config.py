@@ -1,6 +1,5 @@
 """The bottleneck config: which adapter, and where. Checked when made, so that no model is touched with a bad one."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -24,6 +23,7 @@ _DEFAULTS = {
     "init": "bert",
     "stochastic_depth": 0.0,
 }
+_FLAGS = ("parallel", "norm_after", "residual_first", "original_norm_before", "original_norm_after", "gating")
 _PARALLEL = {"parallel": True, "reduction_factor": 2, "scale": 4.0, "init": "mam"}
 # By the names that AdapterHub's library has for them; what is not given is as in _DEFAULTS.
 PRESETS: dict[str, dict] = {
@@ -52,33 +52,41 @@ class Bottleneck:
     Names in [brackets] are those of AdapterHub's library ``adapters``. What is None is as the preset has it.
 
     Args:
-        preset: "seq_bn" (Pfeiffer: after the MLP), "double_seq_bn" (Houlsby: after attention and MLP), "par_bn" (He:
-            beside the MLP, scale 4), "scaled_par_bn" (its scale learned), "adapter_plus" (Steitz and Roth); also
-            "pfeiffer", "houlsby", "parallel".
-        places: any of "attention", "mlp", "cross" (after cross-attention) [mh_adapter, output_adapter, cross_adapter].
-        size: width of the bottleneck; or reduction_factor: the model's width over it, at least 1 wide; a dict gives one
-            for each layer number, and for the key "default" [reduction_factor].
-        activation: "relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "identity" [non_linearity].
-        scale: a number, "learned" (one parameter) or "channel" (one a feature) [scaling].
-        parallel: fed with the input of the sub-block's residual connection instead of its output [is_parallel].
-        norm: of the adapter's own, before it: "layer" [ln_before] or "rms". norm_after: LayerNorm after it [ln_after];
-            residual_first: whether the residual is added before that norm [adapter_residual_before_ln].
-        original_norm_before: feed it with the sub-block's output after the model's own residual connection, and norm
-            where there is one [original_ln_before]. original_norm_after: apply these after it as well
-            [original_ln_after]. residual_before_norm: take the adapter's residual before them (True), after them
-            (False) or between them ("post_add") [residual_before_ln]. Of sequential adapters only.
-        gating: multiply by a learned gate, averaged over the sequence [use_gating].
-        dropout: of its output; stochastic_depth: of the whole adapter for a sample. In training only.
-        init: "bert", "mam" (starts as the frozen model) or "houlsby" [init_weights].
-        leave_out: numbers of layers without adapters [leave_out].
-        targets: where to put them instead of places, on any model: a regular expression for whole paths, a list of
+        preset: Where adapters go and how they start: "seq_bn" (Pfeiffer: after the MLP), "double_seq_bn" (Houlsby:
+            after attention and MLP), "par_bn" (He: beside the MLP, scale 4), "scaled_par_bn" (its scale learned) or
+            "adapter_plus" (Steitz and Roth); also by the names "pfeiffer", "houlsby", "parallel".
+        places: Any of "attention", "mlp" and "cross", after cross-attention [mh_adapter, output_adapter,
+            cross_adapter].
+        size: The width of the bottleneck, at least 1; not beside ``reduction_factor``.
+        reduction_factor: The model's width over that of the bottleneck, which is at least 1; a dict gives one for each
+            layer number, and for the key "default" [reduction_factor].
+        activation: "relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu" or "identity" [non_linearity].
+        scale: A number, "learned" (one parameter) or "channel" (one parameter a feature) [scaling].
+        parallel: Whether the adapter is fed with the input of the sub-block's residual connection instead of the
+            sub-block's output [is_parallel].
+        norm: The adapter's own norm before its projection: "layer" [ln_before], "rms" or None.
+        norm_after: Whether a LayerNorm follows the adapter [ln_after].
+        residual_first: Whether the residual is added before that norm [adapter_residual_before_ln].
+        original_norm_before: Whether the adapter is fed with the sub-block's output after the model's own residual
+            connection, and norm where there is one [original_ln_before]. Of sequential adapters only, as the next two.
+        original_norm_after: Whether the model's residual connection and norm are applied after it as well
+            [original_ln_after].
+        residual_before_norm: Where the adapter's residual is taken: before these (True), after them (False) or between
+            them ("post_add") [residual_before_ln].
+        gating: Whether the output is multiplied by a learned gate, averaged over the sequence [use_gating].
+        dropout: The probability of dropping an element of its output, in [0, 1), in training only.
+        stochastic_depth: The probability of dropping the whole adapter for a sample, in [0, 1), in training only.
+        init: How it starts: "bert", "mam" (as the frozen model) or "houlsby" [init_weights].
+        leave_out: The numbers of layers without adapters [leave_out].
+        targets: Where to put them instead of ``places``, on any model: a regular expression for whole paths, a list of
             paths or their ends, or a function of (path, module). The adapter follows the module (``parallel``: stands
             beside it), its residual is the module's output, and the ``original_norm`` settings have no meaning.
-        features: width of the modules in targets, where it cannot be read off.
-        dtype: of the adapters; None is the model's, or float32 where that is 16 bits wide.
+        features: The width of the modules in ``targets``, where it cannot be read off.
+        dtype: The adapters' dtype; None is the model's, or float32 where that is 16 bits wide.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it is and what was expected.
+        TypeError: An argument has a type that it may not have; the error names it and what was expected.
+        ValueError: An argument has a value that it may not have, likewise.
     """
 
     preset: str = "seq_bn"
@@ -104,24 +112,26 @@ class Bottleneck:
     dtype: torch.dtype | None = None
 
     def __post_init__(self):
-        if not isinstance(self.preset, str) or self.preset not in PRESETS:
-            raise ValueError(f"Bottleneck: preset is {self.preset!r}, expected one of {', '.join(PRESETS)}")
+        _check.one_of("Bottleneck", "preset", self.preset, PRESETS)
         if self.size is not None and self.reduction_factor is not None:
             raise ValueError(
                 f"Bottleneck: size is {self.size!r} beside reduction_factor={self.reduction_factor!r}, expected one"
             )
         for name, value in {**_DEFAULTS, **PRESETS[self.preset]}.items():
             if getattr(self, name) is None and not (name == "reduction_factor" and self.size is not None):
-                object.__setattr__(self, name, value)
+                self._set(name, value)
         self._check_numbers()
         self._check_words()
         self._check_targets()
         self._check_residual()
 
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
     def _check_numbers(self):
         for name in ("size", "features"):
             if getattr(self, name) is not None:
-                _check.positive("Bottleneck", name, getattr(self, name))
+                self._set(name, _check.positive("Bottleneck", name, getattr(self, name)))
         factors = self.reduction_factor if isinstance(self.reduction_factor, Mapping) else {"": self.reduction_factor}
         for key, value in factors.items() if self.reduction_factor is not None else ():
             label = f"reduction_factor[{key!r}]" if key else "reduction_factor"
@@ -130,45 +140,39 @@ class Bottleneck:
         if isinstance(self.scale, str):
             _check.one_of("Bottleneck", "scale", self.scale, SCALES)
         else:
-            _check.finite("Bottleneck", "scale", self.scale)
+            self._set("scale", _check.finite("Bottleneck", "scale", self.scale))
         for name in ("dropout", "stochastic_depth"):
-            _check.probability("Bottleneck", name, getattr(self, name))
-        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise TypeError(f"Bottleneck: dtype is {self.dtype!r}, expected a floating-point torch.dtype or None")
+            self._set(name, _check.probability("Bottleneck", name, getattr(self, name)))
+        _check.dtype_or_none("Bottleneck", "dtype", self.dtype)
 
     def _check_words(self):
         _check.one_of("Bottleneck", "activation", self.activation, ACTIVATIONS)
         _check.one_of("Bottleneck", "init", self.init, INITS)
         _check.one_of("Bottleneck", "norm", self.norm, (None, *NORMS))
-        for name in ("parallel", "norm_after", "residual_first", "original_norm_before", "original_norm_after"):
-            _check.boolean("Bottleneck", name, getattr(self, name))
-        _check.boolean("Bottleneck", "gating", self.gating)
         _check.one_of("Bottleneck", "residual_before_norm", self.residual_before_norm, (True, False, "post_add"))
-        places = (self.places,) if isinstance(self.places, str) else tuple(self.places)
+        for name in _FLAGS:
+            _check.boolean("Bottleneck", name, getattr(self, name))
+        places = _check.names("Bottleneck", "places", (self.places,) if isinstance(self.places, str) else self.places)
         for place in places:
             _check.one_of("Bottleneck", "places", place, PLACES)
-        object.__setattr__(self, "places", tuple(place for place in PLACES if place in places))
-        leave_out = tuple(self.leave_out) if isinstance(self.leave_out, Sequence) else (self.leave_out,)
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in leave_out):
+        self._set("places", tuple(place for place in PLACES if place in places))
+        left = self.leave_out if hasattr(self.leave_out, "__iter__") else (self.leave_out,)
+        numbers = _check.integers("Bottleneck", "leave_out", left)
+        if numbers and min(numbers) < 0:
             raise ValueError(f"Bottleneck: leave_out is {self.leave_out!r}, expected layer numbers of at least 0")
-        object.__setattr__(self, "leave_out", leave_out)
+        self._set("leave_out", numbers)
 
     def _check_targets(self):
         if self.targets is None:
             if not self.places:
                 raise ValueError(f"Bottleneck: places is {self.places!r}, expected some of {', '.join(PLACES)}")
         elif isinstance(self.targets, str):
-            try:
-                re.compile(self.targets)
-            except re.error as error:
-                raise ValueError(
-                    f"Bottleneck: targets is {self.targets!r}, expected a regular expression ({error})"
-                ) from None
+            _check.pattern("Bottleneck", "targets", self.targets)
         elif not callable(self.targets):
-            words = tuple(self.targets) if isinstance(self.targets, Sequence) else (None,)
-            if not words or not all(isinstance(word, str) and word for word in words):
-                raise TypeError(f"Bottleneck: targets is {self.targets!r}, expected names, a pattern or a function")
-            object.__setattr__(self, "targets", words)
+            words = _check.names("Bottleneck", "targets", self.targets)
+            if not words:
+                raise ValueError("Bottleneck: targets is empty, expected names, a pattern or a function")
+            self._set("targets", words)
 
     def _check_residual(self):
         if self.parallel or self.targets is not None or self.original_norm_after:

@@ -1,13 +1,86 @@
-"""Our own config file of bottleneck adapters, for those that AdapterHub's format has no words for."""
+"""Bottleneck adapters on disk: AdapterHub's files, and our own config for those that its format has no words for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from ...nn.bottleneck import BottleneckAdapter
+from ..formats.adapterhub_files import read_hub_tensors, write_hub
+from ..formats.adapterhub_format import from_hub, keys_from_hub, keys_to_hub, to_hub, why_not
+from ..formats.files import read_safetensors, write_json, write_tensors
+from ..formats.peft_files import CONFIG, WEIGHTS
+from ..method import Files
 from .config import Bottleneck
+from .sites import Site, sites
 
 PEFT_TYPE = "FASTPEFT_BOTTLENECK"
+
+
+class BottleneckFiles(Files):
+    """AdapterHub's, else FASTPEFT_BOTTLENECK."""
+
+    def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        return {
+            f"{holder.site.path}.{key}": parameter
+            for holder in self.method.record(model).holders
+            if name in holder.adapters
+            for key, parameter in holder.adapters[name].named_parameters()
+        }
+
+    def expected(
+        self, model: nn.Module, config: Bottleneck, plan: tuple[Bottleneck, list[Site]]
+    ) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for site in plan[1]:
+            with torch.device("meta"):
+                adapter = adapter_at(site, config)
+            shapes.update((f"{site.path}.{key}", tuple(p.shape)) for key, p in adapter.named_parameters())
+        return shapes
+
+    def recognises(self, fields: Mapping) -> bool:
+        return ("peft_type" not in fields and "config" in fields) or fields.get("peft_type") == PEFT_TYPE
+
+    def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Bottleneck, dict[str, Tensor]]:
+        if fields.get("peft_type") == PEFT_TYPE:
+            return own_config(op, fields), read_safetensors(op, directory / WEIGHTS)
+        config = from_hub(op, fields)
+        tensors = read_hub_tensors(op, directory)
+        prefix = getattr(model, "base_model_prefix", "")
+        return config, keys_from_hub(tensors, sites(op, model, config), prefix, fields.get("name"))
+
+    def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
+        config = self.method.configs(model)[name]
+        found = [holder.site for holder in self.method.record(model).holders if name in holder.adapters]
+        if why_not(config, found) is None:
+            write_hub(op, directory, keys_to_hub(tensors, found, name), to_hub(config, found, model, name))
+        else:
+            write_tensors(op, directory / WEIGHTS, tensors)
+            write_json(directory / CONFIG, own_fields(config, [site.path for site in found]))
+
+
+def adapter_at(
+    site: Site, config: Bottleneck, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> BottleneckAdapter:
+    """A new adapter of this config for a site."""
+    return BottleneckAdapter(
+        site.features,
+        config.size_of(site.features, site.layer),
+        activation=config.activation,
+        scale=config.scale,
+        norm=config.norm,
+        norm_after=config.norm_after,
+        residual_first=config.residual_first,
+        parallel=config.parallel,
+        dropout=config.dropout,
+        stochastic_depth=config.stochastic_depth,
+        gating=config.gating,
+        init=config.init,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def own_fields(config: Bottleneck, paths: Sequence[str]) -> dict:

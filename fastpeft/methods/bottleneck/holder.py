@@ -17,7 +17,6 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from ... import ops
 from ...nn.bottleneck import BottleneckAdapter
 from .config import Bottleneck
 from .sites import Site
@@ -61,7 +60,7 @@ class Bottlenecks(nn.Module):
     """
 
     fastpeft_added = True
-    fastpeft_kind = "bottleneck adapters"
+    fastpeft_kind = BottleneckAdapter.fastpeft_kind
 
     def __init__(self, site: Site, kind: str):
         super().__init__()
@@ -133,17 +132,8 @@ class Bottlenecks(nn.Module):
         return next((reason for reason in reasons if reason != "fused"), "fused")
 
     def fastpeft_backend(self) -> str:
-        return backend_of(self.adapters[self.active[0]])
-
-
-def backend_of(adapter: BottleneckAdapter) -> str:
-    """The backend that would serve an x of one row."""
-    tensors = (adapter.down_weight, adapter.down_bias, adapter.up_weight, adapter.up_bias)
-    x = adapter.down_weight.new_empty(1, adapter.features)
-    try:
-        return ops.explain("bottleneck", x, *tensors).backend
-    except ValueError as error:  # FASTPEFT_BACKEND asks for one that cannot serve
-        return str(error)
+        """The backend for an x of one row and the first active adapter."""
+        return self.adapters[self.active[0]].fastpeft_backend()
 
 
 def form_at(site: Site, config: Bottleneck) -> tuple[str, str]:

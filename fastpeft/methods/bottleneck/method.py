@@ -1,23 +1,18 @@
 """Bottleneck adapters, as ``attach`` drives them: holders beside the model's modules, called by hooks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...nn.base_layer import HALF
+from ...nn.base_layer import trained_dtype
 from ...nn.bottleneck import BottleneckAdapter
 from ..attachment import attachment_of
 from ..bypasses import restore_bypasses, stop_bypasses
-from ..formats.adapterhub_files import read_hub_tensors, write_hub
-from ..formats.adapterhub_format import from_hub, keys_from_hub, keys_to_hub, to_hub, why_not
-from ..formats.files import read_safetensors, write_json, write_tensors
-from ..formats.peft_files import CONFIG, WEIGHTS
 from ..method import Method
 from .config import Bottleneck
-from .files import PEFT_TYPE, own_config, own_fields
+from .files import BottleneckFiles, adapter_at
 from .holder import Bottlenecks, form_at
 from .sites import Site, sites
 
@@ -38,11 +33,11 @@ class BottleneckRecord:
 
 
 class BottleneckMethod(Method):
-    name, config, title = "bottleneck", Bottleneck, "a bottleneck adapter"
+    name, config, title, record_type = "bottleneck", Bottleneck, "a bottleneck adapter", BottleneckRecord
     unmergeable = "it is not linear"
 
-    def new_record(self) -> BottleneckRecord:
-        return BottleneckRecord()
+    def __init__(self):
+        self.files = BottleneckFiles(self)
 
     def resolve(self, op: str, model: nn.Module, config: Bottleneck, name: str, strict: bool = True) -> Plan:
         found = sites(op, model, config)
@@ -112,42 +107,6 @@ class BottleneckMethod(Method):
         switch(True)
         return lambda: switch(False)
 
-    def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        return {
-            f"{holder.site.path}.{key}": parameter
-            for holder in self.record(model).holders
-            if name in holder.adapters
-            for key, parameter in holder.adapters[name].named_parameters()
-        }
-
-    def expected(self, model: nn.Module, config: Bottleneck, plan: Plan) -> dict[str, tuple[int, ...]]:
-        shapes = {}
-        for site in plan[1]:
-            with torch.device("meta"):
-                adapter = _adapter(config, site)
-            shapes.update((f"{site.path}.{key}", tuple(p.shape)) for key, p in adapter.named_parameters())
-        return shapes
-
-    def recognises(self, fields: Mapping) -> bool:
-        return ("peft_type" not in fields and "config" in fields) or fields.get("peft_type") == PEFT_TYPE
-
-    def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Bottleneck, dict[str, Tensor]]:
-        if fields.get("peft_type") == PEFT_TYPE:
-            return own_config(op, fields), read_safetensors(op, directory / WEIGHTS)
-        config = from_hub(op, fields)
-        tensors = read_hub_tensors(op, directory)
-        prefix = getattr(model, "base_model_prefix", "")
-        return config, keys_from_hub(tensors, sites(op, model, config), prefix, fields.get("name"))
-
-    def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
-        config = self.configs(model)[name]
-        found = [holder.site for holder in self.record(model).holders if name in holder.adapters]
-        if why_not(config, found) is None:
-            write_hub(op, directory, keys_to_hub(tensors, found, name), to_hub(config, found, model, name))
-        else:
-            write_tensors(op, directory / WEIGHTS, tensors)
-            write_json(directory / CONFIG, own_fields(config, [site.path for site in found]))
-
 
 def _refuse_copies(model: nn.Module, found: list[Site]) -> None:
     state = attachment_of(model)
@@ -164,24 +123,5 @@ def _build(model: nn.Module, site: Site, config: Bottleneck) -> BottleneckAdapte
     near = next((p for p in module.parameters() if p.is_floating_point()), None)
     if near is None:
         near = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    dtype = config.dtype or (torch.float32 if near.dtype in HALF else near.dtype)
-    adapter = _adapter(config, site, dtype=dtype, device=near.device)
+    adapter = adapter_at(site, config, config.dtype or trained_dtype(near.dtype), near.device)
     return adapter.requires_grad_(False).train(model.get_submodule(site.path).training)
-
-
-def _adapter(config: Bottleneck, site: Site, **where) -> BottleneckAdapter:
-    return BottleneckAdapter(
-        site.features,
-        config.size_of(site.features, site.layer),
-        activation=config.activation,
-        scale=config.scale,
-        norm=config.norm,
-        norm_after=config.norm_after,
-        residual_first=config.residual_first,
-        parallel=config.parallel,
-        dropout=config.dropout,
-        stochastic_depth=config.stochastic_depth,
-        gating=config.gating,
-        init=config.init,
-        **where,
-    )

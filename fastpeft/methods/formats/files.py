@@ -20,6 +20,25 @@ def safetensors(op: str):
     return safetensors.torch
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of its own in memory, gathered if it is sharded: every process of a group calls this."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def refuse_meta(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise if a tensor has no values to write."""
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{op}: {key} is on the meta device, expected values")
+
+
+def writes_here() -> bool:
+    """Whether this process writes files: of a group, rank 0 alone."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() != 0)
+
+
 def write_tensors(op: str, path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file of tensors that are contiguous and share no memory."""
     library = safetensors(op)

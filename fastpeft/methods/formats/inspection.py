@@ -165,7 +165,7 @@ def _bottleneck(found: Inspection, fields: Mapping, tensors: Mapping[str, Tensor
 
 
 def _other(found: Inspection, fields: Mapping, tensors: Mapping[str, Tensor]) -> None:
-    method = next((m for m in METHODS if m.recognises(fields)), None)
+    method = next((m for m in METHODS if m.files.recognises(fields)), None)
     length = fields.get("num_virtual_tokens")
     found.method = _kind(fields) + (f", {length} virtual tokens" if length else "")
     found.modules = _count(key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors if "." in key)

@@ -38,12 +38,23 @@ def read_tensors(op: str, directory: Path) -> dict[str, Tensor]:
         ValueError: pickled, truncated, no safetensors file, or not one of PEFT's. ImportError: safetensors is missing.
     """
     safetensors(op)
+    path = weights_of(op, directory)
+    return without_prefix(op, path, read_safetensors(op, path))
+
+
+def weights_of(op: str, directory: Path) -> Path:
+    """Where the tensors are. A pickled file in their place is never opened.
+
+    Raises:
+        FileNotFoundError: nowhere. ValueError: in a pickled file.
+    """
     path = directory / WEIGHTS
     if not path.is_file():
         pickled = [p.name for p in sorted(directory.glob("*")) if p.suffix in _PICKLES]
         if pickled:
             raise ValueError(f"{op}: {directory} has {pickled[0]}, which would be unpickled, expected {WEIGHTS}")
-    return without_prefix(op, path, read_safetensors(op, path))
+        raise FileNotFoundError(f"{op}: {directory} has no {WEIGHTS}")
+    return path
 
 
 def without_prefix(op: str, source: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -40,8 +40,9 @@ _WITHOUT_EFFECT = {
     "task_type",
 }
 _INITS = {"kaiming": True, "gaussian": "gaussian", "random": False}
+FRESH_INITS = tuple(_INITS.values())
 # These start A and B differently but leave the frozen weights alone, so a trained adapter is an ordinary one.
-_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PLAIN_INITS = (*FRESH_INITS, None, "orthogonal", "eva")
 
 
 def to_peft(
@@ -79,27 +80,30 @@ def _exactly(linears: Sequence[str], paths: Sequence[str]) -> list[str] | str:
     return sorted(linears)
 
 
-def from_peft(op: str, fields: object) -> Lora:
+def from_peft(op: str, fields: object, source: str = "adapter_config.json") -> Lora:
     """The config that PEFT's fields describe.
+
+    Args:
+        op: The function to name in errors.
+        fields: As ``adapter_config.json`` holds them.
+        source: What errors say that has them.
 
     Raises:
         ValueError: not a LoRA config of PEFT, or a field asks for what is not served here (DoRA, other variants, ...).
     """
     if not isinstance(fields, dict) or any(fields.get(name) is None for name in _REQUIRED):
-        raise ValueError(f"{op}: adapter_config.json is no LoRA config, expected the fields {', '.join(_REQUIRED)}")
+        raise ValueError(f"{op}: {source} is no LoRA config, expected the fields {', '.join(_REQUIRED)}")
     if fields["peft_type"] != "LORA":
-        raise ValueError(f"{op}: adapter_config.json has peft_type={fields['peft_type']!r}, expected 'LORA'")
+        raise ValueError(f"{op}: {source} has peft_type={fields['peft_type']!r}, expected 'LORA'")
     for name, value in fields.items():
         if value and name not in _FIELDS and name not in _WITHOUT_EFFECT:
-            raise ValueError(f"{op}: adapter_config.json has {name}={value!r}, which is not served")
+            raise ValueError(f"{op}: {source} has {name}={value!r}, which is not served")
     init = fields.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
-        raise ValueError(f"{op}: adapter_config.json has init_lora_weights={init!r}, which changes the frozen weights")
+        raise ValueError(f"{op}: {source} has init_lora_weights={init!r}, which changes the frozen weights")
     settings = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None}
     if settings.get("bias", "none") not in BIASES:
-        raise ValueError(
-            f"{op}: adapter_config.json has bias={settings['bias']!r}, expected one of {', '.join(BIASES)}"
-        )
+        raise ValueError(f"{op}: {source} has bias={settings['bias']!r}, expected one of {', '.join(BIASES)}")
     targets = settings.get("targets")
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         settings["targets"] = ALL_LINEAR

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .files import safetensors
-from .peft_files import WEIGHTS
+from .files import read_safetensors
+from .peft_files import weights_of
 
 EMBEDDINGS = "prompt_embeddings"
 # Fields that do not change what a trained prompt computes, or that the model itself tells.
@@ -34,7 +34,7 @@ WITHOUT_EFFECT = {
 }
 
 
-def check_fields(op: str, fields: Mapping) -> int:
+def check_fields(op: str, fields: Mapping, source: str = "adapter_config.json") -> int:
     """The number of virtual tokens.
 
     Raises:
@@ -42,13 +42,13 @@ def check_fields(op: str, fields: Mapping) -> int:
     """
     length = fields.get("num_virtual_tokens")
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"{op}: adapter_config.json has num_virtual_tokens={length!r}, expected at least 1")
+        raise ValueError(f"{op}: {source} has num_virtual_tokens={length!r}, expected at least 1")
     if fields.get("num_transformer_submodules") not in (None, 1):
         given = fields["num_transformer_submodules"]
-        raise ValueError(f"{op}: adapter_config.json has num_transformer_submodules={given}, expected 1")
+        raise ValueError(f"{op}: {source} has num_transformer_submodules={given}, expected 1")
     for name, value in fields.items():
         if value and name not in WITHOUT_EFFECT:
-            raise ValueError(f"{op}: adapter_config.json has {name}={value!r}, which is not served")
+            raise ValueError(f"{op}: {source} has {name}={value!r}, which is not served")
     return length
 
 
@@ -58,25 +58,11 @@ def read_embeddings(op: str, directory: Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: there is none. ValueError: pickled, truncated, or without prompt_embeddings.
     """
-    path = directory / WEIGHTS
-    if not path.is_file():
-        pickled = [p.name for p in sorted(directory.glob("*")) if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
-        if pickled:
-            raise ValueError(f"{op}: {directory} has {pickled[0]}, which would be unpickled, expected {WEIGHTS}")
-        raise FileNotFoundError(f"{op}: {directory} has no {WEIGHTS}")
-    tensors = load_tensors(op, path)
+    path = weights_of(op, directory)
+    tensors = read_safetensors(op, path)
     if EMBEDDINGS not in tensors:
         raise ValueError(f"{op}: {path} has {', '.join(sorted(tensors)[:3]) or 'no tensors'}, expected {EMBEDDINGS}")
     return tensors
-
-
-def load_tensors(op: str, path: Path) -> dict[str, Tensor]:
-    """A safetensors file."""
-    library = safetensors(op)
-    try:
-        return library.load_file(path)
-    except Exception as error:  # SafetensorError is not public in every version
-        raise ValueError(f"{op}: {path} is truncated or no safetensors file ({error})") from None
 
 
 def fields_of(model: nn.Module, peft_type: str, length: int, **fields) -> dict:

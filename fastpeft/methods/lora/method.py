@@ -1,32 +1,27 @@
 """LoRA, as ``attach`` drives it: LoraLinear around linear layers, copies of whole modules, the model's own biases."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from ...nn.base_layer import is_conv1d
 from ...nn.lora import LoraLinear
+from ...nn.protocol import is_added
 from ...nn.sharing import share_inputs, unshare_inputs
 from ...nn.trained_copy import TrainedCopy
-from ..attachment import attachment_of, original_names, replace_module
+from ..attachment import attachment_of, original_names, owners, replace_module
 from ..bypasses import restore_bypasses, stop_bypasses
-from ..formats.files import write_json, write_tensors
-from ..formats.peft_files import CONFIG, PREFIX, WEIGHTS, read_tensors
-from ..formats.peft_format import from_peft, to_peft
-from ..method import Method
-from ..targets import Targets, resolve, walk
-from . import keys as lora_keys
+from ..method import Mergeable
+from ..targets import Targets, resolve
 from .config import Lora
+from .files import LoraFiles
 from .record import LoraRecord, note_biases, switch_biases
 
 
-class LoraMethod(Method):
-    name, config, title = "lora", Lora, "LoRA"
-    unmergeable = None
+class LoraMethod(Mergeable):
+    name, config, title, record_type = "lora", Lora, "LoRA", LoraRecord
 
-    def new_record(self) -> LoraRecord:
-        return LoraRecord()
+    def __init__(self):
+        self.files = LoraFiles(self)
 
     def resolve(self, op: str, model: nn.Module, config: Lora, name: str, strict: bool = True) -> tuple[Lora, Targets]:
         record = self.record(model)
@@ -44,7 +39,7 @@ class LoraMethod(Method):
         targets = resolve(op, model, config, strict)
         for path in targets.copies:
             for inner, module in model.get_submodule(path).named_modules():
-                if getattr(type(module), "fastpeft_added", False) and not inner.startswith("fastpeft_"):
+                if is_added(module) and not inner.startswith("fastpeft_"):
                     raise ValueError(f"{op}: modules_to_save names {path}, but an adapter was added to a module inside")
         return config, targets
 
@@ -70,6 +65,9 @@ class LoraMethod(Method):
 
     def discard(self, model: nn.Module, name: str) -> None:
         record = self.record(model)
+        if self.configs(model)[name].bias != "none":  # no other adapter trains biases
+            switch_biases(model, record, trained=False)
+            record.biases, record.trained = {}, None
         _take_back([model.get_submodule(path) for path in (*record.linears, *record.copies)], name)
         for paths, added, original in (
             (record.linears, "adapters", "base_layer"),
@@ -145,15 +143,12 @@ class LoraMethod(Method):
         return any(layer.merged for layer in layers_of(model, self.record(model)))
 
     def prepare_merge(self, model: nn.Module) -> Callable[[], None] | None:
-        owners: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
-        ready = []
+        names, ready = owners(model), []
         for path in self.record(model).linears:
             layer = model.get_submodule(path)
             if not layer.active:
                 continue
-            tied = owners[id(layer.weight)]
+            tied = names[id(layer.weight)]
             if len(tied) > 1:
                 raise ValueError(
                     f"merge: the weight of {path} is also {next(n for n in tied if not n.startswith(path))}"
@@ -168,38 +163,6 @@ class LoraMethod(Method):
         for layer in layers_of(model, self.record(model)):
             if layer.merged:
                 layer.unmerge()
-
-    def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        return lora_keys.parameters(model, self.record(model), self.configs(model)[name], name)
-
-    def expected(self, model: nn.Module, config: Lora, plan: tuple[Lora, Targets]) -> dict[str, tuple[int, ...]]:
-        return lora_keys.expected(model, config, plan[1])
-
-    def recognises(self, fields: Mapping) -> bool:
-        return fields.get("peft_type") == "LORA"
-
-    def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Lora, dict[str, Tensor]]:
-        return from_peft(op, fields), read_tensors(op, directory)
-
-    def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
-        linears = [path for path in self.record(model).linears if name in model.get_submodule(path).adapters]
-        conv1d = any(is_conv1d(model.get_submodule(path).base_layer) for path in linears)
-        paths = [path for path, _ in walk(model)]
-        base = getattr(model, "name_or_path", None) or None
-        fields = to_peft(self.configs(model)[name], linears, paths, conv1d, base)
-        write_tensors(op, directory / WEIGHTS, {self.checkpoint_key(key): value for key, value in tensors.items()})
-        write_json(directory / CONFIG, fields)
-
-    def checkpoint_key(self, key: str) -> str:
-        return PREFIX + key
-
-    def ignores(self, key: str) -> bool:
-        # PEFT saves biases of a copied module three times when it trains all; the copy's own are the ones it reads.
-        # Token rows beside LoRA are read by the method that trains them.
-        return bool({"original_module", "modules_to_save", "token_adapter"} & {*key.split(".")})
-
-    def must_be_float(self, key: str) -> bool:
-        return ".lora_" in key
 
 
 def layers_of(model: nn.Module, record: LoraRecord) -> list[LoraLinear]:

@@ -40,10 +40,10 @@ def blocks_of(op: str, model: nn.Module, stack: str | None) -> list[str]:
     return found[names[0]]
 
 
-def chosen(op: str, layers, paths: Sequence[str]) -> list[str]:
+def chosen(op: str, layers: int | str | Sequence[int | str], paths: Sequence[str]) -> list[str]:
     """The blocks that ``layers`` means: "last:2", "first:2", "3:6" (half open), a number, a name, or a list of them."""
-    items: Iterable = [layers] if isinstance(layers, str | int) else layers
-    wanted = set()
+    items = [layers] if isinstance(layers, str | int) else layers
+    wanted: set[str] = set()
     for item in items:
         found = _one(op, item, paths)
         if not found:
@@ -52,12 +52,10 @@ def chosen(op: str, layers, paths: Sequence[str]) -> list[str]:
     return [path for path in paths if path in wanted]
 
 
-def _one(op: str, item, paths: Sequence[str]) -> Sequence[str]:
+def _one(op: str, item: int | str, paths: Sequence[str]) -> Sequence[str]:
     count = len(paths)
-    if isinstance(item, int) and not isinstance(item, bool):
+    if isinstance(item, int):
         return [paths[item]] if -count <= item < count else []
-    if not isinstance(item, str):
-        raise TypeError(f'{op}: layers has {item!r}, expected numbers, names, "last:2", "first:2" or "3:6"')
     ends = re.fullmatch(r"(last|first):(\d+)", item)
     if ends:
         k = int(ends[2])
@@ -70,8 +68,17 @@ def _one(op: str, item, paths: Sequence[str]) -> Sequence[str]:
     return [path for path in paths if path == item or path.endswith(f".{item}")]
 
 
-def near(word: object, names: Iterable[str], count: int = 4) -> str:
-    """``; near: ...`` with the names most like ``word``, or the first few."""
+def near(word: object, names: Iterable[str], count: int = 4, words: Sequence[str] = ()) -> str:
+    """``; near: ...`` with the names most like ``word``, or the first few.
+
+    Args:
+        word: What was given.
+        names: What is there; its ends are looked at too.
+        count: How many to show.
+        words: What means something beside them, and is shown first where it is like ``word``.
+    """
+    if difflib.get_close_matches(str(word), words):
+        return f"; near: {difflib.get_close_matches(str(word), words)[0]}"
     names = list(dict.fromkeys(names))
     ends = {".".join(name.split(".")[-parts:]): name for parts in (1, 2) for name in reversed(names)}
     ends |= {name: name for name in names}

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ...nn.base_layer import is_conv1d
 from ...nn.live_slice import LiveSlice
 from ...nn.row_sparse import RowSparseLinear
 from ...nn.token_rows import TokenRows
@@ -114,7 +115,7 @@ def _slice_layers(modules: dict[str, nn.Module], part: Slice):
 
 def _zero_bias(linear: nn.Module) -> nn.Parameter:
     weight = linear.weight
-    size = weight.shape[1] if hasattr(linear, "nf") else weight.shape[0]
+    size = weight.shape[1] if is_conv1d(linear) else weight.shape[0]
     return nn.Parameter(weight.new_zeros(size), requires_grad=False)
 
 

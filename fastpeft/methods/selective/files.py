@@ -11,21 +11,43 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..formats.files import write_json, write_tensors
+from ..embeddings import input_embeddings
+from ..formats.files import refuse_meta, write_json, write_tensors, writes_here
 from ..formats.peft_files import CONFIG, PREFIX, WEIGHTS, read_config, read_tensors
+from ..method import Files
 from .config import Selective
 from .plan import Plan, is_norm, original_at, own_modules
-from .selection import Selection, select
 
 OWN, TOKENS, NORMS = "FASTPEFT_SELECTIVE", "TRAINABLE_TOKENS", "LN_TUNING"
 _DELTA, _NORM = "trainable_tokens_delta", "ln_tuning_layers"
 _ADAPTER, _BESIDE = "token_adapter", "trainable_token_indices"  # beside LoRA
-_FIELDS = ("params", "tokens", "rows", "columns", "add_missing_bias")
+FIELDS = ("params", "tokens", "rows", "columns", "add_missing_bias")
 # Fields of PEFT's that do not change what was trained.
 _WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_weights", "peft_type"),
     *("peft_version", "revision", "target_modules", "task_type", "token_indices"),
 }
+
+
+class SelectiveFiles(Files):
+    """PEFT's TRAINABLE_TOKENS and LN_TUNING, else FASTPEFT_SELECTIVE."""
+
+    def recognises(self, fields: Mapping) -> bool:
+        return fields.get("peft_type") in (OWN, TOKENS, NORMS)
+
+    def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Selective, dict[str, Tensor]]:
+        return read(op, model, directory, fields)
+
+    def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
+        write(op, model, self.plan(model, name), tensors, directory)
+
+    def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
+        change = self.method.record(model).changes.get(name)
+        return {} if change is None else change.parameters(model)
+
+    def plan(self, model: nn.Module, name: str) -> Plan:
+        """What the adapter trains."""
+        return self.method.record(model).changes[name].plan
 
 
 def write(op: str, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], directory: str | os.PathLike) -> None:
@@ -34,15 +56,13 @@ def write(op: str, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], 
     Raises:
         ValueError: a tensor has no values (meta). ImportError: safetensors is missing.
     """
-    for key, tensor in tensors.items():
-        if tensor.is_meta:
-            raise ValueError(f"{op}: {key} is on the meta device, expected values")
+    refuse_meta(op, tensors)
     fields, renamed = _as_peft(model, plan)
     if fields is None:
         explicit = plan.explicit()
-        fields, renamed = {"peft_type": OWN, **{name: getattr(explicit, name) for name in _FIELDS}}, {}
+        fields, renamed = {"peft_type": OWN, **{name: getattr(explicit, name) for name in FIELDS}}, {}
     fields |= {"base_model_name_or_path": getattr(model, "name_or_path", None) or None, "inference_mode": True}
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    if not writes_here():
         return
     directory = Path(directory)
     write_tensors(op, directory / WEIGHTS, {PREFIX + renamed.get(key, key): t for key, t in tensors.items()})
@@ -63,12 +83,12 @@ def read(
     if kind not in (OWN, TOKENS, NORMS):
         raise ValueError(f"{op}: {directory / CONFIG} has peft_type={kind!r}, expected {OWN}, {TOKENS} or {NORMS}")
     for name, value in fields.items():
-        if value and name not in _WITHOUT_EFFECT and (kind != OWN or name not in _FIELDS):
+        if value and name not in _WITHOUT_EFFECT and (kind != OWN or name not in FIELDS):
             raise ValueError(f"{op}: adapter_config.json has {name}={value!r}, which is not served")
     tensors = read_tensors(op, directory)
     try:
         if kind == OWN:
-            return Selective(**{name: fields[name] for name in _FIELDS if fields.get(name)}), tensors
+            return Selective(**{name: fields[name] for name in FIELDS if fields.get(name)}), tensors
         if kind == TOKENS and any(f".{_ADAPTER}." in key for key in tensors):
             tensors = {key: tensor for key, tensor in tensors.items() if f".{_ADAPTER}." in key}
         return _from_tokens(model, fields, tensors) if kind == TOKENS else _from_norms(tensors)
@@ -86,41 +106,17 @@ def is_input_tokens(model: nn.Module, plan: Plan) -> bool:
     """Whether the plan is rows of the model's input embedding and nothing else, as PEFT has them beside LoRA."""
     if plan.whole or plan.biases or [part.kind for part in plan.slices] != ["tokens"]:
         return False
-    return original_at(model, plan.slices[0].path) is _input_table(model)
+    table = input_embeddings(model)
+    return original_at(model, plan.slices[0].path) is getattr(table, "base_layer", table)
 
 
-def add_to_lora(op: str, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], directory: Path) -> None:
+def add_to_lora(op: str, plan: Plan, tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Put token rows (``is_input_tokens``) into the LoRA checkpoint in ``directory``."""
     (part,) = plan.slices
     kept = {PREFIX + key: tensor for key, tensor in read_tensors(op, directory).items()}
     kept[f"{PREFIX}{part.path}.{_ADAPTER}.{_DELTA}"] = tensors[part.key]
     write_tensors(op, directory / WEIGHTS, kept)
     write_json(directory / CONFIG, {**read_config(op, directory), _BESIDE: part.index.tolist()})
-
-
-def _input_table(model: nn.Module) -> nn.Module | None:
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return getattr(table, "base_layer", table)
-
-
-def load_selective(model: nn.Module, directory: str | os.PathLike) -> Selection:
-    """Select what a checkpoint trained and give it the values it had: of ``Selection.save``, or of PEFT.
-
-    PEFT's TRAINABLE_TOKENS and LN_TUNING are read too. Training can go on from there; ``revert`` takes it off again.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a pickled, truncated or foreign file, or one for another model, with the keys and shapes that
-            differ; nothing has been changed then. ImportError: safetensors is missing.
-    """
-    config, tensors = read("load_selective", model, directory)
-    selection = select(model, **{name: getattr(config, name) for name in _FIELDS})
-    try:
-        fill("load_selective", directory, dict(selection.named_parameters()), tensors)
-    except ValueError:
-        selection.revert()
-        raise
-    return selection
 
 
 @torch.no_grad()

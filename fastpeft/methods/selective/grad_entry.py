@@ -9,6 +9,7 @@ first block that trains is made to require a gradient instead, which is thrown a
 import torch
 from torch import Tensor, nn
 
+from ..embeddings import input_embeddings
 from .blocks import stacks
 
 _ASK, _FUNCTION = "enable_input_require_grads", "_gradient_checkpointing_func"
@@ -100,11 +101,8 @@ class GradEntry:
         return args
 
     def _silence(self, asker: nn.Module) -> None:
-        try:
-            table = asker.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
-            return
-        for key, hook in list(getattr(table, "_forward_hooks", {}).items()):
+        table = input_embeddings(asker)
+        for key, hook in list(table._forward_hooks.items()) if table is not None else ():
             if getattr(hook, "__name__", "").startswith(_HOOK):
                 self.silenced.append((table, key, table._forward_hooks.pop(key)))
 

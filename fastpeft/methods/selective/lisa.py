@@ -5,9 +5,11 @@ Source: Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient La
 
 import random
 
+import torch
 from torch import nn
 
 from ... import _check
+from ..embeddings import input_embeddings, output_embeddings
 from .blocks import blocks_of
 from .grad_entry import GradEntry
 from .selection import Selection, selection_of
@@ -27,17 +29,21 @@ class LisaSchedule:
     so a resumed run draws the same.
 
     Args:
-        model: a model, whose other parameters are frozen; or a ``Selection``, whose blocks rotate while the rest of it
+        model: A model, whose other parameters are frozen; or a ``Selection``, whose blocks rotate while the rest of it
             always trains.
-        n_active: blocks that train at a time. every: steps between draws. seed: of the draws.
-        train_embeddings, train_head: whether the input embedding and the output head of a model always train. Tied,
-            they are one.
-        keep_state: keep the optimizer's state of blocks that rest. By default it is dropped, which saves its memory;
-            a block then starts anew each time, as in the paper.
-        blocks: path of the ModuleList; None is the longest one of modules of one type.
+        n_active: How many blocks train at a time.
+        every: The number of steps between draws.
+        seed: The seed of the draws.
+        train_embeddings: Whether the input embedding of a model always trains.
+        train_head: Whether the output head of a model always trains. Tied to the embedding, they are one.
+        keep_state: Whether to keep the optimizer's state of blocks that rest. By default it is dropped, which saves its
+            memory; a block then starts anew each time, as in the paper.
+        blocks: The path of the ModuleList; None is the longest one of modules of one type.
 
     Raises:
-        TypeError, ValueError: naming what is wrong; nothing has been changed then.
+        TypeError: ``model`` is neither a module nor a selection.
+        ValueError: There are fewer blocks than are to be active, or no stack of blocks to choose from. Nothing has been
+            changed then.
     """
 
     def __init__(
@@ -53,8 +59,12 @@ class LisaSchedule:
     ):
         if not isinstance(model, nn.Module | Selection):
             raise TypeError(f"LisaSchedule: model is {type(model).__name__}, expected a torch.nn.Module or a Selection")
-        _check.positive("LisaSchedule", "n_active", n_active)
-        self.every, self.seed, self.keep_state = _check.positive("LisaSchedule", "every", every), seed, keep_state
+        n_active = _check.positive("LisaSchedule", "n_active", n_active)
+        self.every, self.seed = (
+            _check.positive("LisaSchedule", "every", every),
+            _check.integer("LisaSchedule", "seed", seed),
+        )
+        self.keep_state = keep_state
         selected = dict(model.named_parameters()) if isinstance(model, Selection) else None
         self.model = model.model if isinstance(model, Selection) else model
         if selected is None and selection_of(model) is not None:
@@ -81,11 +91,14 @@ class LisaSchedule:
         """All that is ever trained, for an optimizer."""
         return [p for block in self.blocks for p in block] + self.always
 
-    def step(self, optimizer=None) -> tuple[int, ...]:
-        """Before a training step: the numbers of the blocks that train in it.
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> tuple[int, ...]:
+        """Choose the blocks of the training step that comes next.
 
         Args:
-            optimizer: whose state of blocks that come to rest is dropped (unless ``keep_state``).
+            optimizer: The optimizer, whose state of blocks that come to rest is dropped (unless ``keep_state``).
+
+        Returns:
+            The numbers of the blocks that train in it.
         """
         active = self.drawn(self.steps)
         if active != self.active:
@@ -135,11 +148,8 @@ class LisaSchedule:
         self.active = active
 
     def _ends(self, train_embeddings: bool, train_head: bool) -> list[nn.Parameter]:
-        found = []
-        for wanted, name in ((train_embeddings, "get_input_embeddings"), (train_head, "get_output_embeddings")):
-            try:
-                module = getattr(self.model, name)() if wanted and hasattr(self.model, name) else None
-            except (AttributeError, NotImplementedError):
-                module = None
+        found: list[nn.Parameter] = []
+        for wanted, ask in ((train_embeddings, input_embeddings), (train_head, output_embeddings)):
+            module = ask(self.model) if wanted else None
             found += [] if module is None else module.parameters()
         return list(dict.fromkeys(found))

@@ -1,15 +1,14 @@
 """Selective fine-tuning among the other methods of ``attach``: several named selections, of which some act."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..method import Method
-from . import files
 from .change import Change
 from .config import Selective
+from .files import SelectiveFiles
 from .grad_entry import GradEntry
 from .plan import Plan, resolve
 
@@ -25,11 +24,11 @@ class SelectiveRecord:
 class SelectiveMethod(Method):
     """The model's own parameters, trained in place; what is not active is kept in the CPU's memory."""
 
-    name, config, title = "selective", Selective, "fastpeft.Selective"
+    name, config, title, record_type = "selective", Selective, "fastpeft.Selective", SelectiveRecord
     unmergeable = "it is in the model's own weights"
 
-    def new_record(self) -> SelectiveRecord:
-        return SelectiveRecord()
+    def __init__(self):
+        self.files = SelectiveFiles(self)
 
     def resolve(self, op: str, model: nn.Module, config: Selective, name: str, strict: bool = True) -> Plan:
         return resolve(op, model, config)
@@ -88,20 +87,3 @@ class SelectiveMethod(Method):
                     tensor.requires_grad_(flag)
 
         return put_back
-
-    def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        change = self.record(model).changes.get(name)
-        return {} if change is None else change.parameters(model)
-
-    def plan(self, model: nn.Module, name: str) -> Plan:
-        """What the adapter trains."""
-        return self.record(model).changes[name].plan
-
-    def recognises(self, fields: Mapping) -> bool:
-        return fields.get("peft_type") in (files.OWN, files.TOKENS, files.NORMS)
-
-    def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Selective, dict[str, Tensor]]:
-        return files.read(op, model, directory, fields)
-
-    def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
-        files.write(op, model, self.plan(model, name), tensors, directory)

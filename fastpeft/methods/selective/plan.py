@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from ...nn.base_layer import is_conv1d, not_linear_reason
 from ...nn.branch import own_path_reason
 from ...nn.live_slice import LiveSlice, index_of
+from ...nn.protocol import original_child
 from ...nn.token_rows import no_embedding_reason
-from ..attachment import attachment_of, original_child, original_names
+from ..attachment import attachment_of, original_names, owners
+from ..embeddings import input_embeddings, output_embeddings
 from ..targets import walk
 from .blocks import blocks_of, chosen, near
 from .config import Selective
@@ -94,7 +96,7 @@ def resolve(op: str, model: nn.Module, config: Selective) -> Plan:
         found = [name for name in _named(word, parameters, modules) if in_scope(name)]
         if not found and not (word == "bias" and config.add_missing_bias):
             where = "" if scope is None else f" in layers={config.layers!r}"
-            raise ValueError(f"{op}: params has {word!r}, which is no parameter{where}{near(word, parameters)}")
+            raise ValueError(f"{op}: params has {word!r}, {_no_parameter(word, where, parameters)}")
         plan.whole.update((name, word if word in ("bias", "norm") else "params") for name in found)
     _add_modules(op, config, parameters, modules, plan)
     _add_biases(op, config, model, modules, in_scope, plan)
@@ -141,6 +143,14 @@ def _named(word, parameters, modules) -> list[str]:
     return matches(word, parameters)
 
 
+def _no_parameter(word: str, where: str, parameters: Iterable[str]) -> str:
+    if word == "bias":
+        return f"but no parameter{where} is one: add_missing_bias=True gives linear layers biases to train"
+    if word == "norm":
+        return f"but there is no normalisation layer{where} with parameters"
+    return f"which is no parameter{where}{near(word, parameters, words=('bias', 'norm'))}"
+
+
 def _add_modules(op, config, parameters, modules, plan):
     for name in config.modules:
         paths = matches(name, [path for path in modules if path])
@@ -156,7 +166,7 @@ def _add_modules(op, config, parameters, modules, plan):
 def _add_biases(op, config, model, modules, in_scope, plan):
     if not config.add_missing_bias:
         return
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_embeddings(model)
     linears = {path: _innermost(module) for path, module in modules.items() if path}
     linears = {path: m for path, m in linears.items() if not_linear_reason(m) is None}
     if config.add_missing_bias is True:
@@ -221,12 +231,7 @@ def own_path_reason_but_hooks(module: nn.Module) -> str | None:
 
 
 def _input_embedding(op, model, modules) -> str:
-    table = None
-    if hasattr(model, "get_input_embeddings"):
-        try:
-            table = model.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
-            table = None
+    table = input_embeddings(model)
     for path, module in modules.items():
         if table is not None and module is table:
             return path
@@ -249,10 +254,7 @@ def _check_disjoint(op, parameters, modules, plan):
 
 
 def _note_ties(model, plan):
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for names in owners.values():
+    for names in owners(model).values():
         trained = next((name for name in names if name in plan.whole), None)
         if trained is not None and len(names) > 1:
             plan.notes.append(f"{trained} is tied to {', '.join(n for n in names if n != trained)}")

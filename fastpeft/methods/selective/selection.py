@@ -1,13 +1,16 @@
 """``fastpeft.select``: train chosen parts of a model itself, and nothing else."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..attachment import attachment_of
+from ..attachment import attachment_of, check_module
+from ..formats.files import whole
+from . import files
 from .change import Change
-from .config import Selective
+from .config import Ids, Selective
 from .grad_entry import GradEntry
 from .plan import Plan, is_norm, own_modules, resolve
 
@@ -27,7 +30,9 @@ class Selection:
     """What ``select`` trains on a model. Printing it gives a table; ``revert`` takes it back, bit for bit.
 
     Attributes:
-        model: the model. plan: what is trained. notes: what a user should know (tied weights).
+        model: The model.
+        plan: What is trained: names of parameters, new biases, slices of weights.
+        notes: What a user should know, a sentence each (tied weights).
     """
 
     def __init__(self, model: nn.Module, plan: Plan):
@@ -45,20 +50,31 @@ class Selection:
         model.__dict__[KEY] = self
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained: whole parameters by name; ``path.rows``, ``path.columns`` and ``path.tokens`` are slices."""
+        """What is trained: whole parameters by name; ``path.rows``, ``path.columns`` and ``path.tokens`` are slices.
+
+        Raises:
+            ValueError: The selection has been reverted.
+        """
         self._check_alive("named_parameters")
         yield from self._change.parameters(self.model).items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """For an optimizer."""
+        """What is trained, for an optimizer that is to treat all of it alike."""
         return (parameter for _, parameter in self.named_parameters())
 
     def param_groups(
         self, lr: float, norm_lr: float | None = None, bias_lr: float | None = None, weight_decay: float = 0.0
     ) -> list[dict]:
-        """Parameter groups for an optimizer: weights, biases, norms, each with its learning rate (lr if not given).
+        """Parameter groups for an optimizer: weights, token rows, biases, norms.
 
-        Only weights, their rows and their columns decay; norms, biases and token rows do not.
+        Args:
+            lr: The learning rate of weights and token rows.
+            norm_lr: The learning rate of normalisation layers; None is ``lr``.
+            bias_lr: The learning rate of biases; None is ``lr``.
+            weight_decay: The decay of weights, their rows and their columns; norms, biases and token rows do not decay.
+
+        Returns:
+            The groups that have parameters, each with "params", "lr", "weight_decay" and "name".
         """
         rates = {"weights": lr, "tokens": lr, "biases": lr if bias_lr is None else bias_lr}
         rates["norms"] = lr if norm_lr is None else norm_lr
@@ -98,18 +114,23 @@ class Selection:
         del self.model.__dict__[KEY]
         return self.model
 
-    def save(self, directory) -> None:
+    def save(self, directory: str | os.PathLike) -> None:
         """Write what was trained, and nothing else; ``fastpeft.load_selective`` reads it.
 
         Chosen tokens alone, and whole norms alone, are written as PEFT writes them (TRAINABLE_TOKENS, LN_TUNING), so
         ``PeftModel.from_pretrained`` reads those too. Everything else is ``adapter_config.json`` with peft_type
         FASTPEFT_SELECTIVE beside ``adapter_model.safetensors``.
-        """
-        from .files import write
 
+        Args:
+            directory: The folder, which is made if it is not there.
+
+        Raises:
+            ValueError: The selection has been reverted, or its tensors have no values (meta).
+            ImportError: safetensors is missing.
+        """
         self._check_alive("save")
-        tensors = {key: _whole(tensor) for key, tensor in self._change.parameters(self.model).items()}
-        write("save", self.model, self.plan, tensors, directory)
+        tensors = {key: whole(tensor) for key, tensor in self._change.parameters(self.model).items()}
+        files.write("save", self.model, self.plan, tensors, directory)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -145,7 +166,19 @@ def selection_of(model: nn.Module) -> Selection | None:
     return model.__dict__.get(KEY)
 
 
-def select(model: nn.Module, **what) -> Selection:
+def select(
+    model: nn.Module,
+    *,
+    layers: str | int | Sequence[int | str] | None = None,
+    params: str | Sequence[str] = (),
+    modules: str | Sequence[str] = (),
+    tokens: Ids | Mapping[str, Ids] = (),
+    rows: Mapping[str, float | Ids] | None = None,
+    columns: Mapping[str, float | Ids] | None = None,
+    add_missing_bias: bool | Sequence[str] = False,
+    blocks: str | None = None,
+    seed: int = 0,
+) -> Selection:
     """Train parts of ``model`` itself, in place, and freeze the rest.
 
     >>> selection = fastpeft.select(model, layers="last:2", params=["bias", "norm"], modules=["classifier"])
@@ -157,22 +190,73 @@ def select(model: nn.Module, **what) -> Selection:
     PyTorch demands; for transformers models that is done here.
 
     Args:
-        what: the arguments of ``fastpeft.Selective``.
+        model: Any module without adapters and without another selection.
+        layers: Blocks of the model's stack: "last:2", "first:2", "3:6" (half open), numbers, names, or a list of these.
+            Alone it trains them whole; beside params, rows, columns or add_missing_bias it says where those apply.
+        params: "bias", "norm", names of parameters, their ends, or regular expressions for whole names.
+        modules: Paths or ends of paths of modules that are trained whole.
+        tokens: Ids whose rows of the input embedding are trained, or a dict of such lists by path.
+        rows: For linear layers, by end of path or regular expression, numbers of output features, or their fraction.
+        columns: The same for input features.
+        add_missing_bias: Whether linear layers without a bias get a trained one, or the paths of those that do.
+        blocks: The path of the ModuleList that layers counts; None is the longest one of modules of one type.
+        seed: The seed of the random choice of rows and columns.
+
+    Returns:
+        What is trained, for an optimizer; its ``revert`` gives the model back.
 
     Raises:
-        TypeError, ValueError: naming what is wrong, with near misses; nothing has been changed then.
+        TypeError: ``model`` is no module, or an argument has a type that it may not have (see ``fastpeft.Selective``).
+        ValueError: Nothing is selected, or something that the model does not have, with near misses. Nothing has been
+            changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"select: model is {type(model).__name__}, expected a torch.nn.Module")
-    config = Selective(**what)
+    config = Selective(
+        layers=layers,
+        params=params,
+        modules=modules,
+        tokens=tokens,
+        rows=rows,
+        columns=columns,
+        add_missing_bias=add_missing_bias,
+        blocks=blocks,
+        seed=seed,
+    )
+    return _select("select", model, config)
+
+
+def _select(op: str, model: nn.Module, config: Selective) -> Selection:
+    check_module(op, model)
     for path, module in model.named_modules():
         if attachment_of(module) is not None:
-            raise ValueError(f"select: {path or 'the model'} has adapters; give fastpeft.Selective to attach instead")
+            raise ValueError(f"{op}: {path or 'the model'} has adapters; give fastpeft.Selective to attach instead")
         if KEY in module.__dict__:
-            raise ValueError(f"select: {path or 'the model'} has a selection already; revert it first")
-    return Selection(model, resolve("select", model, config))
+            raise ValueError(f"{op}: {path or 'the model'} has a selection already; revert it first")
+    return Selection(model, resolve(op, model, config))
 
 
-def _whole(tensor):
-    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return tensor.detach().contiguous().clone()
+def load_selective(model: nn.Module, directory: str | os.PathLike) -> Selection:
+    """Select what a checkpoint trained and give it the values it had: of ``Selection.save``, or of PEFT.
+
+    PEFT's TRAINABLE_TOKENS and LN_TUNING are read too. Training can go on from there; ``revert`` takes it off again.
+
+    Args:
+        model: The model that the checkpoint is for, without adapters and without a selection.
+        directory: The folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        What is trained, with the values of the checkpoint in the model.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is pickled, truncated or foreign, or is for another model, with the keys and shapes that
+            differ. Nothing has been changed then.
+        ImportError: safetensors is missing.
+    """
+    config, tensors = files.read("load_selective", model, directory)
+    selection = _select("load_selective", model, config)
+    try:
+        files.fill("load_selective", directory, dict(selection.named_parameters()), tensors)
+    except ValueError:
+        selection.revert()
+        raise
+    return selection

@@ -276,7 +276,7 @@ def test_token_rows_compile():
         (lambda: RowSparseLinear(nn.Linear(2, 3), columns=[2]), ValueError, "columns has 2"),
         (lambda: RowSparseLinear(nn.Linear(2, 3), rows=[0, -3]), ValueError, "rows has 2 numbers of which 1 differ"),
         (lambda: RowSparseLinear(nn.Linear(2, 3), rows=[]), ValueError, "rows has 0 numbers"),
-        (lambda: RowSparseLinear(nn.Linear(2, 3), rows=[True]), ValueError, "rows has True"),
+        (lambda: RowSparseLinear(nn.Linear(2, 3), rows=[True]), TypeError, "rows has True"),
         (lambda: TokenRows(nn.Linear(2, 3), [0]), TypeError, "base_layer is a Linear"),
         (lambda: TokenRows(nn.Embedding(4, 2, max_norm=1.0), [0]), TypeError, "max_norm"),
         (lambda: TokenRows(nn.Embedding(4, 2, padding_idx=1), [0, 1]), ValueError, "the padding"),

@@ -1,14 +1,18 @@
 """Mutants of attach and its contract, of the bottleneck adapters' places and forms, and of their checkpoints."""
 
-FILE = "tests/methods/bottleneck/test_attach.py"
-FORWARD = f"{FILE}::TestFamilies::test_forward_backward_and_back_again"
-BEFORE, AFTER = f"{FILE}::test_formula_where_norms_come_before", f"{FILE}::test_formula_where_norms_come_after"
-RULE = f"{FILE}::TestByRule::test_follows_or_stands_beside"
+CONFIG = "tests/methods/bottleneck/test_config.py"
+FAMILIES = "tests/methods/bottleneck/test_families.py"
+RULES = "tests/methods/bottleneck/test_rules.py"
+SETTINGS = "tests/methods/bottleneck/test_settings.py"
+BESIDE = "tests/methods/bottleneck/test_together.py"
+FORWARD = f"{FAMILIES}::TestFamilies::test_forward_backward_and_back_again"
+BEFORE, AFTER = f"{FAMILIES}::test_formula_where_norms_come_before", f"{FAMILIES}::test_formula_where_norms_come_after"
+RULE = f"{RULES}::TestByRule::test_follows_or_stands_beside"
 TOGETHER = "tests/methods/test_attach_together.py::test_together[prompt, LoRA and bottleneck-llama]"
-FAILURE = f"{FILE}::TestTogether::test_nothing_half_attached"
-SAVED = f"{FILE}::TestFamilies::test_save_and_load"
+FAILURE = f"{BESIDE}::TestTogether::test_nothing_half_attached"
+SAVED = f"{FAMILIES}::TestFamilies::test_save_and_load"
 INSPECT, CONVERT = "tests/methods/test_inspect.py::TestInspect", "tests/methods/test_inspect.py::TestConvert"
-HALF = f"{FILE}::TestOtherSettings::test_half_precision"
+HALF = f"{SETTINGS}::TestOtherSettings::test_half_precision"
 
 TESTS = (BEFORE, AFTER, RULE, FAILURE, f"{SAVED}[double_seq_bn-llama]")
 MUTANTS = {
@@ -23,14 +27,14 @@ MUTANTS = {
             "hooks stay while modules are replaced": (
                 "for method in methods_of(state):\n            method.lift(model)\n        for",
                 "for",
-                f"{FILE}::TestOtherSettings::test_a_norm_that_is_copied_for_training",
+                f"{SETTINGS}::TestOtherSettings::test_a_norm_that_is_copied_for_training",
             ),
         },
         "take_back": {
             "flags stay frozen after a failure": ("(model)\n    _set_flags(flags)", "(model)", FAILURE),
         },
         "resolve_all": {
-            "the same method twice": ("(method) > 1", "(method) > 2", f"{FILE}::TestTogether::test_bad_lists"),
+            "the same method twice": ("(method) > 1", "(method) > 2", f"{BESIDE}::TestTogether::test_bad_lists"),
         },
         "detach": {
             "flags of the original lost": (
@@ -43,9 +47,9 @@ MUTANTS = {
     "fastpeft/methods/switch.py": {
         "merge": {
             "merge forgets what cannot be merged": (
-                "method.unmergeable is not None",
+                "not isinstance(method, Mergeable)",
                 "False",
-                f"{FILE}::TestTogether::test_merging_names_what_cannot_be",
+                f"{BESIDE}::TestTogether::test_merging_names_what_cannot_be",
             ),
         },
         "disable_adapter": {
@@ -55,7 +59,7 @@ MUTANTS = {
             "merged adapters are switched": (
                 'refuse_merged("set_adapter", holder, state)',
                 "",
-                "tests/methods/test_attach.py::TestDisableAndMerge",
+                "tests/methods/test_switch.py::TestDisableAndMerge",
             ),
         },
     },
@@ -71,8 +75,8 @@ MUTANTS = {
     "fastpeft/methods/targets.py": {
         "_walk": {
             "what was added is adapted": (
-                'getattr(type(module), "fastpeft_added", False)',
-                "False",
+                "or is_added(module)",
+                "",
                 "tests/methods/test_attach_together.py::test_what_one_adds_is_none_of_another_s_targets",
             ),
         },
@@ -86,8 +90,8 @@ MUTANTS = {
             ),
         },
     },
-    "fastpeft/methods/lora/keys.py": {
-        "expected": {
+    "fastpeft/methods/lora/files.py": {
+        "LoraFiles.expected": {
             "others' biases are LoRA's": (
                 "state is not None and original not in state.flags",
                 "False",
@@ -132,21 +136,21 @@ MUTANTS = {
             "layers counted from 1": (
                 "(layers)",
                 "(layers) + 1",
-                f"{FILE}::TestFamilies::test_leave_out_and_widths_by_layer",
+                f"{FAMILIES}::TestFamilies::test_leave_out_and_widths_by_layer",
             ),
         },
         "_layer_path": {
             "each T5 sub-layer is a layer": (
                 "match[0] if match else path",
                 "path",
-                f"{FILE}::TestFamilies::test_leave_out_and_widths_by_layer",
+                f"{FAMILIES}::TestFamilies::test_leave_out_and_widths_by_layer",
             ),
         },
         "sites": {
             "leave_out ignored": (
                 "and site.layer not in config.leave_out",
                 "",
-                f"{FILE}::TestFamilies::test_leave_out_and_widths_by_layer",
+                f"{FAMILIES}::TestFamilies::test_leave_out_and_widths_by_layer",
             ),
             "places ignored": ("site.place in config.places and", "", f"{FORWARD}[seq_bn-llama]"),
         },
@@ -154,19 +158,19 @@ MUTANTS = {
             "a list that is never called": (
                 "type(modules[path]).forward is nn.Module.forward",
                 "False",
-                f"{FILE}::TestByRule::test_bad_rules",
+                f"{RULES}::TestByRule::test_bad_rules",
             ),
         },
     },
     "fastpeft/methods/bottleneck/method.py": {
         "_build": {
-            "adapters in half precision": ("torch.float32 if near.dtype in HALF else near", "near", HALF),
+            "adapters in half precision": ("trained_dtype(near.dtype)", "near.dtype", HALF),
         },
         "BottleneckMethod.set_active": {
             "inactive adapters train": (
                 "trainable and name in holder.active",
                 "trainable",
-                f"{FILE}::TestFamilies::test_two_adapters",
+                f"{FAMILIES}::TestFamilies::test_two_adapters",
             ),
         },
         "BottleneckMethod.apply": {
@@ -176,14 +180,18 @@ MUTANTS = {
             "fused encoders pass by": (
                 "isinstance(module, Bottlenecks)",
                 "False",
-                f"{FILE}::TestByRule::test_pytorch_s_fused_encoder_does_not_bypass_the_adapters",
+                f"{RULES}::TestByRule::test_pytorch_s_fused_encoder_does_not_bypass_the_adapters",
             ),
         },
     },
     "fastpeft/methods/bottleneck/config.py": {
         "Bottleneck.size_of": {
-            "width rounded up": ("features // factor", "-(-features // factor)", f"{FILE}::test_widths"),
-            "no width below 1": ("max(1, int(features // factor))", "int(features // factor)", f"{FILE}::test_widths"),
+            "width rounded up": ("features // factor", "-(-features // factor)", f"{CONFIG}::test_widths"),
+            "no width below 1": (
+                "max(1, int(features // factor))",
+                "int(features // factor)",
+                f"{CONFIG}::test_widths",
+            ),
         },
     },
     "fastpeft/methods/formats/adapterhub_format.py": {
@@ -205,7 +213,7 @@ MUTANTS = {
             "the size's factor is inexact": (
                 "(size + 0.5)",
                 "size",
-                f"{FILE}::test_every_width_has_a_reduction_factor",
+                f"{CONFIG}::test_every_width_has_a_reduction_factor",
             ),
         },
         "from_hub": {
@@ -221,12 +229,12 @@ MUTANTS = {
             "another method's checkpoint is read": (
                 "here != there",
                 "False",
-                f"{FILE}::TestTogether::test_a_checkpoint_of_another_method",
+                f"{BESIDE}::TestTogether::test_a_checkpoint_of_another_method",
             ),
         },
         "save": {
             "one folder for several methods": (
-                "directory / method.name if len(parts) > 1 else directory",
+                "directory / folder if len(parts) > 1 else directory",
                 "directory",
                 TOGETHER,
             ),

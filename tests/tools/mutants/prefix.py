@@ -10,16 +10,16 @@ NOTHING = "tests/methods/prefix/test_attention_kernels.py::test_queries_that_see
 STRIDES = "tests/methods/prefix/test_attention_kernels.py::test_any_strides_and_offsets"
 CHOICE = "tests/methods/prefix/test_attention_kernels.py::test_choice"
 PEFT = "tests/methods/prefix/test_prefix_tuning.py::test_equals_peft"
-ROWS = "tests/methods/prefix/test_prefix_tuning.py::test_rows_equal_separate_runs"
-GENERATE = "tests/methods/prefix/test_prefix_tuning.py::test_generate[{}-llama]"
+ROWS = "tests/methods/prefix/test_rows.py::test_rows_equal_separate_runs"
+GENERATE = "tests/methods/prefix/test_rows.py::test_generate[{}-llama]"
 CHECKPOINTED = (
     "tests/methods/prefix/test_prefix_tuning.py::test_gradient_checkpointing_where_peft_raises[llama-projection]"
 )
-P_ROWS = "tests/methods/prompt/test_prompt_tuning.py::test_rows_equal_separate_runs"
-P_GENERATE = "tests/methods/prompt/test_prompt_tuning.py::test_generate_by_row[{}-llama]"
-P_CACHE = "tests/methods/prompt/test_prompt_tuning.py::test_a_cache_that_goes_on"
-P_HEADS = "tests/methods/prompt/test_prompt_tuning.py::test_other_heads_by_row"
-P_BAD = "tests/methods/prompt/test_prompt_tuning.py::test_bad_calls_change_nothing"
+P_ROWS = "tests/methods/prompt/test_rows.py::test_rows_equal_separate_runs"
+P_GENERATE = "tests/methods/prompt/test_rows.py::test_generate_by_row[{}-llama]"
+P_CACHE = "tests/methods/prompt/test_rows.py::test_a_cache_that_goes_on"
+P_HEADS = "tests/methods/prompt/test_rows.py::test_other_heads_by_row"
+P_BAD = "tests/methods/prompt/test_errors.py::test_bad_calls_change_nothing"
 
 TESTS = (EQUAL, DROPOUT, PEFT, ROWS, P_ROWS)
 
@@ -122,7 +122,7 @@ MUTANTS = {
             "all rows have the first prefix": ("== len(members)", ">= 1", ROWS),
         },
         "Prefixes.after": {
-            "nobody looks whether layers attended": ("not None", "None", "tests/methods/prefix/test_prefix_tuning.py::test_a_model_that_does_not_hand_its_arguments_on"),
+            "nobody looks whether layers attended": ("not None", "None", "tests/methods/prefix/test_errors.py::test_a_model_that_does_not_hand_its_arguments_on"),
         },
         "Prefixes._refuse": {
             "reentrant checkpointing": ('on and getattr(function, "keywords", {}).get("use_reentrant", False)', "False", CHECKPOINTED),
@@ -133,12 +133,14 @@ MUTANTS = {
     },
     "fastpeft/methods/prefix/method.py": {
         "PrefixMethod._of_text": {
-            "another prefix in the text's": ("disable(others) if others is not None else lambda", "lambda", "tests/methods/prefix/test_prefix_tuning.py::test_starts_as_a_text_in_front"),
+            "another prefix in the text's": ("self.disable(model) if self.adapters(model) is not None else lambda", "lambda", "tests/methods/prefix/test_rows.py::test_starts_as_a_text_in_front"),
         },
         "PrefixMethod.remove": {
             "attention stays": ("model.config._attn_implementation = record", "record", "tests/methods/prefix/test_prefix_tuning.py::test_detach_leaves_the_model_as_it_was"),
         },
-        "PrefixMethod.write": {
+    },
+    "fastpeft/methods/prefix/files.py": {
+        "PrefixFiles.write": {
             "projection not kept": ("write_tensors(op, directory / RAW, tensors)", "", "tests/methods/prefix/test_prefix_tuning.py::test_training_goes_on_where_it_stopped"),
             "an old projection comes back": ("unlink(missing_ok=True)", "exists()", "tests/methods/prefix/test_prefix_tuning.py::test_training_goes_on_where_it_stopped"),
         },
@@ -146,7 +148,7 @@ MUTANTS = {
     "fastpeft/nn/prompt.py": {
         "Prompts.before": {
             "prompts in every step": ('not self.encodes and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0', "False", P_CACHE),
-            "an encoder's output knows nothing": ('{**given, "attention_mask": _repeat(done.mask, given)}', "given", "tests/methods/prompt/test_prompt_tuning.py::test_encoder_decoder_by_row"),
+            "an encoder's output knows nothing": ('{**given, "attention_mask": _repeat(done.mask, given)}', "given", "tests/methods/prompt/test_rows.py::test_encoder_decoder_by_row"),
         },
         "Prompts._continued": {
             "mask as the caller sees it": (', "attention_mask": torch.cat([before, generated.to(before.dtype)], 1)', "", P_CACHE),
@@ -159,7 +161,7 @@ MUTANTS = {
             "token types as they were": ("found[name] = padded.labels", "pass", P_HEADS),
         },
         "_repeat": {
-            "beams unknown": ("repeat_interleave(batch // len(rows), 0)", "repeat(batch // len(rows), 1)", "tests/methods/prompt/test_prompt_tuning.py::test_encoder_decoder_by_row"),
+            "beams unknown": ("repeat_interleave(batch // len(rows), 0)", "repeat(batch // len(rows), 1)", "tests/methods/prompt/test_rows.py::test_encoder_decoder_by_row"),
         },
         "Prompts._side": {
             "padding side of the model": ("if self.padding_side is not None:\n            return self.padding_side", "", P_ROWS),
@@ -175,11 +177,11 @@ MUTANTS = {
         },
         "RowAdapters.members": {
             "too few names": ("rows or batch % len(rows)", "rows", P_BAD),
-            "beams in another order": ("name in rows for _ in range(batch // len(rows))", "_ in range(batch // len(rows)) for name in rows", "tests/methods/prompt/test_prompt_tuning.py::test_generate_by_row[{'num_beams': 3}-llama]"),
+            "beams in another order": ("name in rows for _ in range(batch // len(rows))", "_ in range(batch // len(rows)) for name in rows", "tests/methods/prompt/test_rows.py::test_generate_by_row[{'num_beams': 3}-llama]"),
             "disabled, yet there": ("self.disabled", "False", "tests/methods/prompt/test_prompt_tuning.py::test_disabled_and_copied"),
         },
         "RowAdapters.take": {
-            "the first to ask takes the names": ("parts[-1] is self", "True", "tests/methods/prefix/test_prefix_tuning.py::test_beside_prompts_by_row"),
+            "the first to ask takes the names": ("parts[-1] is self", "True", "tests/methods/prefix/test_rows.py::test_beside_prompts_by_row"),
         },
     },
 }  # fmt: skip

@@ -1,25 +1,25 @@
 # ruff: noqa: E501
 """Mutants of select, Selective and LisaSchedule, and of where backward ends, as run.py says."""
 
-FILE, FILES, LISA = (
-    "tests/methods/selective/test_selective.py",
-    "tests/methods/selective/test_files.py",
-    "tests/methods/selective/test_lisa.py",
-)
+FILES, LISA = "tests/methods/selective/test_files.py", "tests/methods/selective/test_lisa.py"
+BACKWARD = "tests/methods/selective/test_backward.py"
+ERRORS = "tests/methods/selective/test_errors.py"
+FILE = "tests/methods/selective/test_selective.py"
+SELECTION = "tests/methods/selective/test_selection.py"
 BACK = f"{FILE}::test_trains_what_was_chosen_and_reverts_bit_for_bit"
 BLOCKS = f"{FILE}::test_exactly_the_blocks_that_were_named"
 STACK = f"{FILE}::test_the_stack_is_the_longest_list_of_like_blocks"
 SCOPE = f"{FILE}::test_layers_say_where_the_other_selectors_apply"
 MISSING = f"{FILE}::test_missing_biases_are_those_of_all_linear_layers_but_the_head"
 LOOKS = f"{FILE}::test_biases_and_norms_by_their_looks"
-FRACTION = f"{FILE}::test_rows_by_fraction_are_the_same_every_time"
-BAD = f"{FILE}::test_bad_input_changes_nothing"
-TRUNK = f"{FILE}::test_no_node_below_the_first_trained_block[llama-reentrant]"
-ASKED = f"{FILE}::test_what_checkpoints_ask_of_the_embedding_is_taken_back_and_restored"
-HANDED = f"{FILE}::test_blocks_that_are_handed_to_a_reentrant_checkpoint"
+FRACTION = f"{SELECTION}::test_rows_by_fraction_are_the_same_every_time"
+BAD = f"{ERRORS}::test_bad_input_changes_nothing"
+TRUNK = f"{BACKWARD}::test_no_node_below_the_first_trained_block[llama-reentrant]"
+ASKED = f"{BACKWARD}::test_what_checkpoints_ask_of_the_embedding_is_taken_back_and_restored"
+HANDED = f"{BACKWARD}::test_blocks_that_are_handed_to_a_reentrant_checkpoint"
 LEFT = f"{FILE}::test_revert_leaves_no_gradients_and_the_mode_the_model_has"
-TIED = f"{FILE}::test_tokens_of_a_tied_model_train_both_sides"
-GROUPS = f"{FILE}::test_param_groups"
+TIED = f"{SELECTION}::test_tokens_of_a_tied_model_train_both_sides"
+GROUPS = f"{SELECTION}::test_param_groups"
 SAVED = f"{FILES}::test_what_is_saved_is_what_is_loaded"
 TWO = f"{FILES}::test_two_named_selections"
 SHARED = f"{FILES}::test_selections_that_share_a_weight_cannot_act_together"
@@ -27,7 +27,7 @@ BESIDE = f"{FILES}::test_attached_beside_lora"
 ACTIVE = f"{LISA}::test_only_active_blocks_and_the_head_train"
 RESTING = f"{LISA}::test_the_state_of_resting_blocks"
 
-TESTS = (FILE, LISA, FILES)
+TESTS = (FILE, SELECTION, BACKWARD, ERRORS, LISA, FILES)
 MUTANTS = {
     "fastpeft/methods/selective/blocks.py": {
         "_one": {
@@ -76,13 +76,13 @@ MUTANTS = {
             "a table is a norm": ("and all(p.dim() < 2 for p in own)", "", LOOKS),
         },
         "_add_modules": {
-            "a tied module is not found": ("or id(p) in owned] if paths", "] if paths", f"{FILE}::test_a_tied_module_is_trained_once_and_said_to_be_tied"),
+            "a tied module is not found": ("or id(p) in owned] if paths", "] if paths", f"{SELECTION}::test_a_tied_module_is_trained_once_and_said_to_be_tied"),
         },
         "_add_tokens": {
             "the tied output layer is forgotten": ('p for p, m in modules.items() if m is not module and getattr(m, "weight", None) is module.weight', "", TIED),
         },
         "_check_disjoint": {
-            "rows of a tied weight": ('part.kind != "tokens" and sharers', "False", f"{FILE}::test_rows_of_a_tied_weight_are_refused"),
+            "rows of a tied weight": ('part.kind != "tokens" and sharers', "False", f"{SELECTION}::test_rows_of_a_tied_weight_are_refused"),
             "one weight selected twice": ("id(weight) in taken", "False", BAD),
         },
         "_input_embedding": {
@@ -91,6 +91,9 @@ MUTANTS = {
         },
     },
     "fastpeft/methods/selective/selection.py": {
+        "load_selective": {
+            "a bad file leaves a selection": ("selection.revert()\n        raise", "raise", f"{FILES}::test_bad_files_change_nothing"),
+        },
         "Selection.__init__": {
             "frozen parts stay trainable": ("model.requires_grad_(False)", "", BACK),
             "flags of a failure stay": (", parameter in model.named_parameters():", ", parameter in ():", f"{FILE}::test_a_failure_in_the_middle_changes_nothing"),
@@ -98,8 +101,8 @@ MUTANTS = {
         "Selection.revert": {
             "revert leaves hooks": ("self._entry.remove()", "", BACK),
             "revert leaves flags": ("parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))", "pass", BACK),
-            "revert goes half the way": ("since or not names.issuperset(self._flags)", "False", f"{FILE}::test_adapters_that_were_attached_since_come_off_first"),
-            "a model around it is not seen": ("or not names.issuperset(self._flags):", ":", f"{FILE}::test_adapters_that_were_attached_since_come_off_first"),
+            "revert goes half the way": ("since or not names.issuperset(self._flags)", "False", f"{SELECTION}::test_adapters_that_were_attached_since_come_off_first"),
+            "a model around it is not seen": ("or not names.issuperset(self._flags):", ":", f"{SELECTION}::test_adapters_that_were_attached_since_come_off_first"),
         },
         "Selection.param_groups": {
             "norms at the biases' rate": ("norm_lr is None else norm_lr", "bias_lr is None else bias_lr", GROUPS),
@@ -108,13 +111,13 @@ MUTANTS = {
             "biases decay": ('== "weights"', 'in ("weights", "biases")', GROUPS),
         },
         "Selection.__str__": {
-            "slices count twice": ("if id(p) not in slices)", ")", f"{FILE}::test_the_table_counts"),
+            "slices count twice": ("if id(p) not in slices)", ")", f"{SELECTION}::test_the_table_counts"),
         },
-        "select": {
-            "a part's adapters are not seen": ("model.named_modules()", '[("", model)]', f"{FILE}::test_a_part_that_has_adapters_or_a_selection_is_refused"),
+        "_select": {
+            "a part's adapters are not seen": ("model.named_modules()", '[("", model)]', f"{SELECTION}::test_a_part_that_has_adapters_or_a_selection_is_refused"),
         },
         "Selection._check_alive": {
-            "usable after revert": ("selection_of(self.model) is not self", "False", f"{FILE}::test_one_selection_at_a_time"),
+            "usable after revert": ("selection_of(self.model) is not self", "False", f"{SELECTION}::test_one_selection_at_a_time"),
         },
     },
     "fastpeft/methods/selective/change.py": {
@@ -158,11 +161,11 @@ MUTANTS = {
         "SelectiveMethod.disable": {
             "disabled for good": ("change.enter(model)\n                for", "for", BESIDE),
         },
-        "SelectiveMethod.recognises": {
-            "PEFT's norms are nobody's": (", files.NORMS", "", f"{FILES}::test_what_select_saved_is_an_adapter_too"),
-        },
     },
     "fastpeft/methods/selective/files.py": {
+        "SelectiveFiles.recognises": {
+            "PEFT's norms are nobody's": (", NORMS", "", f"{FILES}::test_what_select_saved_is_an_adapter_too"),
+        },
         "_as_peft": {
             "norms and more as norms alone": ("set(renamed) != set(plan.whole)", "not renamed", SAVED),
         },
@@ -175,9 +178,6 @@ MUTANTS = {
         "fill": {
             "keys that are missing": ("key not in tensors", "False", f"{FILES}::test_bad_files_change_nothing"),
             "keys of another model": ("key not in destinations", "False", f"{FILES}::test_bad_files_change_nothing"),
-        },
-        "load_selective": {
-            "a bad file leaves a selection": ("selection.revert()\n        raise", "raise", f"{FILES}::test_bad_files_change_nothing"),
         },
         "read": {
             "settings that are not served": ("value and name not in _WITHOUT_EFFECT", "False", f"{FILES}::test_bad_files_change_nothing"),
@@ -196,7 +196,7 @@ MUTANTS = {
             "gradients enter at every block": ("(getattr(block, _FUNCTION, None)) and self.first_of(block) is block", "(getattr(block, _FUNCTION, None))", TRUNK),
         },
         "GradEntry.first_of": {
-            "the first stack is everybody's": ("next(blocks for blocks in self.stacks if any(other is block for other in blocks))", "self.stacks[0]", f"{FILE}::test_reentrant_checkpoints_of_two_stacks"),
+            "the first stack is everybody's": ("next(blocks for blocks in self.stacks if any(other is block for other in blocks))", "self.stacks[0]", f"{BACKWARD}::test_reentrant_checkpoints_of_two_stacks"),
         },
         "_Checkpoint.__call__": {
             "a block that is handed over gets no gradient": ("args = self.entry.opened(args)", "pass", HANDED),

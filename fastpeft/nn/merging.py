@@ -1,0 +1,39 @@
+"""What LoRA adapters add to the weight and bias of a frozen layer, and the layer's tensors with it added."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import LoraAdapter
+from .base_layer import is_conv1d
+
+
+def added(adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
+    """``Σ scale · B A`` as ``[N, K]`` and ``Σ scale · lora_bias`` as ``[N]``, or None where none has one.
+
+    Both are in float32 or wider. There is at least one adapter.
+    """
+    weights, biases = [], []
+    for adapter in adapters:
+        dtype = torch.promote_types(adapter.lora_A.dtype, torch.float32)
+        weights.append(adapter.scale * (adapter.lora_B.to(dtype) @ adapter.lora_A.to(dtype)))
+        if adapter.lora_bias is not None:
+            biases.append(adapter.scale * adapter.lora_bias.to(dtype))
+    return sum(weights[1:], weights[0]), sum(biases[1:], biases[0]) if biases else None
+
+
+def merged(base: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
+    """The base's weight and bias with the adapters added, in the base's layout and dtype; a bias that stays is None.
+
+    Raises:
+        ValueError: A bias has nowhere to go, or a merged value is not finite.
+    """
+    weight, bias = added(adapters)
+    if bias is not None and base.bias is None:
+        raise ValueError("lora_bias cannot be merged into a base layer without bias")
+    weight = (base.weight + (weight.T if is_conv1d(base) else weight)).to(base.weight.dtype)
+    bias = None if bias is None else (base.bias + bias).to(base.bias.dtype)
+    if not weight.isfinite().all() or not (bias is None or bias.isfinite().all()):
+        raise ValueError("the merged weights are not all finite")
+    return weight, bias
