@@ -13,6 +13,8 @@ def start(arguments: list[str]) -> None:
     folder = build()
     os.environ["NULLGPU"] = os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     os.environ["LD_PRELOAD"] = " ".join(str(folder / name) for name in LIBRARIES)
+    os.environ["TRITON_PTXAS_PATH"] = str(folder / "ptxas")
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")  # what is compiled here runs nowhere else
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.execv(sys.executable, [sys.executable, "-m", "bench.nullgpu", *arguments])
 

@@ -21,6 +21,14 @@ LIBRARIES = {
     "libcuda.so.1": ["driver"],
 }
 FLAGS = ["-O2", "-fPIC", "-fvisibility=hidden", "-fno-builtin", "-Wall", "-Werror", "-std=gnu17"]
+# No kernel runs, so none is assembled: Triton compiles down to PTX, and gets a file for its cubin.
+ASSEMBLER = """#!/bin/sh
+if [ "$1" = --version ]; then exec '{ptxas}' --version; fi
+while [ $# -gt 1 ]; do
+  if [ "$1" = -o ]; then echo none >"$2"; fi
+  shift
+done
+"""
 MISSING = '__attribute__((visibility("default"))) int {0}(void) {{ return nullgpu_missing("{0}"); }}\n'
 
 
@@ -66,6 +74,11 @@ def _build(cuda: Path, out: Path) -> None:
         own = [] if library == runtime.name else [runtime]
         _run("-shared", *objects, _compile(cuda, out, rest), *own, "-lpthread", "-ldl", f"-Wl,-soname,{library}",
              f"-Wl,--version-script={version}", "-o", out / library)  # fmt: skip
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        ptxas = out / "ptxas"
+        ptxas.write_text(ASSEMBLER.format(ptxas=Path(triton.origin).parent / "backends/nvidia/bin/ptxas"))
+        ptxas.chmod(0o755)
     os.link(out / "libcuda.so.1", out / "libcuda.so")  # what Triton's launchers are linked to
 
 

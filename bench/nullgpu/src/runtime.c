@@ -111,6 +111,11 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* bloc
   *blocks = 2;
   return cudaSuccess;
 }
+API cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* function,
+                                               const cudaLaunchConfig_t* configuration) {
+  *clusters = nullgpu_attribute(cudaDevAttrMultiProcessorCount);
+  return cudaSuccess;
+}
 API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
                                                               size_t shared) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0);
