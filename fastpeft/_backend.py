@@ -101,7 +101,7 @@ def _against(name: str, reasons: Reasons, facts: tuple) -> str | None:
 
 def _constant(function: Callable) -> Callable:
     """torch.compiler.assume_constant_result without importing dynamo, and with it Triton, at decoration."""
-    function._dynamo_marked_constant = True
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 

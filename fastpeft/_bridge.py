@@ -19,10 +19,10 @@ def _show_kernels() -> None:
     if _NAME in sys.modules or (package / "kernels").is_dir() or not checkout.is_dir():
         return
     spec = ModuleSpec(_NAME, None, is_package=True)
-    spec.submodule_search_locations.append(str(checkout))
+    spec.submodule_search_locations = [str(checkout)]
     module = sys.modules[_NAME] = module_from_spec(spec)
     # The import system sets this attribute only for what it loads itself.
-    sys.modules[__package__].kernels = module
+    vars(sys.modules[__package__])["kernels"] = module
 
 
 _show_kernels()

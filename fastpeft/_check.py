@@ -5,6 +5,7 @@ import numbers
 import operator
 import re
 from collections.abc import Collection, Sequence, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -88,13 +89,13 @@ def dtype(op: str, name: Name, value: Tensor, *expected: torch.dtype) -> None:
         raise TypeError(f"{op}: {label(name)} has dtype {value.dtype}, expected {wanted}")
 
 
-def items(op: str, name: str, values: object, count: int | None = None) -> Sequence:
+def items(op: str, name: str, values: Any, count: int | None = None) -> Sequence:
     """A list of ``count`` items, or of any number; a tensor is none, though it has a length."""
     if not isinstance(values, Sized) or not hasattr(values, "__getitem__") or isinstance(values, (str, Tensor, dict)):
         raise TypeError(f"{op}: {name} is {shown(values)}, expected a list, an item for each projection")
     if count is not None and len(values) != count:
         raise ValueError(f"{op}: {name} has {len(values)} items, expected {count}")
-    return values
+    return cast(Sequence, values)
 
 
 def finite(op: str, name: Name, value: float) -> float:
@@ -113,7 +114,7 @@ def probability(op: str, name: Name, value: float) -> float:
     return number
 
 
-def _real(op: str, name: Name, value: object, expected: str) -> float:
+def _real(op: str, name: Name, value: Any, expected: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{op}: {label(name)} is {shown(value)}, expected {expected}")
     try:
@@ -122,7 +123,7 @@ def _real(op: str, name: Name, value: object, expected: str) -> float:
         return math.inf
 
 
-def integer(op: str, name: Name, value: object, expected: str = "an integer") -> int:
+def integer(op: str, name: Name, value: Any, expected: str = "an integer") -> int:
     """An integer, of Python or of a library such as numpy; a bool or a tensor is none."""
     if type(value) is int:
         return value
@@ -174,7 +175,7 @@ def seed(op: str, name: Name, value: object, device: torch.device) -> Tensor:
     return torch.tensor([number], dtype=torch.int64, device=device)
 
 
-def integers(op: str, name: Name, values: object) -> tuple[int, ...]:
+def integers(op: str, name: Name, values: Any) -> tuple[int, ...]:
     """Integers in a list, a range, an array or a tensor of one dimension, as Python's."""
     try:
         found = list(values.tolist() if hasattr(values, "tolist") else values)
@@ -190,7 +191,7 @@ def integers(op: str, name: Name, values: object) -> tuple[int, ...]:
     return tuple(found)
 
 
-def names(op: str, name: Name, values: object) -> tuple[str, ...]:
+def names(op: str, name: Name, values: Any) -> tuple[str, ...]:
     """Names in a list; a single string is no list, though it could be read as one of letters."""
     if isinstance(values, str):
         raise TypeError(f"{op}: {label(name)} is the string {values!r}, expected a list of names")
@@ -204,7 +205,7 @@ def names(op: str, name: Name, values: object) -> tuple[str, ...]:
     return found
 
 
-def pattern(op: str, name: Name, value: object) -> str:
+def pattern(op: str, name: Name, value: Any) -> str:
     """A regular expression."""
     try:
         re.compile(value)

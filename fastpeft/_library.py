@@ -44,17 +44,17 @@ def register_op(
             0 there. None: no gradient depends on any input, so that there is nothing to differentiate.
     """
     run = _without_autocast(implementation)
-    if definition is not None:
+    if backward is not None and definition is not None:
         backward = _differentiable(backward, definition)
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastpeft::{name}", fake, lib=_LIBRARY)
-    if backward is not None:
+    if backward is not None and setup_context is not None:
         torch.library.register_autograd(f"fastpeft::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     registered = getattr(torch.ops.fastpeft, name).default
     places = _tensor_places(registered)
     function = None
-    if backward is not None:
+    if backward is not None and setup_context is not None:
         function = _eager_function(run, setup_context, backward, places, once=definition is None)
 
     def call(*args):
@@ -114,7 +114,7 @@ def _eager_function(
             return tuple(flat)
 
     if once:
-        Eager.backward = staticmethod(once_differentiable(Eager.backward))
+        Eager.backward = staticmethod(once_differentiable(Eager.backward))  # type: ignore[method-assign]
     return Eager.apply
 
 
@@ -135,14 +135,17 @@ def _differentiable(backward: Callable, definition: Callable) -> Callable:
             given = torch.autograd.grad(ys, asked, dys, create_graph=True, materialize_grads=True)
         found = iter(given)
         gradients = [[next(found) if t is not None and t.requires_grad else None for t in group] for group in groups]
-        # A list without any gradient stays so; among gradients there is a tensor for each.
-        filled = [
-            [t.new_zeros(t.shape) if g is None and any(d is not None for d in group) else g for g, t in zip(group, own)]
-            for group, own in zip(gradients, groups, strict=True)
-        ]
+        filled = [_filled(group, own) for group, own in zip(gradients, groups, strict=True)]
         return tuple(g if isinstance(group, list) else g[0] for g, group in zip(filled, inputs, strict=True))
 
     return run
+
+
+def _filled(gradients: list, tensors: list) -> list:
+    """A list without any gradient stays so; among gradients there is a tensor for each."""
+    if all(gradient is None for gradient in gradients):
+        return gradients
+    return [t.new_zeros(t.shape) if g is None else g for g, t in zip(gradients, tensors, strict=True)]
 
 
 def _as_list(group: Tensor | list | None) -> list:

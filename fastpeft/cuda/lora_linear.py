@@ -166,7 +166,7 @@ def _fits(t: Tensor) -> bool:
     return element == 1 and row % 8 == 0 and row >= t.shape[1] and _past_16(t) == 0
 
 
-def _past_16(t: Tensor) -> int:
+def _past_16(t: Tensor) -> int | torch.SymInt:
     """Bytes from a multiple of 16 to where a matrix begins.
 
     Memory of another library may begin anywhere. While a graph is traced there is no address, so the place within the
@@ -181,9 +181,9 @@ def _rows(*matrices: Tensor) -> list[int]:
     return [number for t in matrices for number in (t.data_ptr(), t.stride(0))]
 
 
-def _mask(dropout: float, seeds: Tensor) -> tuple[int, int, float]:
+def _mask(dropout: float, seeds: Tensor | None) -> tuple[int, int, float]:
     dropped = threshold(dropout)
-    return seeds.data_ptr() if dropped else 0, dropped, inverse_keep(dropout)
+    return seeds.data_ptr() if dropped and seeds is not None else 0, dropped, inverse_keep(dropout)
 
 
 def _start(bias: Tensor) -> int:
@@ -199,9 +199,9 @@ def describe(x: Tensor, lora_as: Sequence[Tensor], weights: Sequence[Tensor | No
 
 
 def _extension():
-    from .. import _C
+    import fastpeft._C
 
-    return _C
+    return fastpeft._C
 
 
 def _place(x: Tensor) -> tuple[int, int]:

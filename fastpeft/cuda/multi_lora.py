@@ -122,9 +122,9 @@ def describe(x: Tensor, lora_as: Sequence[Tensor], *_) -> list[str]:
 
 
 def _extension():
-    from .. import _C
+    import fastpeft._C
 
-    return _C
+    return fastpeft._C
 
 
 def _capability(x: Tensor) -> int:

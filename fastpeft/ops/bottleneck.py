@@ -87,16 +87,16 @@ def _definition(ctx, grads):
     return (x, *weights, residual, *[None] * (4 + len(ctx.settings))), outputs
 
 
-def _backward_implementation(dy, x, kept, *operands):
+def _backward_implementation(dy, x, kept, *rest):
     """The gradients of x and of every weight; what is not needed is an empty tensor."""
-    *operands, needs = operands
+    *operands, needs = rest
     weights, _, seed, routing, settings, backend = _unpack(operands)
     found = _backend.load("bottleneck", backend).backward(dy, x, kept, weights, settings, seed, routing, needs)
     return [dy.new_empty(0) if grad is None else grad for grad in found]
 
 
-def _backward_fake(dy, x, kept, *operands):
-    *operands, needs = operands
+def _backward_fake(dy, x, kept, *rest):
+    *operands, needs = rest
     weights = operands[:7]
     dx = dy.new_empty(dy.shape[0], x.shape[1], dtype=x.dtype)
     found = [dx, *(None if t is None else dy.new_empty(t.shape, dtype=t.dtype) for t in weights)]
@@ -186,32 +186,33 @@ def bottleneck(
             Every message names the op, the argument, what it is and what was expected.
     """
     _check.floating("bottleneck", "x", x)
-    own, learned = residual is x, isinstance(scale, Tensor)
-    tensors = down_weight, down_bias, up_weight, up_bias, scale if learned else None, norm_weight, norm_bias
+    own, learned = residual is x, scale if isinstance(scale, Tensor) else None
+    weights = Weights(down_weight, down_bias, up_weight, up_bias, learned, norm_weight, norm_bias)
     wanted = autocast_dtype(x)
     if wanted is not None:
-        own, x, tensors = own and x.dtype == wanted, x.to(wanted), [cast(t, wanted, torch.float32) for t in tensors]
+        own, x = own and x.dtype == wanted, x.to(wanted)
+        weights = Weights._make(cast(t, wanted, torch.float32) for t in weights)
     rows = x.numel() // max(x.shape[-1], 1)
     if slots is not None:
         check_slots("bottleneck", "slots", slots, rows)
-    weights = Weights(*tensors)
     sizes = arguments.weights(x, weights, slots is not None)
     if residual is not None:
         arguments.residual(residual, x, sizes)
     eps = arguments.settings(activation, norm, eps)
-    number = 1.0 if learned else _check.finite("bottleneck", "scale", scale)
+    number = 1.0 if isinstance(scale, Tensor) else _check.finite("bottleneck", "scale", scale)
     dropout = _check.probability("bottleneck", "dropout", dropout)
     backend = _backend.choose("bottleneck", backend, REASONS, x, down_weight)
-    routing, tile = (None, None, None), 0
+    order = starts = tiles = None
+    tile = 0
     if slots is not None:
-        *routing, _, tile = routed("bottleneck", "slots", slots, sizes["S"], rows, x, backend)
+        order, starts, tiles, _, tile = routed("bottleneck", "slots", slots, sizes["S"], rows, x, backend)
     seed = arguments.seed(seed, dropout, sizes.get("S"), x.device)
     shape = x.shape
     if len(shape) != 2:
         x = x.reshape(-1, shape[-1])
         residual = residual if residual is None or own else residual.reshape(-1, sizes["N"])
     settings = activation, number, norm, eps, dropout, own, tile, backend
-    (y,), _ = _bottleneck(x, *weights, None if own else residual, seed, *routing, *settings)
+    (y,), _ = _bottleneck(x, *weights, None if own else residual, seed, order, starts, tiles, *settings)
     return y if len(shape) == 2 else y.view(*shape[:-1], sizes["N"])
 
 

@@ -21,11 +21,12 @@ Implementation" (2024) for products that gather and combine.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backend
+from .. import _backend, _check
 from .._library import register_op
 from .._mask import threshold
 from ..reference.experts import ExpertLinear, ExpertRouting, experts_of_rows
@@ -91,7 +92,9 @@ def _backward_implementation(
     impl, routing = _backend.load("experts", backend), _routing(tables, tile)
     rows, places = routing.rows, routing.places
     need_dx, need_dw, need_dbias, need_da, need_db, need_dweights = needs
-    dx = dw = dbias = da = db = dweights = ds = None
+    dx: Any = None
+    ds: Any = None
+    dw = dbias = da = db = dweights = None
     d = dy if up else dy.to(weight.dtype).index_select(0, routing.tokens)
     low_rank = bool(lora_a.numel())
     if low_rank and (need_dx or need_da or need_dweights):
@@ -108,7 +111,7 @@ def _backward_implementation(
         dweights = torch.where(places < rows.starts[-1], of_row[places], 0).to(weights.dtype)
     if need_dx and low_rank:
         impl.expand_(dx, ds, lora_a.mT, rows, dropout, seeds)
-    w = None if up else _of_rows(weights, places)
+    w: Any = None if up else _of_rows(weights, places)
     weighted = (lambda t: t) if up else lambda t: t * w.to(t.dtype)
     if need_da:
         da = laid_out_as(impl.dlora_a(weighted(ds), x, routing, up, dropout, seeds, lora_a.dtype), lora_a)
@@ -128,8 +131,8 @@ def _backward_fake(dy, x, s, weight, bias, lora_a, lora_b, weights, seeds, table
     *_, up, _ = settings
     tokens, places = tables[:2]
     dx = weight.new_empty((places if up else tokens).shape[0], weight.shape[2])
-    parameters = ([t.new_empty(t.shape), t] for t in (weight, bias, lora_a, lora_b))
-    parameters = (laid_out_as(grad, t) if t.dim() == 3 else grad for grad, t in parameters)
+    pairs = ((t.new_empty(t.shape), t) for t in (weight, bias, lora_a, lora_b))
+    parameters = (laid_out_as(grad, t) if t.dim() == 3 else grad for grad, t in pairs)
     grads = dx, *parameters, weights.new_empty(weights.shape)
     return [grad if need else dy.new_empty(0) for grad, need in zip(grads, needs, strict=True)]
 
@@ -230,6 +233,8 @@ def experts(
         TypeError, ValueError: naming the argument, what it is and what was expected.
     """
     arguments.tokens(x, top_k_index, top_k_weights)
+    if not callable(activation):
+        raise TypeError(f"experts: activation is {_check.shown(activation)}, expected a function of a tensor")
     up = arguments.projection("up", up, x, {"K": x.shape[1]})
     down = arguments.projection("down", down, x, {"E": len(up.weight), "N": x.shape[1]}, up.weight.dtype)
     backend = arguments.backend(backend, x, up, down)

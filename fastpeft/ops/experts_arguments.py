@@ -29,6 +29,8 @@ def projection(
     name: str, linear: ExpertLinear, x: Tensor, sizes: dict[str, int], dtype: torch.dtype | None = None
 ) -> ExpertLinear:
     """Shapes and dtypes of one projection, whose ``sizes`` and weight's dtype may be known; the numbers as floats."""
+    if not isinstance(linear, ExpertLinear):
+        raise TypeError(f"experts: {name} is {_check.shown(linear)}, expected an ExpertLinear")
     weight, bias, lora_a, lora_b, scale, dropout = linear
     op, of = "experts", lambda part: f"{name}.{part}"
     _check.tensor(op, of("weight"), weight, ("E", "N", "K"), sizes, x)
@@ -40,7 +42,7 @@ def projection(
         _check.dtype(op, of("bias"), bias, weight.dtype)
     if (lora_a is None) != (lora_b is None):
         raise ValueError(f"{op}: {of('lora_a')} and {of('lora_b')}: one is None, expected both or neither")
-    if lora_a is not None:
+    if lora_a is not None and lora_b is not None:
         _check.tensor(op, of("lora_a"), lora_a, ("E", "R", "K"), sizes, x)
         _check.tensor(op, of("lora_b"), lora_b, ("E", "N", "R"), sizes, x)
         _check.dtype(op, of("lora_a"), lora_a, weight.dtype, torch.promote_types(weight.dtype, torch.float32))

@@ -176,8 +176,8 @@ def lora_linear(
         ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
             Every message names the op, the argument, what it is and what was expected.
     """
-    operands = [weight], [lora_a], [lora_b], [bias], [scale], [dropout], [seed]
-    return _call("lora_linear", False, x, *operands, backend)[0]
+    lists = [lora_a], [lora_b], [bias], [scale], [dropout], [seed]
+    return _call("lora_linear", False, x, [weight], lists, backend)[0]
 
 
 def lora_linear_shared(
@@ -217,14 +217,15 @@ def lora_linear_shared(
         ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
             Every message names the op, the argument and its item, what it is and what was expected.
     """
-    lists = {"lora_as": lora_as, "lora_bs": lora_bs}
-    lists |= {"biases": biases, "scales": scales, "dropouts": dropouts, "seeds": seeds}
-    lists = arguments.lists("lora_linear_shared", weights, lists)
-    return tuple(_call("lora_linear_shared", True, x, weights, *lists, backend))
+    given: dict[str, Sequence | None] = {"lora_as": lora_as, "lora_bs": lora_bs}
+    given |= {"biases": biases, "scales": scales, "dropouts": dropouts, "seeds": seeds}
+    lists = arguments.lists("lora_linear_shared", weights, given)
+    return tuple(_call("lora_linear_shared", True, x, weights, lists, backend))
 
 
-def _call(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
+def _call(op, shared, x, weights, lists, backend):
     """Check everything, then flatten x's leading dimensions once and restore them."""
+    lora_as, lora_bs, biases, scales, dropouts, seeds = lists
     _check.floating(op, "x", x)
     wanted = autocast_dtype(x)
     if wanted is not None:

@@ -1,6 +1,6 @@
 """What lora_linear accepts: each check names the op, the argument, what it is and what was expected."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ _ONE = ("weight", "lora_a", "lora_b", "bias")
 _SHARED = ("weights", "lora_as", "lora_bs", "biases")
 
 
-def lists(op: str, weights: Sequence, given: dict[str, Sequence | None]) -> list[Sequence]:
+def lists(op: str, weights: Sequence, given: Mapping[str, Sequence | None]) -> list[Sequence]:
     """The shared form's lists, an item for each of the weights; those that are not given by their defaults."""
     count = len(_check.items(op, "weights", weights))
     if count == 0:
@@ -69,6 +69,6 @@ def seeds(op: str, shared: bool, given: Sequence, dropouts: Sequence[float], x: 
     """int64 ``[P]``, a seed for each projection; empty where nothing is dropped."""
     if not any(map(threshold, dropouts)):
         return x.new_empty(0)
-    names = [("seeds", p) for p in range(len(given))] if shared else ["seed"]
+    names: list[_check.Name] = [("seeds", p) for p in range(len(given))] if shared else ["seed"]
     drawn = [_check.seed(op, name, seed, x.device) for name, seed in zip(names, given, strict=True)]
     return drawn[0] if len(drawn) == 1 else torch.cat(drawn)

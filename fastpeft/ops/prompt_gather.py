@@ -173,8 +173,8 @@ def prompt_gather(
             Every message names the op, the argument, what it is and what was expected.
     """
     source = arguments.source(input_ids, embedding, inputs_embeds)
-    ids = _absent(source) if inputs_embeds is not None else input_ids
-    b, t = source.shape[:2] if inputs_embeds is not None else input_ids.shape
+    ids = _absent(source) if inputs_embeds is not None or input_ids is None else input_ids
+    b, t = source.shape[:2] if inputs_embeds is not None else ids.shape
     table, lengths = arguments.table(prompts, lengths, source)
     prompt_ids, longest = arguments.rows(prompt_ids, b, lengths, source)
     optional = {"attention_mask": attention_mask, "labels": labels, "position_ids": position_ids}
@@ -190,7 +190,8 @@ def prompt_gather(
     outs, _ = _prompt_gather(
         table, source, ids, prompt_ids, *optional.values(), lengths, t + longest, left, ignore_index, backend
     )
-    return PromptBatch(*outs[:3], None if labels is None else outs[3])
+    embeds, mask, positions, found = outs
+    return PromptBatch(embeds, mask, positions, None if labels is None else found)
 
 
 def _triton_reason(source: Tensor, prompts: Tensor) -> str | None:

@@ -50,8 +50,7 @@ def table(prompts, lengths, source: Tensor) -> tuple[Tensor, list[int]]:
 def rows(prompt_ids, b: int, lengths: list[int], source: Tensor) -> tuple[Tensor, int]:
     """Each row's prompt on the device, and the longest of them."""
     if isinstance(prompt_ids, Tensor):
-        found = integers("prompt_ids", prompt_ids, (b,), source)
-        return found, max([0, *lengths])
+        return integers("prompt_ids", prompt_ids, (b,), source), max([0, *lengths])
     given = [-1 if p is None else p for p in _check.items("prompt_gather", "prompt_ids", prompt_ids)]
     if len(given) != b:
         raise ValueError(f"prompt_gather: prompt_ids has {len(given)} items, expected one for each of {b} rows")
@@ -74,7 +73,7 @@ def integers(name: str, value, shape: tuple[int, ...] | None, like: Tensor, allo
         raise TypeError(f"prompt_gather: {name} has dtype {value.dtype}, expected {names}")
     if value.device != like.device:
         raise ValueError(f"prompt_gather: {name} is on {value.device}, expected {like.device}")
-    if name == "position_ids" and value.dim() == 2 and value.shape[0] == 1:
+    if name == "position_ids" and shape is not None and value.dim() == 2 and value.shape[0] == 1:
         value = value.expand(shape[0], -1)
     if value.dim() != 2 if shape is None else tuple(value.shape) != shape:
         raise ValueError(f"prompt_gather: {name} has shape {list(value.shape)}, expected {wanted}")

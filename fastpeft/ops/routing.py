@@ -34,7 +34,8 @@ def _fake(token_slots: Tensor, slots: int, tile: int, backend: str) -> tuple[Ten
     t = token_slots.shape[0]
     used = torch.sym_min(t, slots)
     shapes = (t,), (slots + 1,), (2, used + (t - used) // tile)
-    return tuple(token_slots.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    order, starts, tiles = (token_slots.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    return order, starts, tiles
 
 
 _route = register_op(
@@ -76,7 +77,8 @@ def route(token_slots: Tensor, slots: int, tile: int | None = None, backend: str
     if tile not in TILES:
         raise ValueError(f"route: tile is {tile}, expected {_ONE_OF_TILES}")
     backend = _backend.choose("route", backend, REASONS, token_slots)
-    return Routing(*_route(token_slots.reshape(-1), slots, tile, backend), slots, tile)
+    order, starts, tiles = _route(token_slots.reshape(-1), slots, tile, backend)
+    return Routing(order, starts, tiles, slots, tile)
 
 
 def check_slots(op: str, name: str, given: Tensor | Routing, rows: int) -> None:

@@ -65,7 +65,7 @@ def bottleneck(
     y = y if residual is None else residual.reshape(y.shape)
     tensor = scale if isinstance(scale, Tensor) else None
     weights = Weights(down_weight, down_bias, up_weight, up_bias, tensor, norm_weight, norm_bias)
-    settings = Settings(activation, 1.0 if tensor is not None else scale, norm, eps, dropout, False)
+    settings = Settings(activation, 1.0 if isinstance(scale, Tensor) else scale, norm, eps, dropout, False)
     if slots is None:
         out = (y + _branch(z, weights, settings, seed)).to(y.dtype)
         return out.view(*x.shape[:-1], out.shape[1])
@@ -84,7 +84,7 @@ def _branch(x: Tensor, weights: Weights, settings: Settings, seed: Tensor | None
     h = ACTIVATIONS[settings.activation](F.linear(a, weights.down, weights.down_bias))
     u = F.linear(h, weights.up, weights.up_bias) * settings.scale
     u = u if weights.scale is None else u * weights.scale
-    mask = mask_of(u, *u.shape, settings, seed)
+    mask = mask_of(u, u.shape[0], u.shape[1], settings, seed)
     return u if mask is None else u * mask * inverse_keep(settings.dropout)
 
 
@@ -143,7 +143,7 @@ def _forward(
     h = ACTIVATIONS[settings.activation](z)
     up, up_bias = scaled_up(weights)
     u = _affine(up_bias, h, up.T, settings.scale * inverse_keep(settings.dropout))
-    mask = mask_of(u, *u.shape, settings, seed)
+    mask = mask_of(u, u.shape[0], u.shape[1], settings, seed)
     u = u if mask is None else u.mul_(mask)
     residual = x if settings.own else residual
     if residual is None:
@@ -197,17 +197,17 @@ def _grouped_backward(
         width = weights.down.shape[2]
         dx = dy.to(x.dtype, copy=True) if settings.own else dy.new_zeros(len(dy), width, dtype=x.dtype)
     grads = [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) if need else None
+        torch.zeros_like(t, memory_format=torch.contiguous_format) if need and t is not None else None
         for t, need in zip(weights, needs[1:], strict=True)
     ]
     for slot, rows, place in _rows(routing):
         of_slot = weights.of(slot), settings, _seed(seeds, slot), needs
         kept_s = kept[place : place + len(rows)]
         dx_s, *found = bottleneck_backward.run(dy[rows], x[rows] if len(x) else x, kept_s, *of_slot)
-        if dx is not None:
+        if dx is not None and dx_s is not None:
             dx[rows] = dx_s
         for grad, part in zip(grads, found, strict=True):
-            if grad is not None:
+            if grad is not None and part is not None:
                 grad[slot] = part
     return dx, *grads
 

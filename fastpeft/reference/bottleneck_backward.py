@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from .._mask import inverse_keep
-from .bottleneck_terms import ACTIVATIONS, LEAKY_SLOPE, Settings, Weights, mask_of, normalised, product, scaled_up
+from .bottleneck_terms import (
+    ACTIVATIONS,
+    LEAKY_SLOPE,
+    Settings,
+    Weights,
+    given,
+    mask_of,
+    normalised,
+    product,
+    scaled_up,
+)
 
 
 def run(
@@ -59,11 +69,11 @@ def _up_gradients(g: Tensor, h: Tensor, weights: Weights, factor: float, needs: 
     if need_up_bias or (need_scale and up_bias is not None):
         dup_bias = g.sum(0, dtype=wide).mul_(factor)
     if need_scale:
-        dscale = (dup * up).sum(1)
-        dscale = dscale if up_bias is None else dscale.add_(dup_bias * up_bias)
+        dscale = (given(dup) * up).sum(1)
+        dscale = dscale if up_bias is None else dscale.add_(given(dup_bias) * up_bias)
         dscale = (dscale.sum(0, keepdim=True) if len(scale) == 1 else dscale).to(g.dtype)
-    dup = dup.mul_(scale[:, None]).to(g.dtype) if need_up else None
-    return [dup, dup_bias.mul_(scale).to(g.dtype) if need_up_bias else None, dscale]
+    dup = given(dup).mul_(scale[:, None]).to(g.dtype) if need_up else None
+    return [dup, given(dup_bias).mul_(scale).to(g.dtype) if need_up_bias else None, dscale]
 
 
 def _sum_of_products(g: Tensor, h: Tensor, parts: int = 8) -> Tensor:
@@ -96,7 +106,7 @@ def _through_norm(
     dnorm_bias = da.sum(0) if need_norm_bias else None
     if not need_x:
         return None, dnorm, dnorm_bias
-    da = da.to(unit.dtype) * norm_weight
+    da = da.to(unit.dtype) * given(norm_weight)
     along = (da * unit).mean(1, keepdim=True)
     return da.sub_(unit.mul_(along)).mul_(rstd[:, None]), dnorm, dnorm_bias
 

@@ -40,7 +40,7 @@ class Weights(NamedTuple):
 
     def of(self, slot: int) -> "Weights":
         """Those of one slot."""
-        return Weights(*(None if t is None else t[slot] for t in self))
+        return Weights._make(None if t is None else t[slot] for t in self)
 
 
 class Settings(NamedTuple):
@@ -52,6 +52,13 @@ class Settings(NamedTuple):
     eps: float
     dropout: float
     own: bool
+
+
+def given(tensor: Tensor | None) -> Tensor:
+    """What the caller knows to be there."""
+    if tensor is None:
+        raise ValueError("bottleneck: a tensor is None that the settings ask for")
+    return tensor
 
 
 def mask_of(like: Tensor, rows: int, columns: int, settings: Settings, seed: Tensor | None) -> Tensor | None:
@@ -74,7 +81,7 @@ def normalised(x: Tensor, weights: Weights, settings: Settings) -> tuple[Tensor,
         return a, tuple(stats)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = wide.square().mean(1).add_(settings.eps).rsqrt_()
-    a = (x * rstd[:, None]).mul_(weights.norm_weight)
+    a = (x * rstd[:, None]).mul_(given(weights.norm_weight))
     a = a if weights.norm_bias is None else a.add_(weights.norm_bias)
     return a.to(x.dtype), (rstd,)
 

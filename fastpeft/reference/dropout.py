@@ -47,16 +47,18 @@ def _signed(constant: int, width: int) -> int:
 
 def row_keys(seed: Tensor, rows: int | Tensor) -> Tensor:
     """splitmix64 of the rows 0 ... rows - 1 for a seed of one int64 element, or of row ``rows[i]`` for ``seed[i]``."""
-    one_seed = not isinstance(rows, Tensor)
-    z = torch.arange(1, rows + 1, dtype=torch.int64, device=seed.device) if one_seed else rows + 1
-    z = z.mul_(_signed(ROW_STEP, 64)).add_(seed.reshape(()) if one_seed else seed)
+    if isinstance(rows, Tensor):
+        z = rows + 1
+    else:
+        z, seed = torch.arange(1, rows + 1, dtype=torch.int64, device=seed.device), seed.reshape(())
+    z = z.mul_(_signed(ROW_STEP, 64)).add_(seed)
     for factor, shift in zip(ROW_FACTORS, ROW_SHIFTS, strict=False):
         z = z.bitwise_xor_(_shift_right(z, shift, 64)).mul_(_signed(factor, 64))
     return z.bitwise_xor_(_shift_right(z, ROW_SHIFTS[-1], 64))
 
 
 def keep_mask(
-    seed: Tensor, dropout: float, rows: int | Tensor, columns: int, dtype: torch.dtype = torch.bool
+    seed: Tensor | None, dropout: float, rows: int | Tensor, columns: int, dtype: torch.dtype = torch.bool
 ) -> Tensor:
     """The dropout mask ``[rows, columns]``: one (or True) where the element is kept.
 
@@ -66,7 +68,12 @@ def keep_mask(
         rows: how many, numbered from 0; or their numbers, int64 ``[rows]``, with a seed each, ``[rows]``.
         columns: how many columns.
         dtype: any real dtype. A float mask costs no extra pass and multiplies faster than a bool one.
+
+    Raises:
+        ValueError: there is no seed.
     """
+    if seed is None:
+        raise ValueError("keep_mask: seed is None, expected one int64 element")
     pairs = (columns + 1) // 2
     keys = row_keys(seed, rows)
     rows = len(keys)

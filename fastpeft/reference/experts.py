@@ -93,7 +93,7 @@ def experts(
 def _projection(x: Tensor, linear: ExpertLinear, e: int, seed: Tensor | None) -> Tensor:
     weight, bias, lora_a, lora_b, scale, dropout = linear
     bias = None if bias is None else bias[e]
-    if lora_a is None:
+    if lora_a is None or lora_b is None:
         return F.linear(x, weight[e], bias)
     return lora_linear(x, weight[e], lora_a[e], lora_b[e], bias, scale, dropout, seed)
 
@@ -171,4 +171,5 @@ def _mask(
         return None, 1.0
     experts = experts_of_rows(routing)
     rows = torch.arange(len(experts), device=experts.device) - routing.starts.long()[experts]
-    return keep_mask(seeds[experts], dropout, rows, columns, dtype), inverse_keep(dropout)
+    seed = None if seeds is None else seeds[experts]
+    return keep_mask(seed, dropout, rows, columns, dtype), inverse_keep(dropout)

@@ -2,12 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_GROUPED_MM = getattr(F, "grouped_mm", None)  # PyTorch has it since 2.10
+_GROUPED_MM: Any = getattr(F, "grouped_mm", None)  # PyTorch has it since 2.10
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -1,7 +1,7 @@
 """LoRA around a frozen linear layer, in plain PyTorch: the definition, and the steps that every backend offers.
 
 ``lora_linear`` is what the op means; autograd differentiates it. ``forward`` and ``backward`` are the same algebra in
-four steps, cut where the kernels cut it, with the gradients written out; on the CPU they are also what runs. Shapes:
+steps, cut where the kernels cut it, with the gradients written out; on the CPU they are also what runs. Shapes:
 ``x [M, K]``, ``a [r, K]``, ``b [N, r]``, ``s [M, R]``. R is the sum of the ranks of the branches that share x; each
 branch has its A, B, scale, dropout and seed. a and b may have a wider dtype than x; s always has theirs.
 """
@@ -86,20 +86,28 @@ def backward(
     need_da: bool,
     need_db: bool,
 ) -> tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None]:
-    """dX, and dA and dB of every projection. What dA does not need x for, or dB S, may be empty."""
-    parts = _split(s, lora_as) if need_db else [None] * len(dys)
-    steps = [
-        up_backward(dy, s_p, b, scale, need_dx or need_da, need_db)
-        for dy, s_p, b, scale in zip(dys, parts, lora_bs, scales, strict=True)
-    ]
+    """dX, and ``dA_p`` and ``dB_p = dY_pᵀ S_p`` of every projection, by ``dS_p = scale_p · dY_p B_p``.
+
+    x is read for dA alone, else it serves for its dtype, and S for dB alone.
+    """
+    ds: list[Tensor] = []
+    dbs: list[Tensor] = []
+    parts = _split(s, lora_as) if need_db else ()
+    for p, (dy, b) in enumerate(zip(dys, lora_bs, strict=True)):
+        wide = dy.to(b.dtype)
+        if need_dx or need_da:
+            ds.append(_product(wide, b, scales[p]))
+        if need_db:
+            dbs.append(wide.T @ parts[p])
     dx = das = None
-    if need_dx or need_da:
-        ds = steps[0][0] if len(steps) == 1 else torch.cat([ds for ds, _ in steps], 1)
-        dx, das = down_backward(ds, x, lora_as, dropouts, seeds, need_dx, need_da)
-    for dy, weight in zip(dys, weights, strict=True) if need_dx else ():
-        if weight.numel():
-            dx.addmm_(dy, weight)
-    return dx, das, [db for _, db in steps] if need_db else None
+    if ds:
+        stacked = ds[0] if len(ds) == 1 else torch.cat(ds, 1)
+        dx, das = down_backward(stacked, x, lora_as, dropouts, seeds, need_dx, need_da)
+    if dx is not None:
+        for dy, weight in zip(dys, weights, strict=True):
+            if weight.numel():
+                dx.addmm_(dy, weight)
+    return dx, das, dbs if need_db else None
 
 
 def down(
@@ -123,16 +131,6 @@ def up(s: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return y.to(dtype)
 
 
-def up_backward(
-    dy: Tensor, s: Tensor | None, b: Tensor, scale: float, need_ds: bool, need_db: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """``dS = scale · dY B`` ``[M, r]`` and ``dB = dYᵀ S`` ``[N, r]``."""
-    dy = dy.to(b.dtype)
-    ds = _product(dy, b, scale) if need_ds else None
-    db = dy.T @ s if need_db else None
-    return ds, db
-
-
 def down_backward(
     ds: Tensor,
     x: Tensor,
@@ -148,7 +146,8 @@ def down_backward(
     """
     if need_dx and not need_da and not any(map(threshold, dropouts)):
         return (ds @ _stack(lora_as)).to(x.dtype), None
-    dx, das = None, []
+    dx: Tensor | None = None
+    das = []
     for p, (a, ds_p) in enumerate(zip(lora_as, _split(ds, lora_as), strict=True)):
         mask = _mask(ds, dropouts[p], seeds, p, columns=a.shape[1])
         factor = inverse_keep(dropouts[p])
@@ -159,7 +158,7 @@ def down_backward(
         if need_da:
             # Not (xᵀ dS_p)ᵀ: a third faster on a CPU, but its sums over rows err a quarter more.
             das.append(_product(ds_p.T, x.to(ds.dtype) if mask is None else mask.mul_(x), factor))
-    return dx.to(x.dtype) if need_dx else None, das if need_da else None
+    return None if dx is None else dx.to(x.dtype), das if need_da else None
 
 
 def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
@@ -178,4 +177,4 @@ def _stack(matrices: Sequence[Tensor]) -> Tensor:
 def _mask(like: Tensor, dropout: float, seeds: Tensor | None, p: int, columns: int | None = None) -> Tensor | None:
     if not threshold(dropout):
         return None
-    return keep_mask(seeds[p], dropout, like.shape[0], columns or like.shape[1], like.dtype)
+    return keep_mask(None if seeds is None else seeds[p], dropout, like.shape[0], columns or like.shape[1], like.dtype)

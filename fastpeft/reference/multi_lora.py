@@ -40,7 +40,7 @@ class Slots(NamedTuple):
         Args:
             p: the number of the slice.
         """
-        return Slots(*(table[p] if table is not None and table.dim() == 2 else table for table in self))
+        return Slots._make(table[p] if table is not None and table.dim() == 2 else table for table in self)
 
 
 def multi_lora(
@@ -77,8 +77,8 @@ def multi_lora(
         rank = lora_a.shape[1] if ranks is None else int(ranks[slot])
         if rank == 0 or len(tokens) == 0:
             continue
-        drop = (0.0, None) if dropouts is None else (dropouts[slot], seeds[slot])
-        delta = lora_linear(x[tokens], None, lora_a[slot, :rank], lora_b[slot, :, :rank], None, scale, *drop)
+        dropout, seed = 0.0 if dropouts is None else dropouts[slot], None if seeds is None else seeds[slot]
+        delta = lora_linear(x[tokens], None, lora_a[slot, :rank], lora_b[slot, :, :rank], None, scale, dropout, seed)
         y = y.index_add(0, tokens, delta)
     return y
 
@@ -153,7 +153,7 @@ def add_(
     slots: Slots,
 ) -> None:
     """``forward`` where nobody asks for S, without dropout: nothing is put in order between, x is gathered once."""
-    gathered = {}
+    gathered: dict[int, tuple[Tensor, Group]] = {}
     for p, (y, a, b) in enumerate(zip(ys, lora_as, lora_bs, strict=True)):
         of_p = slots.of(p)
         for group in groups_of(routing, of_p.ranks, a.shape[1]):
@@ -234,8 +234,8 @@ def _outer(s, x, routing, slots, dtype):
 
 def _slices(routing: Routing, ranks: Tensor | None, largest: int) -> Iterator[tuple[int, slice, int]]:
     """(slot, its places in the order, its true rank)."""
-    ranks = None if ranks is None else ranks.tolist()
-    for slot, start, stop, rank in used_slots(routing.starts.tolist(), ranks, largest):
+    true = None if ranks is None else ranks.tolist()
+    for slot, start, stop, rank in used_slots(routing.starts.tolist(), true, largest):
         yield slot, slice(start, stop), rank
 
 
@@ -256,7 +256,8 @@ def _mask(slots: Slots, slot: int, rows: slice, like: Tensor) -> tuple[Tensor | 
     if not dropped:
         return None, 1.0
     p = dropped / LANES
-    return keep_mask(slots.seeds[slot], p, rows.stop - rows.start, like.shape[1], like.dtype), LANES / (LANES - dropped)
+    seed = None if slots.seeds is None else slots.seeds[slot]
+    return keep_mask(seed, p, rows.stop - rows.start, like.shape[1], like.dtype), LANES / (LANES - dropped)
 
 
 def _tokens(routing: Routing) -> Tensor:

@@ -64,9 +64,10 @@ def prompt_gather(
         rows.append([_pad(t, width, left, fill) for t, fill in zip(found, (0, 0, 0, ignore_index), strict=True)])
     if not rows:
         kind = torch.int64 if attention_mask is None else attention_mask.dtype
-        empty = [x.new_empty(0, width, dtype=d) for d in (kind, torch.int64, torch.int64)]
-        return x.new_empty(0, width, x.shape[2]), *empty
-    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        none, numbers = x.new_empty(0, width, dtype=kind), x.new_empty(0, width, dtype=torch.int64)
+        return x.new_empty(0, width, x.shape[2]), none, numbers, numbers.clone()
+    y, found_mask, positions, found_labels = (torch.stack(column) for column in zip(*rows, strict=True))
+    return y, found_mask, positions, found_labels
 
 
 def _pad(row: Tensor, width: int, left: bool, fill: int) -> Tensor:

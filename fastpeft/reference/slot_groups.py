@@ -47,7 +47,7 @@ def groups_of(routing: Routing, ranks: Tensor | None, largest: int) -> list[Grou
 def _grouped(
     order: tuple[int, ...], starts: tuple[int, ...], ranks: tuple[int, ...] | None, largest: int, device
 ) -> list[Group]:
-    by_rank = {}
+    by_rank: dict[int, list[tuple[int, int, int]]] = {}
     for slot, start, stop, rank in used_slots(starts, ranks, largest):
         by_rank.setdefault(rank, []).append((slot, start, stop))
     groups = []
@@ -67,17 +67,16 @@ def _grouped(
 
 def _group(segments: list[tuple[int, int, int]], rank: int, longest: int, order: tuple[int, ...], device) -> Group:
     slots, starts, stops = zip(*segments, strict=True)
-    rows = [min(start + i, stop - 1) for start, stop in zip(starts, stops, strict=True) for i in range(longest)]
+    places = [min(start + i, stop - 1) for start, stop in zip(starts, stops, strict=True) for i in range(longest)]
     counts = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-    real = [u * longest + i for u, count in enumerate(counts) for i in range(count)]
+    taken = [u * longest + i for u, count in enumerate(counts) for i in range(count)]
     with torch.inference_mode(False):  # what is kept serves training too
-        chosen, rows, real = (torch.tensor(values, device=device) for values in (slots, rows, real))
+        rows, real = (torch.tensor(values, device=device) for values in (places, taken))
         tokens = torch.tensor(order, device=device)[rows]
-        if slots[-1] - slots[0] == len(slots) - 1:
-            chosen = slice(slots[0], slots[-1] + 1)
-        return Group(
-            slots, counts, rank, chosen, rows, tokens, rows[real], tokens[real], real if len(real) < len(rows) else None
-        )
+        adjacent = slots[-1] - slots[0] == len(slots) - 1
+        chosen = slice(slots[0], slots[-1] + 1) if adjacent else torch.tensor(slots, device=device)
+        padded = real if len(real) < len(rows) else None
+        return Group(slots, counts, rank, chosen, rows, tokens, rows[real], tokens[real], padded)
 
 
 def used_slots(starts: Sequence[int], ranks: Sequence[int] | None, largest: int) -> Iterator[tuple[int, int, int, int]]:

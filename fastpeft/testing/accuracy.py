@@ -1,5 +1,6 @@
 """The rule of accuracy, and inputs on which arithmetic is exact."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 MAX_RATIO = 2.0
 RMS_RATIO = 1.2
+# What training uses: the operands' dtype and the trained weights', which may be float32 beside 16 bits.
+_FLOATS = torch.float32, torch.float16, torch.bfloat16
+TRAINING = (*((dtype, dtype) for dtype in _FLOATS), *((dtype, torch.float32) for dtype in _FLOATS[1:]))
 
 
 class Ratios(NamedTuple):
@@ -23,6 +27,12 @@ class Ratios(NamedTuple):
     @property
     def ok(self) -> bool:
         return self.max <= MAX_RATIO and self.rms <= RMS_RATIO
+
+
+def worst(found: Iterable[Ratios]) -> Ratios:
+    """The largest of each ratio."""
+    ratios = list(found)
+    return Ratios(max(r.max for r in ratios), max(r.rms for r in ratios))
 
 
 def error_vs_eager(fused: Tensor, eager: Tensor, exact: Tensor) -> Ratios:

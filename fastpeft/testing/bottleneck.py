@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,10 @@ from torch import Tensor
 from .. import _backend, ops, reference
 from ..ops.bottleneck import REASONS
 from ..ops.routing import TILES
-from .accuracy import Ratios, error_vs_eager, integer_inputs
+from .accuracy import TRAINING, Ratios, error_vs_eager, integer_inputs, worst
 
 WEIGHTS = ("down_weight", "down_bias", "up_weight", "up_bias", "scale", "norm_weight", "norm_bias")
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
@@ -65,7 +66,8 @@ def eager_bottleneck(
         else:
             a = F.rms_norm(a, shape, norm_weight, eps)
             a = a if norm_bias is None else a + norm_bias
-    u = F.linear(_ACTIVATIONS[activation](F.linear(a, down_weight, down_bias)), up_weight, up_bias) * scale
+    h = _ACTIVATIONS[activation](F.linear(a, down_weight, down_bias))
+    u = F.linear(h, up_weight, up_bias) * scale
     if dropout:
         seed = torch.as_tensor(seed, dtype=torch.int64, device=x.device)
         mask = reference.keep_mask(seed, dropout, u[..., 0].numel(), u.shape[-1], u.dtype)
@@ -162,12 +164,12 @@ class BottleneckProblem:
         if norm is not None and bias:
             weights["norm_bias"] = draw(*lead, k)
         rows = torch.Size(shape[:-1]).numel()
-        token_slots, seeds = None, 1234567 + seed
+        token_slots, seeds = None, torch.tensor(1234567 + seed)
         if slots is not None:
             token_slots = torch.arange(rows) % (slots + 1) - 1
             token_slots = token_slots[torch.randperm(rows, generator=generator)].view(shape[:-1]).int().to(device)
-            seeds = (torch.arange(slots) + seeds).to(device)
-        settings = {"activation": activation, "norm": norm or "layer", "dropout": dropout, "seed": seeds}
+            seeds = torch.arange(slots) + seeds
+        settings = {"activation": activation, "norm": norm or "layer", "dropout": dropout, "seed": seeds.to(device)}
         if not isinstance(scale, str):
             settings["scale"] = scale
         other = draw(*shape[:-1], n, to=dtype)
@@ -249,18 +251,15 @@ def check(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, Ratios
 
     Activations are smooth: where z rounds to the other side of relu's kink, one row's error says nothing.
     """
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    dtypes = [(dtype, dtype) for dtype in floats] + [(dtype, torch.float32) for dtype in floats[1:]]
-    forms = {
+    forms: dict[str, dict[str, Any]] = {
         "bottleneck": {"residual": "x", "norm": "layer", "activation": "gelu"},
         "bottleneck slots": {"slots": 3, "activation": "silu"},
     }
     for name, form in forms.items():
-        for dtype, wide in dtypes:
+        for dtype, wide in TRAINING:
             problem = BottleneckProblem.make((201, 448), 112, 448, dtype, wide, device, dropout=0.1, **form)
             for backend in _backend.ORDER:
                 if REASONS[backend](problem.x, problem.weights["down_weight"]) is None:
                     tiles = (None,) if problem.slots is None else TILES
-                    found = [ratio for tile in tiles for ratio in ratios(problem, backend, tile).values()]
-                    worst = Ratios(max(r.max for r in found), max(r.rms for r in found))
-                    yield f"{name} {backend}" + ", fp32 weights" * (dtype != wide), dtype, worst
+                    found = worst(ratio for tile in tiles for ratio in ratios(problem, backend, tile).values())
+                    yield f"{name} {backend}" + ", fp32 weights" * (dtype != wide), dtype, found

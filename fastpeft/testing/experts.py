@@ -11,7 +11,7 @@ from .. import _backend, ops, reference
 from ..ops.experts_arguments import REASONS
 from ..ops.routing import TILES
 from ..reference import ExpertLinear
-from .accuracy import Ratios, error_vs_eager, integer_inputs
+from .accuracy import TRAINING, Ratios, error_vs_eager, integer_inputs, worst
 
 
 def swiglu(u: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _linear(x, linear, e, seed):
         return y
     branch = x.to(linear.lora_a.dtype)
     if linear.dropout:
-        mask = reference.keep_mask(seed, linear.dropout, *branch.shape, branch.dtype)
+        mask = reference.keep_mask(seed, linear.dropout, len(branch), branch.shape[1], branch.dtype)
         branch = branch * (mask * reference.inverse_keep(linear.dropout))
     return y + (F.linear(F.linear(branch, linear.lora_a[e]), linear.lora_b[e]) * linear.scale).to(y.dtype)
 
@@ -139,8 +139,9 @@ class ExpertsProblem:
             parts = draw(experts, n, k, spread=k**-0.5), draw(experts, n) if bias else None
             if rank is None:
                 return ExpertLinear(*parts)
-            a, b = ((experts, rank, k), k**-0.5), ((experts, n, rank), rank**-0.5)
-            return ExpertLinear(*parts, *(draw(*s, spread=spread, to=adapter) for s, spread in (a, b)), scale, dropout)
+            a = draw(experts, rank, k, spread=k**-0.5, to=adapter)
+            b = draw(experts, n, rank, spread=rank**-0.5, to=adapter)
+            return ExpertLinear(*parts, a, b, scale, dropout)
 
         if index is None:
             index = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
@@ -166,7 +167,12 @@ class ExpertsProblem:
             backend: as in ``ops.experts``.
             tile: as in ``ops.experts``.
         """
-        return self.differentiate(lambda *args: ops.experts(*args, self.activation, self.seeds, backend, tile=tile))
+        activation, seeds = self.activation, self.seeds
+
+        def call(x, index, weights, up, down):
+            return ops.experts(x, index, weights, up, down, activation, seeds, backend, tile=tile)
+
+        return self.differentiate(call)
 
     def eager(self, function: Callable = eager_experts) -> dict[str, Tensor]:
         """By plain PyTorch.
@@ -185,8 +191,9 @@ class ExpertsProblem:
         Args:
             function: from a tensor to another.
         """
-        changed = {name: function(getattr(self, name)) for name in ("x", "top_k_weights", "dy")}
-        return replace(self, **changed, **{name: _map(function, getattr(self, name)) for name in ("up", "down")})
+        x, top_k_weights, dy = map(function, (self.x, self.top_k_weights, self.dy))
+        up, down = _map(function, self.up), _map(function, self.down)
+        return replace(self, x=x, top_k_weights=top_k_weights, dy=dy, up=up, down=down)
 
     def leaves(self) -> dict[str, Tensor]:
         """What has a gradient, by name."""
@@ -208,7 +215,7 @@ class ExpertsProblem:
 
 
 def _map(function, linear: ExpertLinear) -> ExpertLinear:
-    return linear._make(function(part) if isinstance(part, Tensor) else part for part in linear)
+    return ExpertLinear._make(function(part) if isinstance(part, Tensor) else part for part in linear)
 
 
 def ratios(problem: ExpertsProblem, backend: str | None = None, tile: int | None = None) -> dict[str, Ratios]:
@@ -219,12 +226,9 @@ def ratios(problem: ExpertsProblem, backend: str | None = None, tile: int | None
 
 def check(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, Ratios]]:
     """Every dtype and both tiles, on each backend that serves ``device``; the worst ratios of each."""
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    dtypes = [(dtype, dtype) for dtype in floats] + [(dtype, torch.float32) for dtype in floats[1:]]
-    for dtype, adapter in dtypes:
+    for dtype, adapter in TRAINING:
         for backend in _backend.ORDER:
             problem = ExpertsProblem.make(101, 128, 192, 6, 2, (16, 8), dtype, adapter, device, 0.1)
             if REASONS[backend](problem.x, problem.up, problem.down) is None:
-                found = [ratio for tile in TILES for ratio in ratios(problem, backend, tile).values()]
-                worst = Ratios(max(r.max for r in found), max(r.rms for r in found))
-                yield f"experts {backend}{'' if dtype == adapter else ', fp32 adapters'}", dtype, worst
+                found = worst(ratio for tile in TILES for ratio in ratios(problem, backend, tile).values())
+                yield f"experts {backend}{'' if dtype == adapter else ', fp32 adapters'}", dtype, found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _backend, ops, reference
 from ..ops.lora_linear import REASONS
-from .accuracy import Ratios, error_vs_eager, integer_inputs
+from .accuracy import TRAINING, Ratios, error_vs_eager, integer_inputs, worst
 
 
 def eager_lora_linear(x, weight, lora_a, lora_b, bias=None, scale=1.0, dropout=0.0, seed=0) -> Tensor:
@@ -121,11 +121,14 @@ class LoraProblem:
             backend: which serves the op; None for the automatic choice.
         """
 
-        def call(x, *lists):
-            if len(self.weights) > 1:
-                return ops.lora_linear_shared(x, *lists, self.scales, self.dropouts, self.seeds, backend)
-            one = (values[0] for values in (*lists, self.scales, self.dropouts, self.seeds))
-            return [ops.lora_linear(x, *one, backend)]
+        scales, dropouts, seeds = self.scales, self.dropouts, self.seeds
+
+        def call(x, weights, lora_as, lora_bs, biases):
+            if len(weights) > 1:
+                lists = weights, lora_as, lora_bs, biases
+                return ops.lora_linear_shared(x, *lists, scales, dropouts, seeds, backend)
+            one = weights[0], lora_as[0], lora_bs[0], biases[0]
+            return [ops.lora_linear(x, *one, scales[0], dropouts[0], seeds[0], backend)]
 
         return self.differentiate(call)
 
@@ -143,9 +146,9 @@ class LoraProblem:
         return self.differentiate(call)
 
     def exact(self) -> dict[str, Tensor]:
-        def definition(x, *operands):
-            *operands, seed = operands
-            return reference.lora_linear(x, *operands, torch.tensor(seed, device=x.device))
+        def definition(x, weight, lora_a, lora_b, bias, scale, dropout, seed):
+            seed = torch.tensor(seed, device=x.device)
+            return reference.lora_linear(x, weight, lora_a, lora_b, bias, scale, dropout, seed)
 
         return self.map(lambda t: t.detach().double()).eager(definition)
 
@@ -187,14 +190,11 @@ def ratios(problem: LoraProblem, backend: str | None = None) -> dict[str, Ratios
 def check(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, Ratios]]:
     """Every dtype that training uses, both forms, on each backend that serves ``device``; the worst ratios of each."""
     forms = {"lora_linear": ((320,), (16,)), "lora_linear_shared": ((320, 96, 96), (16, 8, 24))}
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    dtypes = [(dtype, dtype) for dtype in floats] + [(dtype, torch.float32) for dtype in floats[1:]]
     for name, (outs, ranks) in forms.items():
-        for dtype, adapter in dtypes:
+        for dtype, adapter in TRAINING:
             problem = LoraProblem.make((4, 67, 448), outs, ranks, dtype, adapter, device, dropout=0.1)
             for backend in _backend.ORDER:
                 if REASONS[backend](problem.x, problem.lora_as, problem.weights, problem.lora_bs) is None:
-                    found = ratios(problem, backend).values()
-                    worst = Ratios(max(r.max for r in found), max(r.rms for r in found))
+                    found = worst(ratios(problem, backend).values())
                     note = "" if dtype == adapter else ", fp32 adapters"
-                    yield f"{name} {backend}{note}", dtype, worst
+                    yield f"{name} {backend}{note}", dtype, found

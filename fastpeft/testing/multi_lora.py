@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 from .. import _backend, ops, reference
 from ..ops.multi_lora import REASONS
 from ..ops.routing import TILES
-from .accuracy import Ratios, error_vs_eager, integer_inputs
+from .accuracy import TRAINING, Ratios, error_vs_eager, integer_inputs, worst
 
 
 def eager_multi_lora(x, lora_a, lora_b, token_slots, scales, ranks, y, dropouts=None, seeds=None) -> Tensor:
@@ -34,7 +35,7 @@ def eager_multi_lora(x, lora_a, lora_b, token_slots, scales, ranks, y, dropouts=
             continue
         branch = x[tokens].to(lora_a.dtype)
         if dropouts is not None and dropouts[slot]:
-            mask = reference.keep_mask(seeds[slot], dropouts[slot], *branch.shape, branch.dtype)
+            mask = reference.keep_mask(seeds[slot], dropouts[slot], len(branch), branch.shape[1], branch.dtype)
             branch = branch * (mask * reference.inverse_keep(dropouts[slot]))
         delta = F.linear(F.linear(branch, lora_a[slot, :rank]), lora_b[slot, :, :rank]) * scale
         y = y.index_add(0, tokens, delta.to(y.dtype))
@@ -149,7 +150,8 @@ class MultiLoraProblem:
 
         def call(x, *lists):
             routing = ops.route(self.token_slots, self.lora_as[0].shape[0], tile, backend)
-            options = {"dropouts": self.dropouts, "seeds": None if self.dropouts is None else self.seeds}
+            options: dict[str, Any] = {"dropouts": self.dropouts}
+            options["seeds"] = None if self.dropouts is None else self.seeds
             if len(self.ys) > 1:
                 lora_as, lora_bs, ys = lists
                 return ops.multi_lora_shared(
@@ -187,8 +189,8 @@ class MultiLoraProblem:
         Args:
             function: takes a tensor and returns one, of another dtype or device, say.
         """
-        groups = {name: tuple(map(function, getattr(self, name))) for name in ("lora_as", "lora_bs", "ys", "dys")}
-        return replace(self, x=function(self.x), **groups)
+        lora_as, lora_bs, ys, dys = (tuple(map(function, ts)) for ts in (self.lora_as, self.lora_bs, self.ys, self.dys))
+        return replace(self, x=function(self.x), lora_as=lora_as, lora_bs=lora_bs, ys=ys, dys=dys)
 
     def differentiate(self, call: Callable) -> dict[str, Tensor]:
         """Run ``call`` and backward from ``dys``.
@@ -215,15 +217,12 @@ def ratios(problem: MultiLoraProblem, backend: str | None = None, tile: int | No
 def check(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, Ratios]]:
     """Every dtype, both forms and both tiles, on each backend that serves ``device``; the worst ratios of each."""
     forms = {"multi_lora": ((320,), (16,)), "multi_lora_shared": ((320, 96, 96), (16, 8, 24))}
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    dtypes = [(dtype, dtype) for dtype in floats] + [(dtype, torch.float32) for dtype in floats[1:]]
     for name, (outs, ranks) in forms.items():
-        for dtype, adapter in dtypes:
+        for dtype, adapter in TRAINING:
             for backend in _backend.ORDER:
                 dropout = 0.1 if backend != "cuda" else 0.0  # csrc/ serves
                 problem = MultiLoraProblem.make(201, 448, outs, ranks, 6, dtype, adapter, device, dropout=dropout)
                 if REASONS[backend](problem.x, problem.lora_as) is None:
-                    found = [ratio for tile in TILES for ratio in ratios(problem, backend, tile).values()]
-                    worst = Ratios(max(r.max for r in found), max(r.rms for r in found))
+                    found = worst(ratio for tile in TILES for ratio in ratios(problem, backend, tile).values())
                     note = "" if dtype == adapter else ", fp32 adapters"
-                    yield f"{name} {backend}{note}", dtype, worst
+                    yield f"{name} {backend}{note}", dtype, found

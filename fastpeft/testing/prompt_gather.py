@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _backend, ops, reference
 from ..ops.prompt_gather import REASONS
-from .accuracy import Ratios, error_vs_eager, integer_inputs
+from .accuracy import TRAINING, Ratios, error_vs_eager, integer_inputs, worst
 
 
 def eager_prompt_gather(prompts, prompt_ids, x, attention_mask=None, left=False) -> Tensor:
@@ -130,10 +130,11 @@ class PromptProblem:
         """
 
         def call(prompts, x):
-            given = {"inputs_embeds": x} if self.embeds else {"input_ids": self.ids, "embedding": self.table}
+            ids, table, x = (None, None, x) if self.embeds else (self.ids, self.table, None)
             side = "left" if self.left else "right"
-            options = {"attention_mask": self.mask, "labels": self.labels, "padding_side": side, "backend": backend}
-            return ops.prompt_gather(prompts, self.prompt_ids, **given, **options)
+            return ops.prompt_gather(
+                prompts, self.prompt_ids, ids, table, x, self.mask, self.labels, padding_side=side, backend=backend
+            )
 
         return self.differentiate(call)
 
@@ -191,15 +192,12 @@ def ratios(problem: PromptProblem, backend: str | None = None) -> dict[str, Rati
 
 def check(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, Ratios]]:
     """Every dtype that training uses, ids and embeddings, on each backend that serves ``device``; the worst ratios."""
-    for dtype, prompt in [(d, d) for d in (torch.float32, torch.float16, torch.bfloat16)] + [
-        (torch.bfloat16, torch.float32)
-    ]:
+    for dtype, prompt in TRAINING:
         for embeds in (False, True):
             ids = [(b * 7) % 4 - 1 for b in range(12)]
             problem = PromptProblem.make((20, 5, 33), ids, 17, 96, dtype, prompt, device, embeds=embeds)
             for backend in _backend.ORDER:
                 if REASONS[backend](problem.table, problem.prompts[0]) is None:
-                    found = ratios(problem, backend).values()
-                    worst = Ratios(max(r.max for r in found), max(r.rms for r in found))
+                    found = worst(ratios(problem, backend).values())
                     note = (", embeddings" if embeds else "") + ("" if dtype == prompt else ", fp32 prompts")
-                    yield f"prompt_gather {backend}{note}", dtype, worst
+                    yield f"prompt_gather {backend}{note}", dtype, found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _backend, ops, reference
 from ..ops.row_linear import REASONS
-from .accuracy import Ratios, error_vs_eager, integer_inputs
+from .accuracy import TRAINING, Ratios, error_vs_eager, integer_inputs, worst
 
 
 def eager_row_linear(x, weight, trained, index, bias=None, columns=False) -> Tensor:
@@ -102,7 +102,11 @@ class RowProblem:
         Args:
             backend: which serves the op; None for the automatic choice.
         """
-        return self.differentiate(lambda *operands: ops.row_linear(*operands, self.columns, backend))
+
+        def call(x, weight, trained, index, bias):
+            return ops.row_linear(x, weight, trained, index, bias, self.columns, backend)
+
+        return self.differentiate(call)
 
     def eager(self, function: Callable = eager_row_linear) -> dict[str, Tensor]:
         """Outputs and gradients of the yardstick.
@@ -121,9 +125,8 @@ class RowProblem:
         Args:
             function: takes a tensor and returns one, of another dtype or device, say.
         """
-        return replace(
-            self, **{name: function(getattr(self, name)) for name in ("x", "weight", "trained", "bias", "dy")}
-        )
+        x, weight, trained, bias, dy = map(function, (self.x, self.weight, self.trained, self.bias, self.dy))
+        return replace(self, x=x, weight=weight, trained=trained, bias=bias, dy=dy)
 
     def differentiate(self, call: Callable) -> dict[str, Tensor]:
         """Run ``call`` and backward from ``dy``.
@@ -146,14 +149,11 @@ def ratios(problem: RowProblem, backend: str | None = None) -> dict[str, Ratios]
 
 def check(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, Ratios]]:
     """Every dtype that training uses, rows and columns, on each backend that serves ``device``; the worst ratios."""
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    dtypes = [(dtype, dtype) for dtype in floats] + [(dtype, torch.float32) for dtype in floats[1:]]
     for columns in (False, True):
-        for dtype, trained in dtypes:
+        for dtype, trained in TRAINING:
             problem = RowProblem.make((4, 67, 448), 320, 24, dtype, trained, device, columns)
             for backend in _backend.ORDER:
                 if REASONS[backend](problem.x, problem.trained, columns) is None:
-                    found = ratios(problem, backend).values()
-                    worst = Ratios(max(r.max for r in found), max(r.rms for r in found))
+                    found = worst(ratios(problem, backend).values())
                     note = "" if dtype == trained else ", fp32 trained"
-                    yield f"row_linear {'columns' if columns else 'rows'} {backend}{note}", dtype, worst
+                    yield f"row_linear {'columns' if columns else 'rows'} {backend}{note}", dtype, found

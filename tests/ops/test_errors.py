@@ -37,6 +37,9 @@ WRONG = {
     "slots": ([LONG, 3, "x"], "expected "),
     "list of numbers": ([3, "xy", torch.ones(2)], "expected a list"),
     "list of seeds": ([3, "xy", torch.ones(2).long()], "expected a list"),
+    "projection": ([LONG, 3, {}, torch.ones(2, 3, 4), (1,)], "expected an ExpertLinear"),
+    "function": ([3, "relu", LONG], "expected a function"),
+    "seeds of experts": ([3, "xy", LONG, torch.ones(2, 2)], r"expected torch.int64 \[2, 2\]"),
     "table of seeds": ([3, "xy", LONG, torch.ones(3)], r"expected torch.int64 \[2\]"),
 }
 BACKEND = {"backend": "word"}
@@ -50,6 +53,10 @@ KINDS = {
         "up_bias": "optional tensor", "residual": "optional tensor", "activation": "word", "scale": "number or tensor",
         "norm_weight": "optional tensor", "norm_bias": "optional tensor", "norm": "word", "eps": "number",
         "dropout": "probability", "seed": "seed", "slots": "slots", **BACKEND,
+    },
+    "experts": {
+        "x": "tensor", "top_k_index": "tensor", "top_k_weights": "tensor", "up": "projection", "down": "projection",
+        "activation": "function", "seeds": "seeds of experts", **BACKEND, "tile": "tile",
     },
     "lora_linear": {**LORA, "scale": "number", "dropout": "probability", "seed": "seed", **BACKEND},
     "lora_linear_shared": {
@@ -96,6 +103,11 @@ def arguments(op: str) -> dict:
         "bottleneck": {
             "x": t(3, 8), "down_weight": t(4, 8), "down_bias": t(4), "up_weight": t(6, 4), "up_bias": t(6),
             "residual": t(3, 6), "norm_weight": t(8), "norm_bias": t(8), "dropout": 0.5, "seed": 3,
+        },
+        "experts": {
+            "x": t(3, 8), "top_k_index": i(0, 1, 1)[:, None], "top_k_weights": t(3, 1), "activation": torch.relu,
+            "up": ops.ExpertLinear(t(2, 6, 8), None, t(2, 4, 8), t(2, 6, 4), 1.0, 0.5),
+            "down": ops.ExpertLinear(t(2, 8, 6)), "seeds": torch.arange(4, device=DEVICE).view(2, 2),
         },
         "lora_linear": {**lora, "dropout": 0.5, "seed": 3},
         "lora_linear_shared": {
@@ -213,5 +225,5 @@ def test_explain_refuses_what_the_op_has_not(op):
 def test_explain_says_what_is_no_tensor():
     with pytest.raises(TypeError, match=r"^explain: x is 'x' \(str\), expected a tensor"):
         fastpeft.explain("lora_linear", "x")
-    with pytest.raises(ValueError, match="^explain: op is 'lora', expected one of bottleneck, lora_linear"):
+    with pytest.raises(ValueError, match="^explain: op is 'lora', expected one of bottleneck, experts, lora_linear"):
         fastpeft.explain("lora")

@@ -16,7 +16,6 @@ LINES = 300
 # Files that were longer when the law was written. It only shrinks: who divides one takes its name away.
 LONGER = {
     "tests/cuda/multi_lora/test_multi_lora.py",
-    "tests/ops/row_linear/test_row_linear.py",
 }
 # Examples are scripts: what they import of one another lies beside them.
 ON_PATH = {"tests/tools/demo/conftest.py", "bench/nullgpu/__main__.py"}

@@ -10,6 +10,7 @@ from fastpeft.ops.routing import TILES
 from fastpeft.reference.bottleneck_terms import ACTIVATIONS
 from fastpeft.testing import BottleneckProblem, assert_no_worse
 from tests.support.backends import BACKENDS, BF16, DEVICE, FP16, FP32, FP64, TRAINING, served
+from tests.support.exactness import assert_exact
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 # What differs in which kernels run, and which branches within them.
@@ -55,12 +56,6 @@ def test_the_definition_element_by_element():
         for n in range(6):
             u = w["scale"][n] * ((h * w["up_weight"][n]).sum() + w["up_bias"][n])
             torch.testing.assert_close(y[m, n], p.residual[m, n] + u * keep[m, n] * 2)
-
-
-def assert_exact(problem, backend, tile=None):
-    fused, exact = problem.fused(backend, tile), problem.exact()
-    for name, value in exact.items():
-        assert torch.equal(fused[name].double(), value), name
 
 
 def assert_accurate(problem, backend, record=None, tile=None):

@@ -12,6 +12,7 @@ from fastpeft import ops, reference
 from fastpeft.ops.routing import TILES
 from fastpeft.testing import BottleneckProblem
 from tests.support.backends import BACKENDS, BF16, DEVICE, FP16, FP32, served
+from tests.support.exactness import assert_exact
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_tile = pytest.mark.parametrize("tile", TILES)
@@ -28,12 +29,6 @@ def with_slots(problem, slots):
 def call(p, backend, **changes):
     operands = {"x": p.x, "residual": p.residual, "slots": p.slots} | p.weights | p.settings | changes
     return ops.bottleneck(backend=backend, **operands)
-
-
-def assert_exact(problem, backend, tile=None):
-    fused, exact = problem.fused(backend, tile), problem.exact()
-    for name, value in exact.items():
-        assert torch.equal(fused[name].double(), value), name
 
 
 @each_backend

@@ -10,6 +10,7 @@ import torch
 from fastpeft import ops
 from fastpeft.testing import BottleneckProblem, guarded, poisoned
 from tests.support.backends import BACKENDS, DEVICE, FP16, FP32, served
+from tests.support.exactness import assert_same
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 FORMS = {"one adapter": None, "slots": 3}
@@ -19,11 +20,6 @@ form = pytest.mark.parametrize("form", FORMS)
 def problem_of(form, shape=(21, 70), hidden=12, **options):
     options = {"dtype": FP32, "device": DEVICE, "dropout": 0.5, "scale": "channel", "integers": True} | options
     return BottleneckProblem.make(shape, hidden, out=45, slots=FORMS[form], **options)
-
-
-def assert_same(one, other):
-    for name, value in one.items():
-        assert torch.equal(value.double(), other[name].double()), name
 
 
 @form

@@ -11,16 +11,10 @@ from torch.utils.checkpoint import checkpoint
 import fastpeft
 from fastpeft.testing import LoraProblem, assert_no_worse
 from tests.support.backends import BACKENDS, BF16, DEVICE, FP16, FP32, FP64, served
+from tests.support.exactness import assert_exact
 
 GROUPS = ("x", "weights", "lora_as", "lora_bs", "biases")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def assert_exact(problem, backend):
-    fused, exact = problem.fused(backend), problem.exact()
-    for name, value in exact.items():
-        assert fused[name].shape == value.shape, name
-        assert torch.equal(fused[name].double(), value), name
 
 
 def integers(shape, outs=(19,), ranks=(5,), dtype=FP32, dropout=0.5, **options):

@@ -10,16 +10,10 @@ import fastpeft
 from fastpeft import reference
 from fastpeft.testing import LoraProblem, assert_no_worse, eager_lora_linear, error_vs_eager
 from tests.support.backends import BF16, DEVICE, FP16, FP32, FP64, TRAINING, served
+from tests.support.exactness import assert_exact
 
 FORMS = {"lora_linear": ((141,), (12,)), "lora_linear_shared": ((141, 30), (12, 17))}
 form = pytest.mark.parametrize("form", FORMS)
-
-
-def assert_exact(problem: LoraProblem, backend: str) -> None:
-    fused, exact = problem.fused(backend), problem.exact()
-    for name, value in exact.items():
-        assert torch.equal(value.to(fused[name].dtype).double(), value), f"{name}: the inputs do not make it exact"
-        assert torch.equal(fused[name].double(), value), name
 
 
 @form

@@ -9,6 +9,7 @@ import torch
 import fastpeft
 from fastpeft.testing import LoraProblem, guarded, poisoned
 from tests.support.backends import BACKENDS, BF16, DEVICE, FP16, FP32, served
+from tests.support.exactness import assert_same
 
 TENSORS = ("x", "weights", "lora_as", "lora_bs", "biases", "dys")
 FORMS = {"lora_linear": ((45,), (12,)), "lora_linear_shared": ((45, 30), (12, 9))}
@@ -18,11 +19,6 @@ form = pytest.mark.parametrize("form", FORMS)
 
 def integers(shape, form="lora_linear", dropout=0.5):
     return LoraProblem.make(shape, *FORMS[form], FP32, device=DEVICE, dropout=dropout, integers=True)
-
-
-def assert_same(one, other):
-    for name, value in one.items():
-        assert torch.equal(value.double(), other[name].double()), name
 
 
 def every_tensor(problem):

@@ -11,6 +11,7 @@ from fastpeft.ops import multi_lora, multi_lora_, multi_lora_shared, route
 from fastpeft.ops.routing import TILES
 from fastpeft.testing import MultiLoraProblem
 from tests.support.backends import BACKENDS, BF16, DEVICE, FP16, FP32, served
+from tests.support.exactness import assert_exact
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_tile = pytest.mark.parametrize("tile", TILES)
@@ -22,12 +23,6 @@ def integers(tokens=41, k=38, outs=(45,), ranks=(12,), slots=4, **options):
 
 def with_slots(problem, token_slots):
     return replace(problem, token_slots=torch.tensor(token_slots, dtype=torch.int32, device=DEVICE))
-
-
-def assert_exact(problem, backend, tile=None):
-    fused, exact = problem.fused(backend, tile), problem.exact()
-    for name, value in exact.items():
-        assert torch.equal(fused[name].double(), value), name
 
 
 @each_backend

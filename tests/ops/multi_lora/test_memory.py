@@ -12,6 +12,7 @@ from fastpeft.ops.routing import TILES
 from fastpeft.reference import Slots
 from fastpeft.testing import MultiLoraProblem, guarded, poisoned
 from tests.support.backends import BACKENDS, DEVICE, FP16, FP32, served
+from tests.support.exactness import assert_same
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_tile = pytest.mark.parametrize("tile", TILES)
@@ -25,11 +26,6 @@ def integers(form="multi_lora", tokens=37, k=70, dropout=0.5):
 
 def operands(problem):
     return [problem.x, *problem.lora_as, *problem.lora_bs, *problem.ys, *problem.dys]
-
-
-def assert_same(one, other):
-    for name, value in one.items():
-        assert torch.equal(value.double(), other[name].double()), name
 
 
 @form

@@ -11,6 +11,7 @@ from fastpeft.ops import prompt_gather
 from fastpeft.testing import guarded, poisoned
 from fastpeft.testing.prompt_gather import PromptProblem
 from tests.support.backends import BACKENDS, DEVICE
+from tests.support.exactness import assert_same
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_source = pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embeds"])
@@ -18,11 +19,6 @@ each_source = pytest.mark.parametrize("embeds", [False, True], ids=["ids", "embe
 
 def integers(**settings):
     return PromptProblem.make(device=DEVICE, integers=True, columns=18, **settings)
-
-
-def assert_same(one, other):
-    for name, value in one.items():
-        assert torch.equal(value.double(), other[name].double()), name
 
 
 @each_source

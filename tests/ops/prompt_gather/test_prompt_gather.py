@@ -11,6 +11,7 @@ from fastpeft.ops.prompt_gather import REASONS
 from fastpeft.testing import assert_no_worse
 from fastpeft.testing.prompt_gather import PromptProblem, check
 from tests.support.backends import BACKENDS, BF16, DEVICE, FP16, FP32, FP64
+from tests.support.exactness import assert_same
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_side = pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
@@ -27,11 +28,6 @@ def served(*pairs):
 
 
 TYPES = served((FP32, FP32), (FP16, FP16), (BF16, BF16), (FP16, FP32), (BF16, FP32))
-
-
-def assert_same(wanted, found):
-    for name, value in wanted.items():
-        assert torch.equal(value.double(), found[name].double()), name
 
 
 def test_the_definition_is_the_formula():

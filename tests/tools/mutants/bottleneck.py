@@ -158,7 +158,7 @@ MUTANTS = {
                 "(da * unit).sum(1, keepdim=True)",
                 ACCURATE,
             ),
-            "a norm's weight is left out": ("(unit.dtype) * norm_weight", "(unit.dtype)", ACCURATE),
+            "a norm's weight is left out": ("(unit.dtype) * given(norm_weight)", "(unit.dtype)", ACCURATE),
             "d(norm_weight) from x itself": ("dnorm = (da * unit)", "dnorm = (da * x)", ACCURATE),
         },
         "_sum_of_products": {

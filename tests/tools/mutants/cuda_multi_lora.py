@@ -51,7 +51,7 @@ MUTANTS = {
         "slot 0 for all": ("static_cast<const T*>(slice.b) + item.slot * slice.stride_bs + c.n * slice.stride_bn;\n  if", "static_cast<const T*>(slice.b) + c.n * slice.stride_bn;\n  if"),
         "columns past the true rank": ("left = max(0, min(c.rank - r, 8))", "left = 8"),
         "whole rows in one piece": ("slice.stride_bn == rank", "slice.stride_bn >= rank"),
-        "no proxy fence before a bulk copy": ("      if (BULK) ptx::fence_async_shared();", "      //", RACES),
+        "no proxy fence before a bulk copy": ("      if (BULK) ptx::fence_async_shared();", "      //"),
         "barriers not shown to copies": ("      ptx::mbarrier_fence_init();\n", ""),
         "too few bytes announced": ("ptx::mbarrier_arrive_expect(barrier, bytes);", "ptx::mbarrier_arrive_expect(barrier, bytes / 2);", FULL),
         "parity never turns": ("        phases ^= 1u << i % 2;\n", "", FULL),

@@ -181,9 +181,10 @@ MUTANTS = {
             "x written": ("down(x,", "down(x.mul_(1 + 2**-4),"),
         },
         "backward": {
-            "dX without the base path": ("if need_dx else", "if False else"),
+            "dX without the base path": ("if dx is not None", "if False"),
             "dX of the last projection only": ("(dy, weight)", "(dy, weight, beta=0)"),
-            "scale of dS off by the projection": ("scales, strict", "scales[::-1], strict"),
+            "scale of dS off by the projection": ("scales[p]", "scales[-1 - p]"),
+            "dS: no scale": ("_product(wide, b, scales[p])", "wide @ b"),
         },
         "lora_linear": {
             "definition: dropout on the base path": ("linear(x, weight)", "linear(dropped, weight)"),
@@ -199,9 +200,6 @@ MUTANTS = {
         },
         "up": {
             "up: bias dropped": ("T if bias is None else torch.addmm(bias.to(s.dtype), s, b.T)", "T"),
-        },
-        "up_backward": {
-            "dS: no scale": ("_product(dy, b, scale)", "dy @ b"),
         },
         "down_backward": {
             "dX: mask not applied": ("part if mask is None else part.mul_(mask)", "part"),

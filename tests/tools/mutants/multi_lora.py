@@ -232,7 +232,7 @@ MUTANTS = {
             "groups: no padding": ("min(start + i, stop - 1)", "start + i", FEWEST),
         },
     },
-    "fastpeft/ops/multi_lora.py": {
+    "fastpeft/ops/multi_lora_registered.py": {
         "_implementation": {
             "y modified": (".clone(memory_format=torch.contiguous_format)", ""),
         },

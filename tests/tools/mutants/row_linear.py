@@ -1,18 +1,18 @@
 """Mutants of row_linear and of the modules made of it, as run.py says."""
 
-GUARDS = "tests/ops/row_linear/test_row_linear.py::test_nothing_is_read_or_written_outside"
+GUARDS = "tests/ops/row_linear/test_memory.py::test_nothing_is_read_or_written_outside"
 CUT = "tests/ops/row_linear/test_row_linear.py::test_integers_are_exact_where_sums_are_split"
-OFFSETS = "tests/ops/row_linear/test_row_linear.py::test_offsets_are_64_bit[triton]"
-STRIDES = "tests/ops/row_linear/test_row_linear.py::test_any_strides"
-INDEX = "tests/ops/row_linear/test_row_linear.py::test_an_index_of_any_stride"
+OFFSETS = "tests/ops/row_linear/test_memory.py::test_offsets_are_64_bit[triton]"
+STRIDES = "tests/ops/row_linear/test_memory.py::test_any_strides"
+INDEX = "tests/ops/row_linear/test_memory.py::test_an_index_of_any_stride"
 TRAINED = "tests/ops/row_linear/test_row_linear.py::test_what_is_trained"
-KEPT = "tests/ops/row_linear/test_row_linear.py::test_what_is_kept_for_backward"
+KEPT = "tests/ops/row_linear/test_memory.py::test_what_is_kept_for_backward"
 MASTERS = "tests/ops/row_linear/test_row_linear.py::test_fp32_masters_get_fp32_gradients"
 BAD = "tests/ops/row_linear/test_torch.py::test_bad_calls"
 NOTICED = "tests/ops/row_linear/test_torch.py::test_a_step_between_forward_and_backward_is_noticed"
 DEFINITION = "tests/ops/row_linear/test_row_linear.py::test_the_definition_is_the_formula"
 
-NO_ROW = "tests/ops/row_linear/test_row_linear.py::test_an_index_that_does_not_exist_reads_nothing"
+NO_ROW = "tests/ops/row_linear/test_memory.py::test_an_index_that_does_not_exist_reads_nothing"
 
 MODULE = "tests/methods/selective/test_row_modules.py::"
 
