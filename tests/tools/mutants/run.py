@@ -80,8 +80,6 @@ def load() -> list[Mutant]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         for file, functions in module.MUTANTS.items():
-            if all(isinstance(edit, tuple) for edit in functions.values()):
-                functions = {"*": functions}  # by file
             for function, edits in functions.items():
                 for name, (old, new, *first) in edits.items():
                     found.append(Mutant(file, function, name, old, new, (*first, *module.TESTS)))
@@ -90,12 +88,12 @@ def load() -> list[Mutant]:
 
 def edited(source: str, mutant: Mutant) -> str:
     """The mutant of ``source``, the text of its file; ValueError where the edit is not one, in one place."""
-    spans = (python_functions if mutant.file.endswith(".py") else cuda_functions)(source) | {"*": [(0, len(source))]}
-    everywhere = [span for name, found in spans.items() for span in found if name != "*"]
+    spans = (python_functions if mutant.file.endswith(".py") else cuda_functions)(source)
+    everywhere = [span for found in spans.values() for span in found]
     if mutant.function and mutant.function not in spans:
         raise ValueError(f"{mutant}: {mutant.function} is no function there, expected one of {', '.join(spans)}")
     places = []
-    pattern = re.escape(mutant.old) if mutant.function == "*" else r"\s+".join(map(re.escape, mutant.old.split()))
+    pattern = r"\s+".join(map(re.escape, mutant.old.split()))
     for match in re.finditer(pattern, source):
         inside = spans[mutant.function] if mutant.function else everywhere
         if any(start <= match.start() and match.end() <= stop for start, stop in inside) == bool(mutant.function):
