@@ -80,29 +80,30 @@ class ExpertsForward(nn.Module):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not kwargs:
             found = plan(self, x, *args)
-            if type(found) is Plan:
+            if isinstance(found, Plan):
                 return run(found, x, *args)
         return super().forward(x, *args, **kwargs)
 
     def fastpeft_report(self) -> str:
         """``"fused"``, or why PEFT's own forward serves this layer as it is now."""
         found = plan(self)
-        return found if type(found) is str else "fused"
+        return found if isinstance(found, str) else "fused"
 
     def fastpeft_backend(self) -> str:
         """The backend that serves ``ops.experts`` on the layer's tensors."""
         found = plan(self)
+        if isinstance(found, str):
+            return found
         x = found.up.weight.new_empty(1, found.up.weight.shape[2])
         return serving_backend("experts", x, up=found.up, down=found.down)
 
 
-def run(found: Plan, x: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None) -> Tensor:
+def run(found: Plan, x: Tensor, *args: Tensor) -> Tensor:
     """The fused op over a plan."""
     if found.llama4:  # every expert has its own copy of all tokens, weighted already
         x, count = x.reshape(-1, x.shape[-1]), len(found.up.weight)
-        top_k_index = torch.arange(len(x), device=x.device)[:, None] // max(1, len(x) // count)
-        top_k_weights = x.new_ones(len(x), 1)
-    return ops.experts(x, top_k_index, top_k_weights, found.up, found.down, found.activation)
+        args = torch.arange(len(x), device=x.device)[:, None] // max(1, len(x) // count), x.new_ones(len(x), 1)
+    return ops.experts(x, args[0], args[1], found.up, found.down, found.activation)
 
 
 def is_wrapper(module: Any) -> bool:
@@ -132,27 +133,26 @@ def plan(wrapper: Any, x: Tensor | None = None, *args: Tensor) -> Plan | str:
     if reason is not None:
         return reason
     layout = layout_of(base) if llama4 else _registered_layout(base)
-    if type(layout) is str:
+    if isinstance(layout, str):
         return layout
     if any(map(_fusable._intercepted, nest[1:])):
         return "an inner wrapper has hooks or a replaced forward"
     terms: dict[str, list[_Term]] = {}
     for wrapper in nest:
-        found = _terms(wrapper)
-        if type(found) is str:
-            return found
-        terms[wrapper.parameter_name] = found
-    linears = []
-    for name in (layout.up, layout.down):
-        found = _linear(base, name, layout, terms)
-        if type(found) is str:
-            return found
-        linears.append(found)
-    if linears[0].weight.dtype != linears[1].weight.dtype:
-        return f"the experts' weights are {linears[0].weight.dtype} and {linears[1].weight.dtype}"
+        active = _terms(wrapper)
+        if isinstance(active, str):
+            return active
+        terms[wrapper.parameter_name] = active
+    up, down = (_linear(base, name, layout, terms) for name in (layout.up, layout.down))
+    if isinstance(up, str):
+        return up
+    if isinstance(down, str):
+        return down
+    if up.weight.dtype != down.weight.dtype:
+        return f"the experts' weights are {up.weight.dtype} and {down.weight.dtype}"
     if terms:
         return f"parameter {next(iter(terms))} is none of {layout.up} and {layout.down}"
-    return _fusable._transformed() or Plan(*linears, layout.activation, llama4)
+    return _fusable._transformed() or Plan(up, down, layout.activation, llama4)
 
 
 def _unfit(base: Any, llama4: bool, x: Tensor | None, args: tuple) -> str | None:
@@ -210,7 +210,8 @@ def _terms(wrapper: Any) -> list[_Term] | str:
 
 def _linear(base: Any, name: str, layout: Layout, terms: dict[str, list[_Term]]) -> ExpertLinear | str:
     """One projection, with what ``terms`` has for its weight and its bias, which is taken out."""
-    weight, bias = _fusable._own(base, name), _fusable._own(base, f"{name}_bias") if layout.bias else None
+    weight: Tensor = _fusable._own(base, name)
+    bias: Any = _fusable._own(base, f"{name}_bias") if layout.bias else None
     pairs = terms.pop(name, [])
     of_bias = terms.pop(f"{name}_bias", []) if layout.bias else []
     dtypes = weight.dtype, torch.promote_types(weight.dtype, torch.float32)

@@ -36,7 +36,7 @@ except ImportError as error:
     ) from error
 if tuple(int(part) for part in re.findall(r"\d+", peft.__version__)[:2]) < _OLDEST:
     raise ImportError(f"fastpeft.integrations.peft: peft has version {peft.__version__}, expected >=0.15")
-ParamWrapper = getattr(_layers, "ParamWrapper", LoraLayer)  # PEFT has it since 0.17
+ParamWrapper: Any = getattr(_layers, "ParamWrapper", LoraLayer)  # PEFT has it since 0.17
 
 
 class FastParamWrapper(experts.ExpertsForward, ParamWrapper):

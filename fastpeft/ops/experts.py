@@ -238,7 +238,9 @@ def experts(
     up = arguments.projection("up", up, x, {"K": x.shape[1]})
     down = arguments.projection("down", down, x, {"E": len(up.weight), "N": x.shape[1]}, up.weight.dtype)
     backend = arguments.backend(backend, x, up, down)
-    seeds = arguments.seeds(seeds, len(up.weight), bool(threshold(up.dropout) or threshold(down.dropout)), x)
+    dropout = max(up.dropout, down.dropout)
+    seeds = arguments.seeds(seeds, len(up.weight), bool(threshold(dropout)), x)
+    tile = arguments.default_tile(up.weight.dtype, dropout) if tile is None else tile
     routing = arguments.routing(top_k_index, len(up.weight), tile, backend)
     (u,), _ = _expert_linear(*_operands(x.to(up.weight.dtype), up, x.new_empty(0), seeds[0], routing), True, backend)
     plain = not torch.compiler.is_compiling() and type(u) is Tensor

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import _backend, _check
 from ..reference.experts import ExpertLinear, ExpertRouting
 from ..reference.routing import Routing
-from .routing import route
+from .routing import TILES, route
 
 MAX_RANK = 512
 
@@ -63,6 +63,11 @@ def seeds(given: Tensor | None, experts: int, drops: bool, x: Tensor) -> Tensor:
     if not fits or given.shape != (2, experts):
         raise ValueError(f"experts: seeds is {_check.shown(given)}, expected torch.int64 [2, {experts}] on {x.device}")
     return given
+
+
+def default_tile(dtype: torch.dtype, dropout: float) -> int | None:
+    """Rows of a tile where nobody says: by their number, as ``route`` has it; 64 of float32 and a mask spill."""
+    return TILES[0] if dropout and dtype.itemsize > 2 else None
 
 
 def routing(top_k_index: Tensor, experts: int, tile: int | None, backend: str | None) -> ExpertRouting:

@@ -28,7 +28,7 @@ KERNELS = {
     },
 }
 SORTING = {"_sort_kernel", "_tile_kernel"}
-COPYING = {"_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"}
+COPYING = {"_combine_kernel", "_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"}
 PROJECT = {"_down_kernel", "_shrink_kernel", "_fused_kernel", "_hidden_kernel", "_hidden_backward_kernel"}
 
 

@@ -10,9 +10,11 @@ from ...nn.sharing import share_inputs, unshare_inputs
 from ...nn.trained_copy import TrainedCopy
 from ..attachment import attachment_of, original_names, owners, replace_module
 from ..bypasses import restore_bypasses, stop_bypasses
+from ..layer_report import LayerReport
 from ..method import Mergeable
 from ..targets import Targets, resolve
 from .config import Lora
+from .experts import frozen_experts
 from .files import LoraFiles
 from .record import LoraRecord, note_biases, switch_biases
 
@@ -42,6 +44,9 @@ class LoraMethod(Mergeable):
                 if is_added(module) and not inner.startswith("fastpeft_"):
                     raise ValueError(f"{op}: modules_to_save names {path}, but an adapter was added to a module inside")
         return config, targets
+
+    def report(self, model: nn.Module) -> Sequence[LayerReport]:
+        return frozen_experts(model)
 
     def apply(self, model: nn.Module, plan: tuple[Lora, Targets], name: str) -> None:
         (config, targets), record = plan, self.record(model)

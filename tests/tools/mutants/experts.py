@@ -1,0 +1,112 @@
+"""Mutants of experts and of PEFT's layers around them, as run.py says."""
+
+INTEGERS = "tests/ops/experts/test_experts.py::test_integers_are_exact"
+ALONE = "tests/ops/experts/test_experts.py::test_every_expert_trains_as_if_alone"
+CHOSEN = "tests/ops/experts/test_edges.py::test_who_is_chosen"
+GUARDS = "tests/ops/experts/test_memory.py::test_nothing_is_read_or_written_outside"
+KEPT = "tests/ops/experts/test_memory.py::test_what_is_kept_for_backward"
+STRIDES = "tests/ops/experts/test_memory.py::test_any_strides"
+OFFSETS = "tests/ops/experts/test_memory.py::test_offsets_are_64_bit[triton]"
+TRAINS = "tests/ops/experts/test_edges.py::test_an_activation_that_trains"
+ZERO = "tests/ops/experts/test_edges.py::test_scale_0_is_no_adapter"
+SEEDS = "tests/ops/experts/test_edges.py::test_seeds_are_drawn_where_none_are_given"
+SECOND = "tests/ops/experts/test_edges.py::test_gradients_of_gradients_are_refused"
+ONE = "tests/ops/experts/test_experts.py::test_one_expert_is_lora_linear"
+FORMULA = "tests/ops/experts/test_experts.py::test_the_definition_is_the_formula"
+SPLIT = "tests/ops/experts/test_memory.py::test_grouped_products_with_and_without_grouped_mm"
+COLUMNS = "tests/integrations/peft/test_experts.py::test_an_expert_has_its_own_columns_of_b"
+LLAMA4 = "tests/integrations/peft/test_experts.py::test_every_family_is_pefts[llama4]"
+GPT_OSS = "tests/integrations/peft/test_experts.py::test_every_family_is_pefts[gpt_oss]"
+QWEN3 = "tests/integrations/peft/test_experts.py::test_every_family_is_pefts[qwen3_moe]"
+NEMOTRON = "tests/integrations/peft/test_experts.py::test_every_family_is_pefts[nemotron_h]"
+ADAPTERS = "tests/integrations/peft/test_experts.py::test_two_active_adapters"
+BIASES = "tests/integrations/peft/test_experts.py::test_biases_of_experts"
+REASONS = "tests/integrations/peft/test_experts.py::test_what_peft_serves_itself"
+STRICT = "tests/integrations/peft/test_experts.py::test_strict_names_what_is_not_fused"
+RESTORE = "tests/integrations/peft/test_experts.py::test_restore_gives_pefts_own"
+
+_OP = (GUARDS, CHOSEN, ONE, FORMULA, ZERO, TRAINS, SEEDS, SECOND, STRIDES, SPLIT, KEPT, ALONE, OFFSETS, INTEGERS)
+_MODELS = (COLUMNS, QWEN3, GPT_OSS, LLAMA4, NEMOTRON, ADAPTERS, BIASES, REASONS, STRICT, RESTORE)
+TESTS = (*_OP, *_MODELS)
+
+MUTANTS = {
+    "kernels/experts.py": {
+        "_combine_kernel": {
+            "rows without an expert read": ("used = place < count", "used = place >= 0", GUARDS),
+            "the router's weights left out": ("row *= w[:, None]", ""),
+            "the last choice left out": ("range(0, CHOICES)", "range(0, CHOICES - 1)"),
+            "columns past the last one": ("(t < T)[:, None] & (k < N)[None, :]", "(t < T)[:, None]", GUARDS),
+        },
+        "dlora_a": {"x not gathered": ("order=routing.tokens) if gather", "order=routing.rows.order) if gather")},
+        "expand_": {"mask left out": ("1.0, dropout, seeds)", "1.0, 0.0, None)")},
+        "shrink": {"one plane of several": ("s[0] if parts == 1 else s.sum(0)", "s[0]", OFFSETS)},
+    },
+    "fastpeft/reference/experts.py": {
+        "shrink": {
+            "no 1 / (1 - p)": (".mul_(scale * factor)", ".mul_(scale)"),
+            "no scale": (".mul_(scale * factor)", ".mul_(factor)"),
+        },
+        "expand_": {"mask without 1 / (1 - p)": ("mask.mul_(factor)", "mask")},
+        "combine": {"rows without an expert not emptied": ("rows[int(routing.rows.starts[-1]) :] = 0", "")},
+        "_mask": {"rows counted over all experts": ("- routing.starts.long()[experts]", "")},
+        "_projection": {"bias left out": ("lora_b[e], bias, scale", "lora_b[e], None, scale", FORMULA)},
+    },
+    "fastpeft/reference/experts_grouped.py": {
+        "_dense": {"B taken for another layout": ("return copy if view is t else copy.mT", "return copy", STRIDES)},
+        "laid_out_as": {"always contiguous": ("parameter.is_contiguous() or", "True or", STRIDES)},
+        "_served": {"dtypes that grouped_mm refuses": ("and all(map(_aligned, operands))", "", SPLIT)},
+    },
+    "fastpeft/ops/experts.py": {
+        "_backward_implementation": {
+            "bias not in the router's gradient": ("if bias.numel():", "if False:"),
+            "low-rank term not in the router's gradient": ("if low_rank and scale:", "if False:"),
+            "scale counted twice": (".div_(scale)", ""),
+            "gradients of rows without an expert": ("torch.where(places < rows.starts[-1], of_row[places], 0)",
+                                                    "of_row[places]", GUARDS),
+            "dh without the router's weights": ("else dx.mul_(w)", "else dx"),
+        },
+        "_OfActivation.backward": {"second gradients silently 0": ("_refuse_second_gradients()", "", SECOND)},
+        "_kept": {"x kept for B": ("x if need_dw or need_da", "x if need_db or need_dw or need_da", KEPT)},
+        "experts": {
+            "one seed for both": ("down, top_k_weights, seeds[1]", "down, top_k_weights, seeds[0]"),
+            "an activation that trains is forgotten": ("if h is not None and not h.requires_grad:",
+                                                       "if h is not None:", TRAINS),
+        },
+    },
+    "fastpeft/ops/experts_arguments.py": {
+        "routing": {
+            "sentinels are experts": ("torch.where((index >= 0) & (index < experts), index, -1)",
+                                      "index.clamp(0, experts - 1)", CHOSEN),
+            "tokens are rows": ("order // top_k_index.shape[1]", "order"),
+        },
+    },
+    "fastpeft/integrations/experts.py": {
+        "_stacked": {
+            "B's slow index taken for the expert": (
+                "term.lora_b.view(len(term.lora_b), -1, experts).permute(2, 0, 1)",
+                "term.lora_b.view(len(term.lora_b), experts, -1).permute(1, 0, 2)",
+                COLUMNS,
+            ),
+            "A's fast index taken for the expert": (
+                "term.lora_a.view(experts, -1, term.lora_a.shape[1])",
+                "term.lora_a.view(-1, experts, term.lora_a.shape[1]).transpose(0, 1)",
+                QWEN3,
+            ),
+            "Llama 4 as the others": ("if term.swapped == transposed:", "if False:", LLAMA4),
+            "the second adapter's scale": ("[b * term.scale for", "[b * terms[0].scale for", ADAPTERS),
+        },
+        "_linear": {
+            "transposed weights taken as they are": ("weight.mT if layout.transposed else weight", "weight", GPT_OSS),
+            "biases left out": ('_bias") if layout.bias else None', '_bias") if False else None', GPT_OSS),
+        },
+        "_registered_layout": {
+            "a gate where there is none": ('if module.has_gate else ("up_proj", module.act_fn)',
+                                           "if True else None", NEMOTRON),
+        },
+        "plan": {"hooks of inner wrappers skipped": ("map(_fusable._intercepted, nest[1:])", "()", REASONS)},
+        "_terms": {"disabled adapters computed": ("if wrapper._disable_adapters:", "if False:", REASONS)},
+    },
+    "fastpeft/integrations/peft.py": {
+        "restore": {"experts stay": ("_THEIRS.get(type(layer), type(layer))", "type(layer)", RESTORE)},
+    },
+}  # fmt: skip
