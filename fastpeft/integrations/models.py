@@ -79,7 +79,11 @@ def report(model: nn.Module) -> Report:
 
 
 def describe(module: nn.Module) -> tuple[str, str] | None:
-    """(kind, why it is not fused) of another library's layer as it is; None for any other module."""
+    """(kind, why it is not fused) of another library's layer as it is; None for any other module.
+
+    Args:
+        module: Any module.
+    """
     homes = {kind.__module__.partition(".")[0] for kind in type(module).__mro__}
     if "peft" in homes:
         from . import peft

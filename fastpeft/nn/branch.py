@@ -36,7 +36,12 @@ class Branch(NamedTuple):
         return bias if self.bias is None else bias + self.bias
 
     def unchanged(self, versions: tuple, other: "Branch") -> bool:
-        """Whether this is ``other`` as it was when its tensors had these versions."""
+        """Whether this is ``other`` as it was when its tensors had these versions.
+
+        Args:
+            versions: What ``versions`` gave of ``other`` then.
+            other: A branch of the same module.
+        """
         same = (
             self.weight is other.weight
             and self.lora_a is other.lora_a

@@ -150,6 +150,14 @@ class LoraLinear(nn.Module):
             adapter.requires_grad_(trainable and name in self.active)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The base's output with the terms of the active adapters.
+
+        Args:
+            x: ``[..., K]``.
+
+        Returns:
+            ``[..., N]``.
+        """
         if self.fastpeft_shared is not None and not torch.compiler.is_compiling():
             y = self.fastpeft_shared.forward(self, x)
             if y is not None:

@@ -57,6 +57,11 @@ class RowSparseLinear(LiveSlice):
         self._parameters["weight"].requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[..., N]``, as the base layer's.
+
+        Args:
+            x: ``[..., K]``.
+        """
         bias = self._parameters["bias"]
         return ops.row_linear(x, self.current(), self._parameters["trained"], self.index, bias, self.columns)
 

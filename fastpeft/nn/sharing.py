@@ -59,7 +59,8 @@ class SharedInput:
     without grad mode, since the forward of reentrant checkpointing cannot be told from an evaluation.
 
     Args:
-        members: the sibling modules, in the order in which the model calls them; each offers ``fastpeft_branch()``.
+        members: The sibling modules, in the order in which the model calls them; each has what ``protocol.Sharing``
+            declares.
     """
 
     def __init__(self, members: Sequence[nn.Module]):
@@ -77,7 +78,12 @@ class SharedInput:
         self.__dict__.update(state, _thread=threading.local())
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """The module's output from a shared call, or None: then the module computes alone."""
+        """The module's output from a shared call, or None: then the module computes alone.
+
+        Args:
+            module: A member, or a replica or copy of one.
+            x: ``[..., K]``, what the module was called with.
+        """
         if torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_inference():
             return None
         me = next((i for i, member in enumerate(self.members) if member is module), None)
@@ -99,7 +105,11 @@ class SharedInput:
         return self._lead(me, x, conditions, rounds)
 
     def partners(self, module: nn.Module) -> list[nn.Module]:
-        """The members that share with ``module`` as things stand, without itself."""
+        """The members that share with ``module`` as things stand, without itself.
+
+        Args:
+            module: A member.
+        """
         parts = {id(member): part for member, part in zip(self.members, self._parts, strict=True)}
         part = parts.get(id(module))
         if part is None or isinstance(branch_of(module), str):
@@ -188,7 +198,11 @@ def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> l
 
 
 def unshare_inputs(model: nn.Module) -> None:
-    """Take back ``share_inputs``."""
+    """Take back ``share_inputs``: every layer computes alone again.
+
+    Args:
+        model: The model whose siblings were grouped.
+    """
     for module in model.modules():
         module.__dict__.pop("fastpeft_shared", None)
 

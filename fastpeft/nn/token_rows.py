@@ -56,6 +56,11 @@ class TokenRows(LiveSlice):
         self._parameters["weight"].requires_grad_(False)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """``[..., D]``, as the base layer's.
+
+        Args:
+            ids: ``[...]`` integers in [0, V).
+        """
         weight, trained = self.current(), self._parameters["trained"]
         if not (trained.requires_grad and torch.is_grad_enabled()):
             return F.embedding(ids, weight)

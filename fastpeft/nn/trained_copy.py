@@ -14,7 +14,7 @@ class TrainedCopy(nn.Module):
     working. The original is frozen.
 
     Args:
-        original_module: the module to leave as it is.
+        original_module: The module to leave as it is.
     """
 
     fastpeft_original = "original_module"
@@ -28,12 +28,27 @@ class TrainedCopy(nn.Module):
         self.train(original_module.training)
 
     def add_copy(self, name: str) -> nn.Module:
-        """Add a copy of the original; it is inactive and frozen until ``set_active``."""
+        """Add a copy of the original; it is inactive and frozen until ``set_active``.
+
+        Args:
+            name: The copy's name.
+
+        Returns:
+            The copy.
+
+        Raises:
+            ValueError: ``name`` cannot be part of a parameter's name.
+        """
         self.copies[adapter_name("TrainedCopy", name)] = copy.deepcopy(self.original_module)
         return self.copies[name]
 
     def set_active(self, name: str | None, trainable: bool = True) -> None:
-        """Call this copy from now on, and train it unless told otherwise; the others are frozen."""
+        """Call this copy from now on, and train it unless told otherwise; the others are frozen.
+
+        Args:
+            name: The copy's name; None is the original.
+            trainable: Whether the copy asks for gradients.
+        """
         self.active = name
         for other, module in self.copies.items():
             module.requires_grad_(trainable and other == name)
@@ -44,6 +59,12 @@ class TrainedCopy(nn.Module):
         return modules["original_module"] if self.disabled or self.active is None else modules["copies"][self.active]
 
     def forward(self, *args, **kwargs):
+        """What the called module returns.
+
+        Args:
+            args: The called module's arguments.
+            kwargs: The same.
+        """
         return self.current()(*args, **kwargs)
 
     def __getattr__(self, name):

@@ -184,7 +184,15 @@ class Bottleneck:
             )
 
     def size_of(self, features: int, layer: int | None) -> int:
-        """Width of the bottleneck in a layer of this width; the rule is that of ``adapters``."""
+        """The width of the bottleneck in a layer; the rule is that of ``adapters``.
+
+        Args:
+            features: The layer's width.
+            layer: Its number, for a ``reduction_factor`` that is a dict; None has the one for "default".
+
+        Raises:
+            ValueError: ``reduction_factor`` has no entry for the layer.
+        """
         if self.size is not None:
             return self.size
         factor = self.reduction_factor

@@ -110,11 +110,19 @@ class Lora:
         self._set("layers", numbers)
 
     def rank_of(self, path: str) -> int:
-        """r of the layer at ``path``."""
+        """r of a layer.
+
+        Args:
+            path: The layer's, in the model.
+        """
         return _lookup(self.rank_pattern, path, self.r)
 
     def alpha_of(self, path: str) -> float:
-        """alpha of the layer at ``path``."""
+        """alpha of a layer.
+
+        Args:
+            path: The layer's, in the model.
+        """
         return _lookup(self.alpha_pattern, path, self.alpha)
 
 

@@ -107,7 +107,11 @@ class LisaSchedule:
         return active
 
     def drawn(self, step: int) -> tuple[int, ...]:
-        """The blocks that train in a step, counted from 0."""
+        """The numbers of the blocks that train in a step.
+
+        Args:
+            step: The step's number, counted from 0.
+        """
         draw = random.Random(f"{self.seed} {step // self.every}")
         return tuple(sorted(draw.sample(range(len(self.blocks)), self.n_active)))
 
@@ -116,6 +120,11 @@ class LisaSchedule:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on where another run stopped.
+
+        Args:
+            state: What its ``state_dict`` gave.
+        """
         self.steps = state["steps"]
 
     def close(self) -> None:
@@ -126,7 +135,15 @@ class LisaSchedule:
             self._entry.remove()
 
     def on_step_begin(self, args, state, control, optimizer=None, **_):
-        """transformers' callback: the Trainer counts the steps, so that resuming needs nothing else."""
+        """transformers' callback: the Trainer counts the steps, so that resuming needs nothing else.
+
+        Args:
+            args: The Trainer's arguments, which are not read.
+            state: Its state, with ``global_step``.
+            control: What is given back.
+            optimizer: Its optimizer.
+            _: What else a callback is given.
+        """
         self.steps = state.global_step
         self.step(optimizer)
         return control
