@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..nn.adapter import adapter_name
-from .attachment import KEY, Attachment, attachment_of, check_module, holder_of
+from .attachment import KEY, Attachment, attachment_of, check_module, holder_of, state_of
 from .formats.peft_configs import is_peft_config, translated
 from .method import Method
 from .registry import METHODS, mergeable_of, method_of, methods_of
@@ -100,7 +100,7 @@ def apply_all(model: nn.Module, configs: Sequence[Any], name: str, plans: Plans)
 
 def take_back(model: nn.Module, name: str, flags: Flags) -> None:
     """Take one inactive adapter off, whole or half applied, and give parameters these flags."""
-    state = model.__dict__[KEY]
+    state = state_of(model)
     parts = [method_of("attach", config) for config in state.parts(name)]
     for method in methods_of(state):
         method.lift(model)

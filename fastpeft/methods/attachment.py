@@ -65,6 +65,11 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return model.__dict__.get(KEY)
 
 
+def state_of(model: nn.Module) -> Attachment:
+    """What was attached to this module, which something was attached to."""
+    return model.__dict__[KEY]
+
+
 def holder_of(op: str, model: nn.Module) -> tuple[nn.Module, Attachment]:
     """The module that was attached to: ``model``, or the one inside a wrapper (of DDP, of torch.compile)."""
     check_module(op, model)

@@ -7,7 +7,7 @@ adapter of several methods is a folder with one checkpoint in a sub-folder for e
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .formats.files import refuse_meta, safetensors, whole, writes_here
 from .formats.peft_files import CONFIG, read_config
 from .method import Files, Method
 from .registry import METHODS, method_named, method_of
-from .selective.files import add_to_lora, is_input_tokens, tokens_beside_lora
+from .selective.files import SelectiveFiles, add_to_lora, is_input_tokens, tokens_beside_lora
 from .switch import refuse_merged
 
 
@@ -33,7 +33,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
         ValueError: There is no such adapter.
     """
     holder, state = holder_of("adapter_state_dict", model)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for method in _methods("adapter_state_dict", state, name):
         found = method.files.parameters(holder, name)
         tensors.update((method.files.key(key), tensor.detach()) for key, tensor in found.items())
@@ -68,9 +68,10 @@ def save(model: nn.Module, directory: str | os.PathLike, name: str = "default") 
     directory = Path(directory)
     if parts.keys() == {"lora", "selective"}:
         (lora, tensors), (selective, rows) = parts["lora"], parts["selective"]
-        if is_input_tokens(holder, selective.plan(holder, name)):  # PEFT keeps these two in one checkpoint
+        plan = cast(SelectiveFiles, selective).plan(holder, name)
+        if is_input_tokens(holder, plan):  # PEFT keeps these two in one checkpoint
             lora.write("save", holder, name, tensors, directory)
-            add_to_lora("save", selective.plan(holder, name), rows, directory)
+            add_to_lora("save", plan, rows, directory)
             return
     for folder, (files, tensors) in parts.items():
         files.write("save", holder, name, tensors, directory / folder if len(parts) > 1 else directory)
@@ -101,7 +102,7 @@ def load(model: nn.Module, directory: str | os.PathLike, name: str = "default") 
     holder, state = holder_of("load", model) if attached else (model, None)
     read = [(folder, m, *m.files.read("load", holder, folder, fields)) for folder, m, fields in _parts(directory)]
     new = state is None or name not in state.configs
-    if new:
+    if state is None or new:
         configs = tuple(config for _, _, config, _ in read)
         plans = resolve_all("load", holder, configs, name, strict=False)
         expected = [
@@ -140,7 +141,7 @@ def _parts(directory: str | os.PathLike) -> list[tuple[Path, Method, Mapping[str
         folders = [directory]
     found = []
     for folder in folders:
-        fields = read_config("load", folder)
+        fields: Any = read_config("load", folder)
         method = next((m for m in METHODS if isinstance(fields, dict) and m.files.recognises(fields)), METHODS[0])
         tokens = tokens_beside_lora(fields)
         found.append((folder, method, fields if tokens is None else {**fields, "trainable_token_indices": None}))

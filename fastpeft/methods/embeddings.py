@@ -1,11 +1,18 @@
 """The two ends of a Hugging Face model, where it says what they are."""
 
-from torch import nn
+from typing import Any, cast
+
+from torch import Tensor, nn
 
 
 def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The module that embeds tokens, or None."""
     return _asked(model, "get_input_embeddings")
+
+
+def token_table(model: nn.Module) -> Tensor:
+    """The weight ``[V, D]`` of the module that embeds tokens, in a model that has one."""
+    return cast(Any, model).get_input_embeddings().weight
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

@@ -42,7 +42,7 @@ class Method(ABC):
     name: ClassVar[str]
     config: ClassVar[type]
     title: ClassVar[str]
-    record_type: ClassVar[Callable[[], Any]]
+    record_type: ClassVar[type]
     files: "Files"
     unmergeable: ClassVar[str] = ""
 

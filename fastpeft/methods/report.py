@@ -10,7 +10,7 @@ from html import escape
 
 from torch import nn
 
-from ..nn.protocol import is_added, reported
+from ..nn.protocol import Reported, is_added, reported
 from .attachment import attachment_of, check_module
 from .folding import folded
 from .layer_report import LayerReport
@@ -92,7 +92,7 @@ def report(model: nn.Module, describers: Sequence[Describer] = ()) -> Report:
         if layer is not None:
             if is_added(module):
                 inside = (f"{path}.",)  # it speaks for the modules inside
-            rows.append(_row(module, path, paths))
+            rows.append(_row(module, layer, path, paths))
         else:
             described = (describer(module) for describer in describers)
             found = next((description for description in described if description is not None), None)
@@ -106,8 +106,7 @@ def report(model: nn.Module, describers: Sequence[Describer] = ()) -> Report:
     return Report(tuple(rows), sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
 
 
-def _row(module: nn.Module, path: str, paths: dict[nn.Module, str]) -> LayerReport:
-    layer = reported(module)
+def _row(module: nn.Module, layer: Reported, path: str, paths: dict[nn.Module, str]) -> LayerReport:
     status = layer.fastpeft_report()
     if status != "fused":
         return LayerReport(path, status, None, (), layer.fastpeft_kind)

@@ -1,7 +1,7 @@
 """Methods whose adapters may differ from row to row of a batch: one module of them, a child of the model, has hooks."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import nn
 
@@ -19,40 +19,41 @@ class RowMethod(Method):
     record_type = dict
     child: ClassVar[str]
 
-    def adapters(self, model: nn.Module) -> RowAdapters | None:
-        """The module with all adapters, or None before the first."""
-        return getattr(model, self.child, None)
+    def present(self, model: nn.Module) -> bool:
+        """Whether the model has such a child."""
+        return getattr(model, self.child, None) is not None
+
+    def adapters(self, model: nn.Module) -> RowAdapters:
+        """The module with all adapters, which the first one brings."""
+        return cast(RowAdapters, getattr(model, self.child))
 
     def refuse_own(self, op: str, model: nn.Module) -> None:
         """Raise if the model has a child of that name which is not ours."""
-        if self.adapters(model) is not None and self.record(model) is None:
+        if self.present(model) and self.record(model) is None:
             raise ValueError(f"{op}: the model has a {self.child} of its own, expected a model without")
 
-    def put_up(self, model: nn.Module, adapters: RowAdapters) -> RowAdapters:
+    def put_up(self, model: nn.Module, adapters: RowAdapters) -> None:
         """Hook the module of adapters into the model."""
         adapters.train(model.training)
         adapters.attach(model)
         model.add_module(self.child, adapters)
-        return adapters
 
     def discard(self, model: nn.Module, name: str) -> None:
-        adapters = self.adapters(model)
-        if adapters is not None:
-            adapters.drop(name)
-            if not adapters.names:
+        if self.present(model):
+            self.adapters(model).drop(name)
+            if not self.adapters(model).names:
                 self.remove(model)
 
     def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
-        adapters = self.adapters(model)
-        if adapters is not None:
-            adapters.detach()
+        if self.present(model):
+            self.adapters(model).detach()
             delattr(model, self.child)
 
     def set_active(self, model: nn.Module, names: Sequence[str], trainable: bool = True) -> None:
-        getattr(model, self.child).set_active(names, trainable)
+        self.adapters(model).set_active(names, trainable)
 
     def disable(self, model: nn.Module) -> Callable[[], None]:
-        adapters: RowAdapters = getattr(model, self.child)
+        adapters = self.adapters(model)
         before, adapters.disabled = adapters.disabled, True
 
         def enable() -> None:

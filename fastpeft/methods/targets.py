@@ -5,8 +5,9 @@ its original.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -102,7 +103,7 @@ def _named(path: str, reason: str | None, config: Lora) -> bool:
     return _ends(path, targets) and _in_layers(path, config)
 
 
-def _ends(path: str, names: tuple[str, ...]) -> bool:
+def _ends(path: str, names: Sequence[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
@@ -113,11 +114,11 @@ def _in_layers(path: str, config: Lora) -> bool:
     patterns = (patterns,) if isinstance(patterns, str) else patterns
     tries = [rf"(?:^|.*?\.){pattern}\.(?P<i>\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(?P<i>\d+)\."]
     match = next(filter(None, (re.match(pattern, path) for pattern in tries)), None)
-    return match is not None and int(match["i"]) in config.layers
+    return match is not None and int(match["i"]) in cast(tuple, config.layers)
 
 
 def _copies(op: str, modules: dict[str, nn.Module], config: Lora) -> tuple[str, ...]:
-    copies = []
+    copies: list[str] = []
     for path, module in modules.items():
         if not path or not any(path.endswith(name) for name in config.modules_to_save):
             continue
@@ -181,6 +182,6 @@ def _candidates(modules: dict[str, nn.Module], count: int = 8) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def _short(targets: object) -> str:
+def _short(targets: str | Sequence[str]) -> str:
     text = repr(targets if isinstance(targets, str) else list(targets))
     return text if len(text) < 200 else f"{text[:197]}..."

@@ -32,6 +32,10 @@ class LoraAdapter(nn.Module):
         TypeError: ``rslora`` is no bool.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,

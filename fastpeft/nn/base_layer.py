@@ -29,3 +29,8 @@ def not_linear_reason(module: nn.Module) -> str | None:
 def trained_dtype(weight: torch.dtype) -> torch.dtype:
     """The dtype of what is trained beside a weight: float32 where that is 16 bits wide or less, as in PEFT."""
     return torch.float32 if weight.itemsize <= 2 else weight
+
+
+def served_dtype(adapter: torch.dtype | None, weight: torch.dtype) -> torch.dtype:
+    """The adapter's dtype where the op takes it beside this weight, else the one it is cast to."""
+    return weight if adapter == weight else torch.promote_types(weight, torch.float32)

@@ -62,6 +62,18 @@ class BottleneckAdapter(nn.Module):
 
     fastpeft_kind = "bottleneck adapters"
 
+    down_weight: nn.Parameter
+    up_weight: nn.Parameter
+    down_bias: nn.Parameter | None
+    up_bias: nn.Parameter | None
+    norm_weight: nn.Parameter | None
+    norm_bias: nn.Parameter | None
+    norm_after_weight: nn.Parameter | None
+    norm_after_bias: nn.Parameter | None
+    gate_weight: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+    scale: float | nn.Parameter
+
     def __init__(
         self,
         features: int,
@@ -146,17 +158,17 @@ class BottleneckAdapter(nn.Module):
             residual = x
         dropout = self.dropout if self.training else 0.0
         depth = self.stochastic_depth if self.training else 0.0
-        after, gated = self.norm_after_weight is not None, self.gate_weight is not None
+        after, gate_weight = self.norm_after_weight is not None, self.gate_weight
         before = self.residual_first and not self.parallel  # where the residual goes if a norm follows
-        alone = gated or depth > 0.0 or (after and not before)
+        alone = gate_weight is not None or depth > 0.0 or (after and not before)
         y = ops.bottleneck(
             x, self.down_weight, self.down_bias, self.up_weight, self.up_bias, None if alone else residual,
             self.activation, self.scale, self.norm_weight, self.norm_bias, self.norm or "layer", self.eps, dropout,
         )  # fmt: skip
         if depth:
             y = y * _survivors(x, depth)
-        if gated:
-            gate = torch.sigmoid(F.linear(x.to(self.gate_weight.dtype), self.gate_weight, self.gate_bias))
+        if gate_weight is not None:
+            gate = torch.sigmoid(F.linear(x.to(gate_weight.dtype), gate_weight, self.gate_bias))
             y = y * gate.mean(1, keepdim=True).to(y.dtype)
         if alone and before and residual is not None:
             y = y + residual

@@ -1,10 +1,11 @@
 """What a layer tells its siblings about itself: its tensors and numbers, or why it keeps to itself."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
 from .._check import PLAIN
+from .protocol import Sharing
 
 
 class Branch(NamedTuple):
@@ -60,11 +61,11 @@ class Branch(NamedTuple):
 
 
 def branch_of(module: nn.Module) -> Branch | str:
-    """The module's branch, or the reason why it cannot share its input."""
+    """The module's branch (``protocol.Sharing``), or the reason why it cannot share its input."""
     reason = own_path_reason(module)
     if reason is not None:
         return f"it {reason}"
-    branch = module.fastpeft_branch()
+    branch = cast(Sharing, module).fastpeft_branch()
     if isinstance(branch, str):
         return branch
     for tensor in (branch.weight, branch.lora_a, branch.lora_b, branch.bias, branch.lora_bias):

@@ -8,6 +8,8 @@ When to write: when the parameter's version counter has moved, and, since optimi
 moves no counter, once after every forward that recorded gradients. Where nothing is trained, nothing is written.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -30,9 +32,13 @@ class LiveSlice(nn.Module):
         dtype: The slice's dtype; None is the weight's, or float32 where that is 16 bits wide.
     """
 
+    index: Tensor
+    trained: nn.Parameter
+    _written: int | None  # the version of the slice that the weight holds
+
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: Any,
         index: Tensor,
         columns: bool = False,
         transposed: bool = False,
@@ -52,38 +58,43 @@ class LiveSlice(nn.Module):
             values = self._matrix(weight.detach()).index_select(int(columns), self.index)
             trained = nn.Parameter(values.to(dtype, memory_format=torch.contiguous_format, copy=True))
         self.trained = trained
-        self._version = trained._version
+        self._written = trained._version
         self.train(base_layer.training)
 
     @property
     def weight(self) -> Tensor:
         """The whole weight, with what has been trained so far."""
         self.write()
-        return self._parameters["weight"]
+        return self.stored
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The weight as it lies in memory, whether or not it is up to date."""
+        return cast(nn.Parameter, self._parameters["weight"])
 
     @torch.no_grad()
     def write(self) -> None:
         """Bring the weight up to date if the trained part may have changed."""
-        weight, trained = self._parameters["weight"], self._parameters["trained"]
+        weight, trained = self.stored, self.trained
         version = None if trained.is_inference() else trained._version
-        moved = version is None or version != self._version
+        moved = version is None or version != self._written
         if weight.is_meta or not (moved or self._stale):
             return
         # A counted write, so that a backward that needs the old weight raises. Not where the counter stands: the value
         # is most likely the same then, as between the micro-batches of a pipeline, whose backwards are still to come.
         target = self._matrix(weight if moved else weight.data)
         target.index_copy_(int(self.columns), self.index, trained.detach().to(weight.dtype))
-        self._version, self._stale = version, False
+        self._written, self._stale = version, False
 
     def current(self) -> Tensor:
         """``[N, K]`` for a forward. The optimizer may change the slice after one that records gradients."""
         if torch.compiler.is_compiling():
-            weight, trained = self._parameters["weight"], self._parameters["trained"].detach()
+            stored, trained = self.stored, self.trained.detach()
             with torch.no_grad():
-                self._matrix(weight).index_copy_(int(self.columns), self.index, trained.to(weight.dtype))
-            return self._matrix(weight)
+                self._matrix(stored).index_copy_(int(self.columns), self.index, trained.to(stored.dtype))
+            return self._matrix(stored)
         weight = self.weight
-        if torch.is_grad_enabled() and self._parameters["trained"].requires_grad:
+        if torch.is_grad_enabled() and self.trained.requires_grad:
             self._stale = True
         return self._matrix(weight)
 
@@ -105,7 +116,7 @@ class LiveSlice(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.write()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.trained.dtype == self._parameters["weight"].dtype:
+        if self.trained.dtype == self.stored.dtype:
             del destination[f"{prefix}trained"]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *errors):
@@ -118,7 +129,7 @@ class LiveSlice(nn.Module):
             missing_keys.remove(key)
         if f"{prefix}weight" in state_dict:
             with torch.no_grad():
-                weight = self._matrix(self._parameters["weight"])
+                weight = self._matrix(self.stored)
                 self.trained.copy_(weight.index_select(int(self.columns), self.index))
 
 

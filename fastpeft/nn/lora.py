@@ -7,6 +7,7 @@ Scaling Factor for Fine-Tuning with LoRA" (2023) for 1 / sqrt(r).
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from .. import _check, ops
 from . import merging
 from .adapter import LoraAdapter, adapter_name
 from .backend import serving_backend
-from .base_layer import is_conv1d, not_linear_reason, trained_dtype
+from .base_layer import is_conv1d, not_linear_reason, served_dtype, trained_dtype
 from .branch import Branch, own_path_reason
 from .sharing import SharedInput
 
@@ -68,7 +69,7 @@ class LoraLinear(nn.Module):
         reason = not_linear_reason(base_layer)
         if reason is not None:
             raise TypeError(f"LoraLinear: base_layer is {reason}, expected nn.Linear or Conv1D")
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer = cast(nn.Linear, base_layer.requires_grad_(False))  # or Conv1D, with the same attributes
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.disabled = False
@@ -127,8 +128,8 @@ class LoraLinear(nn.Module):
         if name in self.adapters:
             raise ValueError(f"LoraLinear: adapter {name!r} exists already")
         n, k = self._matrix().shape
-        where = {"dtype": dtype or trained_dtype(self.weight.dtype), "device": self.weight.device}
-        adapter = LoraAdapter(k, n, r, alpha, dropout, rslora, lora_bias, init, **where)
+        dtype, device = dtype or trained_dtype(self.weight.dtype), self.weight.device
+        adapter = LoraAdapter(k, n, r, alpha, dropout, rslora, lora_bias, init, dtype, device)
         self.adapters[name] = adapter.requires_grad_(False).train(self.training)
         return adapter
 
@@ -178,7 +179,8 @@ class LoraLinear(nn.Module):
         if reason is not None:
             return f"its base layer {reason}"
         # Past nn.Module's slow __getattr__: this runs several times for every group and call.
-        base, adapter = self._modules["base_layer"], self._modules["adapters"]._modules[self.active[0]]
+        modules: dict[str, Any] = self._modules
+        base, adapter = modules["base_layer"], modules["adapters"]._modules[self.active[0]]
         if is_conv1d(base):
             return "its base layer is a Conv1D"  # whose transposed weight is another tensor object at every call
         if "parametrizations" in adapter._modules:
@@ -187,14 +189,14 @@ class LoraLinear(nn.Module):
         if frozen.get("weight") is None or trained.get("lora_A") is None:
             return "its weights are no parameters"
         weight, lora_a, dropout = frozen["weight"], trained["lora_A"], adapter.dropout if self.training else 0.0
-        if _served_dtype(lora_a.dtype, weight.dtype) != lora_a.dtype:
+        if served_dtype(lora_a.dtype, weight.dtype) != lora_a.dtype:
             return f"its {lora_a.dtype} adapter is cast at every call"
         bias, lora_bias = frozen["bias"], trained["lora_bias"]
         return Branch(weight, lora_a, trained["lora_B"], bias, adapter.scale, dropout, lora_bias)
 
     def fastpeft_backend(self) -> str:
         """The backend for an x of one row and the first active adapter."""
-        weight, lora_a = self.weight, self.adapters[self.active[0]].lora_A
+        weight, lora_a = self.weight, self._adapters(self.active)[0].lora_A
         return serving_backend("lora_linear", weight.new_empty(1, lora_a.shape[1]), self._matrix(), lora_a)
 
     def fastpeft_report(self) -> str:
@@ -213,7 +215,7 @@ class LoraLinear(nn.Module):
         Returns:
             ``Σ scale · B A`` as ``[N, K]`` and ``Σ scale · lora_bias`` as ``[N]``, or None where none has one.
         """
-        return merging.added([self.adapters[name] for name in ([names] if isinstance(names, str) else names)])
+        return merging.added(self._adapters([names] if isinstance(names, str) else names))
 
     @torch.no_grad()
     def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
@@ -224,7 +226,7 @@ class LoraLinear(nn.Module):
         """
         if not self.active:
             raise ValueError("no active adapter to merge")
-        return merging.merged(self.base_layer, [self.adapters[name] for name in self.active])
+        return merging.merged(self.base_layer, self._adapters(self.active))
 
     @torch.no_grad()
     def merge(self, tensors: tuple[Tensor, Tensor | None] | None = None) -> None:
@@ -238,27 +240,32 @@ class LoraLinear(nn.Module):
         """
         if self.merged:
             raise ValueError("LoraLinear: merge of a merged layer; unmerge it first")
-        weight, bias = self.merged_tensors() if tensors is None else tensors
-        self._before_merge = self.weight.data, None if bias is None else self.bias.data
-        self.weight.data = weight
-        if bias is not None:
-            self.bias.data = bias
+        tensors = self.merged_tensors() if tensors is None else tensors
+        self._before_merge = self._exchange(*tensors)
         self.merged = self.active
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Give the base its own tensors back, bit for bit."""
-        if not self.merged:
+        if self._before_merge is None:
             raise ValueError("LoraLinear: unmerge of a layer that is not merged")
-        weight, bias = self._before_merge
-        self.weight.data = weight
-        if bias is not None:
-            self.bias.data = bias
+        self._exchange(*self._before_merge)
         self.merged, self._before_merge = (), None
+
+    def _exchange(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Give the base these tensors, where there are any, and return those that it had in their place."""
+        before, self.weight.data = self.weight.data, weight
+        if bias is None or self.bias is None:
+            return before, None
+        before_bias, self.bias.data = self.bias.data, bias
+        return before, before_bias
 
     def extra_repr(self) -> str:
         state = "disabled" if self.disabled else "merged" if self.merged else "active"
         return f"in_features={self.in_features}, out_features={self.out_features}, {state}={list(self.active)}"
+
+    def _adapters(self, names: Sequence[str]) -> list[LoraAdapter]:
+        return [cast(LoraAdapter, self.adapters[name]) for name in names]
 
     def _matrix(self) -> Tensor:
         """The frozen weight as ``[N, K]``."""
@@ -267,11 +274,12 @@ class LoraLinear(nn.Module):
 
     def _low_rank(self, x: Tensor, weights: list[Tensor | None], bias: Tensor | None) -> Tensor:
         """The base for which a weight is given, and the term of every active adapter."""
-        adapters = [self.adapters[name] for name in self.active]
-        lora_as, lora_bs = [a.lora_A for a in adapters], [a.lora_B for a in adapters]
-        dtype = _served_dtype(lora_as[0].dtype, self.weight.dtype)
+        adapters = self._adapters(self.active)
+        lora_as: list[Tensor] = [a.lora_A for a in adapters]
+        lora_bs: list[Tensor] = [a.lora_B for a in adapters]
+        dtype = served_dtype(lora_as[0].dtype, self.weight.dtype)
         if any(a.dtype != dtype for a in lora_as):
-            dtype = _served_dtype(None, self.weight.dtype)
+            dtype = served_dtype(None, self.weight.dtype)
             lora_as, lora_bs = [a.to(dtype) for a in lora_as], [b.to(dtype) for b in lora_bs]
         for adapter in adapters:
             if adapter.lora_bias is not None:
@@ -284,10 +292,3 @@ class LoraLinear(nn.Module):
         biases = [bias] + [None] * (len(adapters) - 1)
         ys = ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
         return sum(ys[1:], ys[0])
-
-
-def _served_dtype(adapter: torch.dtype | None, weight: torch.dtype) -> torch.dtype:
-    """The adapter's dtype where the op takes it beside this weight, else the one it is cast to."""
-    if adapter == weight:
-        return adapter
-    return torch.promote_types(weight, torch.float32)  # the adapter's own, or what it is cast to

@@ -1,5 +1,6 @@
 """What LoRA adapters add to the weight and bias of a frozen layer, and the layer's tensors with it added."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,16 +15,21 @@ def added(adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
 
     Both are in float32 or wider. There is at least one adapter.
     """
-    weights, biases = [], []
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
     for adapter in adapters:
         dtype = torch.promote_types(adapter.lora_A.dtype, torch.float32)
         weights.append(adapter.scale * (adapter.lora_B.to(dtype) @ adapter.lora_A.to(dtype)))
         if adapter.lora_bias is not None:
             biases.append(adapter.scale * adapter.lora_bias.to(dtype))
-    return sum(weights[1:], weights[0]), sum(biases[1:], biases[0]) if biases else None
+    return _sum(weights), _sum(biases) if biases else None
 
 
-def merged(base: nn.Module, adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
+
+
+def merged(base: nn.Linear, adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
     """The base's weight and bias with the adapters added, in the base's layout and dtype; a bias that stays is None.
 
     Raises:

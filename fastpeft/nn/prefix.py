@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +51,11 @@ class PrefixAdapter(nn.Module):
         columns = wide if projection is None else narrow
         # Deviation 1, as PEFT draws it: about that of a pretrained model's own keys and values.
         self.embedding = nn.Parameter(torch.randn(length, columns, dtype=dtype, device=device))
-        self.transform = None
+        self.transform: nn.Sequential | None = None
         if projection is not None:
-            made = {"dtype": dtype, "device": device}
-            self.transform = nn.Sequential(
-                nn.Linear(narrow, projection, **made), nn.Tanh(), nn.Linear(projection, wide, **made)
-            )
+            first = nn.Linear(narrow, projection, dtype=dtype, device=device)
+            last = nn.Linear(projection, wide, dtype=dtype, device=device)
+            self.transform = nn.Sequential(first, nn.Tanh(), last)
 
     def flat(self) -> Tensor:
         """``[P, layers · 2 · heads · width]``, as PEFT stores it."""
@@ -80,12 +79,16 @@ class Prefixes(RowAdapters):
         self.adapters = nn.ModuleDict()
         self.arguments = tuple(inspect.signature(model.forward).parameters)
         # RoBERTa numbers positions from its padding token's on, and only over tokens.
-        embeddings = [m for m in model.modules() if hasattr(m, "create_position_ids_from_inputs_embeds")]
+        embeddings: list[Any] = [m for m in model.modules() if hasattr(m, "create_position_ids_from_inputs_embeds")]
         self.padding = int(embeddings[0].padding_idx) if embeddings else None
 
     @property
     def parts(self) -> nn.ModuleDict:
         return self.adapters
+
+    def adapter(self, name: str) -> PrefixAdapter:
+        """The prefix of this name."""
+        return cast(PrefixAdapter, self.adapters[name])
 
     def attach(self, model: nn.Module) -> None:
         """Hook into the model."""
@@ -106,14 +109,14 @@ class Prefixes(RowAdapters):
             return (), given
         self._refuse(model)
         kinds = list(dict.fromkeys(member for member in members if member))
-        values = {name: self.adapters[name].values() for name in dict.fromkeys(n for kind in kinds for n in kind)}
+        values = {name: self.adapter(name).values() for name in dict.fromkeys(n for kind in kinds for n in kind)}
         parts = []
         for kind in kinds:
             which = [b for b, member in enumerate(members) if member == kind]
             rows = None if len(which) == len(members) else torch.tensor(which, device=tokens.device)
             parts.append((torch.cat([values[name] for name in kind], 3) if len(kind) > 1 else values[kind[0]], rows))
         if "position_ids" in self.arguments:
-            lengths = [sum(self.adapters[name].length for name in member) for member in members]
+            lengths = [sum(self.adapter(name).length for name in member) for member in members]
             given["position_ids"] = self._positions(given, tokens, lengths)
         given.pop("cache_position", None)
         return (), {**given, KWARG: Call(parts, set())}
@@ -133,7 +136,7 @@ class Prefixes(RowAdapters):
         shift = torch.tensor(lengths[:1] if len(set(lengths)) == 1 else lengths, device=tokens.device)[:, None]
         if given.get("position_ids") is not None:
             return given["position_ids"] + shift
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         if self.padding is None:
             return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None] + shift
@@ -154,7 +157,7 @@ class Prefixes(RowAdapters):
                 )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {adapter.length}" for name, adapter in self.adapters.items())
+        return ", ".join(f"{name}: {self.adapter(name).length}" for name in self.adapters)
 
 
 def attention_beside(original: Callable) -> Callable:

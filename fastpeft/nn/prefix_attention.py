@@ -70,22 +70,22 @@ class _PrefixAttention(torch.autograd.Function):
         if torch.is_grad_enabled():  # gradients that are differentiated themselves: autograd's, of scores that exist
             inputs = [t.view_as(t) for t in (q, k, v, *prefixes)]  # aliases: none is a function of another
             asked = [t for t in inputs if t.requires_grad]
-            ys = _explicit(*inputs[:3], inputs[3:], rows, mask, causal, scale, 0.0)
+            ys = _explicit(inputs[0], inputs[1], inputs[2], inputs[3:], rows, mask, causal, scale, 0.0)
             found = iter(torch.autograd.grad(ys, asked, dout, create_graph=True, materialize_grads=True))
             dq, dk, dv, *rest = [next(found) if t.requires_grad else None for t in inputs]
             return dq, dk, dv, None, None, None, None, *rest
         dout, out = kernels.heads_inside(dout), kernels.heads_inside(out)  # once, where every part's kernel would
         kernel = kernels.choose(q, k, v, mask, causal)
         dq, dk, dv = kernel.backward(dout, q, k, v, mask, causal, scale, out, lse)
-        grads = []
+        grads: list[Tensor] = []
         for (key, value), which in zip(_pairs(prefixes), rows, strict=True):
             d, mine, o, lse_ = (_taken(t, which) for t in (dout, q, out, lse))
             key, value = key.unsqueeze(0), value.unsqueeze(0)
             kernel = kernels.choose(mine, key, value, None, False)
-            part, *rest = kernel.backward(d, mine, key, value, None, False, scale, o, lse_)
+            part, dkey, dvalue = kernel.backward(d, mine, key, value, None, False, scale, o, lse_)
             part = _taken(dq, which).add_(part)
             dq = part if which is None else dq.index_copy_(0, which, part)
-            grads += [t.squeeze(0) for t in rest]
+            grads += [dkey.squeeze(0), dvalue.squeeze(0)]
         return dq, dk, dv, None, None, None, None, *grads
 
 
@@ -112,7 +112,7 @@ def _explicit(q, k, v, prefixes, rows, mask, causal, scale, dropout) -> Tensor:
     scores = kernels.scores(q, k, mask, causal, scale)
     values = kernels.repeated(v, q)
     out = torch.zeros_like(q)
-    pairs = list(zip(_pairs(prefixes), rows, strict=True))
+    pairs: list[tuple] = list(zip(_pairs(prefixes), rows, strict=True))
     covered = [r for _, r in pairs if r is not None]
     if all(r is not None for _, r in pairs):
         rest = torch.ones(len(q), dtype=torch.bool, device=q.device)

@@ -181,13 +181,12 @@ def scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float
     found = q.to(acc) @ repeated(k, q).to(acc).mT * scale
     if causal:
         found = found.masked_fill(torch.ones_like(found, dtype=torch.bool).triu(1), -torch.inf)
-    bias = added(mask, q)
-    return found if bias is None else found + bias.to(acc)
+    return found if mask is None else found + added(mask, q).to(acc)
 
 
-def added(mask: Tensor | None, q: Tensor) -> Tensor | None:
+def added(mask: Tensor, q: Tensor) -> Tensor:
     """What a mask adds to the scores."""
-    if mask is None or mask.dtype != torch.bool:
+    if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), -torch.inf)
 

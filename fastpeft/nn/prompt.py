@@ -1,7 +1,7 @@
 """Learned prompts of a model, and the hooks that put them in front of its input."""
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class Prompts(RowAdapters):
     def parts(self) -> nn.ParameterDict:
         return self.prompts
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: Any) -> None:
         """Hook into the model; an encoder-decoder's generation calls the encoder by itself."""
         self.handles = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -70,7 +70,7 @@ class Prompts(RowAdapters):
         if self.encodes and given.get("encoder_outputs") is not None:
             done = getattr(given["encoder_outputs"], KEY, None)
             return (), given if done is None else {**given, "attention_mask": _repeat(done.mask, given)}
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         if not self.encodes and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0:
             done = getattr(cache, KEY, None)
             return (), given if done is None else self._continued(given, done, cache.get_seq_length())
@@ -110,13 +110,13 @@ class Prompts(RowAdapters):
         prompts = [torch.cat([self.prompts[name] for name in kind]) for kind in kinds]
         rows = [kinds.index(member) if member else None for member in members]
         source = self._source(model, given)
-        options = {"attention_mask": _integer(mask), "padding_side": self._side(mask, labels)}
+        options: dict[str, Any] = {"attention_mask": _integer(mask), "padding_side": self._side(mask, labels)}
         batch = prompt_gather(prompts, rows, **source, labels=labels, position_ids=given.get("position_ids"), **options)
         width, count = batch.attention_mask.shape[1], tokens.shape[1]
         alike = mask is None and all(len(prompts[row]) == width - count if row is not None else False for row in rows)
         found = {**given, "input_ids": None, "inputs_embeds": batch.inputs_embeds}
         found["attention_mask"] = None if alike else batch.attention_mask
-        if labels is not None:
+        if batch.labels is not None:
             found["labels"] = batch.labels
             if self.generates and options["padding_side"] == "left":
                 # Nothing comes before a row's first token; a shifted loss would have padding predict it.
@@ -140,7 +140,7 @@ class Prompts(RowAdapters):
 
     def _continued(self, given: dict, done: Prefilled, past: int) -> dict:
         """The arguments of a call that goes on where the cache ends, whose caller knows nothing of prompts."""
-        tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        tokens: Any = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         mask, before, new = given.get("attention_mask"), _repeat(done.mask, given), tokens.shape[1]
         if mask is not None and mask.dim() != 2:
             raise ValueError(f"{OP}: attention_mask has shape {list(mask.shape)}, expected [B, T]")
@@ -154,7 +154,7 @@ class Prompts(RowAdapters):
             found["position_ids"] = start + torch.arange(new, device=start.device)
         return found
 
-    def _source(self, model: nn.Module, given: dict) -> dict:
+    def _source(self, model: Any, given: dict) -> dict:
         """Token ids with the embedding's weight where that is all the embedding does, else what it makes of them."""
         if given.get("inputs_embeds") is not None:
             return {"inputs_embeds": given["inputs_embeds"]}

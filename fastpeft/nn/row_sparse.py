@@ -4,6 +4,7 @@ Source: Yang et al., "S2FT: Efficient, Scalable and Generalizable LLM Fine-tunin
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class RowSparseLinear(LiveSlice):
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: Any,
         rows: Sequence[int] | Tensor | None = None,
         columns: Sequence[int] | Tensor | None = None,
         dtype: torch.dtype | None = None,
@@ -54,7 +55,7 @@ class RowSparseLinear(LiveSlice):
         name, numbers, size = ("rows", rows, sizes[0]) if columns is None else ("columns", columns, sizes[1])
         index = index_of("RowSparseLinear", name, numbers, size)
         super().__init__(base_layer, index, columns is not None, conv1d, trained, dtype)
-        self._parameters["weight"].requires_grad_(False)
+        self.stored.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., N]``, as the base layer's.
@@ -63,9 +64,9 @@ class RowSparseLinear(LiveSlice):
             x: ``[..., K]``.
         """
         bias = self._parameters["bias"]
-        return ops.row_linear(x, self.current(), self._parameters["trained"], self.index, bias, self.columns)
+        return ops.row_linear(x, self.current(), self.trained, self.index, bias, self.columns)
 
     def extra_repr(self) -> str:
-        n, k = self._matrix(self._parameters["weight"]).shape
+        n, k = self._matrix(self.stored).shape
         what = "columns" if self.columns else "rows"
         return f"in_features={k}, out_features={n}, {what}={len(self.index)}"

@@ -44,6 +44,10 @@ class RowAdapters(nn.Module):
         for name, part in self.parts.items():
             part.requires_grad_(trainable and name in self.active)
 
+    def put(self, name: str, part: nn.Module | nn.Parameter) -> None:
+        """Add an adapter, or replace it."""
+        self.parts[name] = part  # type: ignore[assignment]  # which kind of part, the subclass knows
+
     def drop(self, name: str) -> None:
         """Let an adapter go, if it is here."""
         if name in self.parts:

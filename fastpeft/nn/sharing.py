@@ -12,7 +12,7 @@ another tensor (cross-attention), those that were served stay together and the r
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._check import PLAIN
 from .branch import Branch, branch_of
+from .protocol import Sharing
 
 # Names of children of one parent that are usually called with one tensor.
 SIBLINGS = (
@@ -140,11 +141,11 @@ class SharedInput:
 
     def _lead(self, me: int, x: Tensor, conditions: tuple, rounds: dict) -> Tensor | None:
         candidates = [i for i, part in enumerate(self._parts) if part == self._parts[me]]
-        branches = {i: branch_of(self.members[i]) for i in candidates}
-        mine = branches[me]
+        found = {i: branch_of(self.members[i]) for i in candidates}
+        mine = found[me]
         if isinstance(mine, str):
             return None
-        branches = {i: b for i, b in branches.items() if isinstance(b, Branch) and _fits(mine, b)}
+        branches = {i: b for i, b in found.items() if isinstance(b, Branch) and _fits(mine, b)}
         if me not in branches or len(branches) < 2:
             return None
         if _reentrant_possible() and any(b.dropout for b in branches.values()):
@@ -193,7 +194,7 @@ def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> l
     groups = [SharedInput(members) for members in siblings(model, takes_part)]
     for group in groups:
         for member in group.members:
-            member.fastpeft_shared = group
+            cast(Sharing, member).fastpeft_shared = group
     return groups
 
 

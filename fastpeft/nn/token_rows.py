@@ -1,6 +1,7 @@
 """An embedding that trains the rows of chosen tokens, in place: work in a batch's tokens, not in the vocabulary."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class TokenRows(LiveSlice):
         ValueError: An id is out of range, there twice, or the padding's.
     """
 
-    def __init__(self, base_layer: nn.Module, tokens: Sequence[int] | Tensor, dtype: torch.dtype | None = None):
+    def __init__(self, base_layer: Any, tokens: Sequence[int] | Tensor, dtype: torch.dtype | None = None):
         reason = no_embedding_reason(base_layer)
         if reason is not None:
             raise TypeError(f"TokenRows: base_layer is {reason}, expected a plain nn.Embedding")
@@ -53,7 +54,7 @@ class TokenRows(LiveSlice):
         if base_layer.padding_idx in index.tolist():
             raise ValueError(f"TokenRows: tokens has {base_layer.padding_idx}, the padding, which gets no gradient")
         super().__init__(base_layer, index, dtype=dtype)
-        self._parameters["weight"].requires_grad_(False)
+        self.stored.requires_grad_(False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[..., D]``, as the base layer's.
@@ -61,13 +62,13 @@ class TokenRows(LiveSlice):
         Args:
             ids: ``[...]`` integers in [0, V).
         """
-        weight, trained = self.current(), self._parameters["trained"]
+        weight, trained = self.current(), self.trained
         if not (trained.requires_grad and torch.is_grad_enabled()):
             return F.embedding(ids, weight)
         return _Lookup.apply(ids, weight, trained, self.index)
 
     def extra_repr(self) -> str:
-        rows, width = self._parameters["weight"].shape
+        rows, width = self.stored.shape
         return f"{rows}, {width}, tokens={len(self.index)}"
 
 

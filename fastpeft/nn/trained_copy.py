@@ -1,6 +1,7 @@
 """A module beside which copies of it are trained, one for each adapter (a classifier head, an embedding)."""
 
 import copy
+from typing import Any
 
 from torch import nn
 
@@ -55,7 +56,7 @@ class TrainedCopy(nn.Module):
 
     def current(self) -> nn.Module:
         """The module that is called."""
-        modules = self._modules
+        modules: Any = self._modules
         return modules["original_module"] if self.disabled or self.active is None else modules["copies"][self.active]
 
     def forward(self, *args, **kwargs):

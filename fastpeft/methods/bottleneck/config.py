@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -132,7 +133,8 @@ class Bottleneck:
         for name in ("size", "features"):
             if getattr(self, name) is not None:
                 self._set(name, _check.positive("Bottleneck", name, getattr(self, name)))
-        factors = self.reduction_factor if isinstance(self.reduction_factor, Mapping) else {"": self.reduction_factor}
+        factors: Any = self.reduction_factor
+        factors = factors if isinstance(factors, Mapping) else {"": factors}
         for key, value in factors.items() if self.reduction_factor is not None else ():
             label = f"reduction_factor[{key!r}]" if key else "reduction_factor"
             if _check.finite("Bottleneck", label, value) <= 0:
@@ -140,7 +142,7 @@ class Bottleneck:
         if isinstance(self.scale, str):
             _check.one_of("Bottleneck", "scale", self.scale, SCALES)
         else:
-            self._set("scale", _check.finite("Bottleneck", "scale", self.scale))
+            self._set("scale", _check.finite("Bottleneck", "scale", cast(float, self.scale)))
         for name in ("dropout", "stochastic_depth"):
             self._set(name, _check.probability("Bottleneck", name, getattr(self, name)))
         _check.dtype_or_none("Bottleneck", "dtype", self.dtype)
@@ -195,7 +197,7 @@ class Bottleneck:
         """
         if self.size is not None:
             return self.size
-        factor = self.reduction_factor
+        factor: Any = self.reduction_factor
         if isinstance(factor, Mapping):
             found = factor.get(str(layer), factor.get(layer, factor.get("default")))
             if found is None:
@@ -205,6 +207,6 @@ class Bottleneck:
             factor = found
         return max(1, int(features // factor))
 
-    def as_dict(self) -> dict:
-        """Every field by its name."""
+    def as_dict(self) -> dict[str, Any]:
+        """Every field by its name, with the preset's values where none were given."""
         return {field.name: getattr(self, field.name) for field in fields(self)}

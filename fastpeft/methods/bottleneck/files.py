@@ -17,6 +17,11 @@ from .config import Bottleneck
 from .sites import Site, sites
 
 PEFT_TYPE = "FASTPEFT_BOTTLENECK"
+# Fields that are the adapter's own, and not about where it goes.
+_OF_ADAPTERS = {
+    *("activation", "scale", "norm", "norm_after", "residual_first", "parallel", "gating", "dropout"),
+    *("stochastic_depth", "init"),
+}
 
 
 class BottleneckFiles(Files):
@@ -33,7 +38,7 @@ class BottleneckFiles(Files):
     def expected(
         self, model: nn.Module, config: Bottleneck, plan: tuple[Bottleneck, list[Site]]
     ) -> dict[str, tuple[int, ...]]:
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for site in plan[1]:
             with torch.device("meta"):
                 adapter = adapter_at(site, config)
@@ -65,27 +70,14 @@ def adapter_at(
     site: Site, config: Bottleneck, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> BottleneckAdapter:
     """A new adapter of this config for a site."""
-    return BottleneckAdapter(
-        site.features,
-        config.size_of(site.features, site.layer),
-        activation=config.activation,
-        scale=config.scale,
-        norm=config.norm,
-        norm_after=config.norm_after,
-        residual_first=config.residual_first,
-        parallel=config.parallel,
-        dropout=config.dropout,
-        stochastic_depth=config.stochastic_depth,
-        gating=config.gating,
-        init=config.init,
-        dtype=dtype,
-        device=device,
-    )
+    settings = {name: value for name, value in config.as_dict().items() if name in _OF_ADAPTERS}
+    size = config.size_of(site.features, site.layer)
+    return BottleneckAdapter(site.features, size, **settings, dtype=dtype, device=device)
 
 
 def own_fields(config: Bottleneck, paths: Sequence[str]) -> dict:
     """Every field of the config that JSON can hold; a function as targets becomes the paths that it meant."""
-    found = {field.name: getattr(config, field.name) for field in fields(config)}
+    found = config.as_dict()
     if config.targets is not None:
         found["targets"] = list(paths)
     found["dtype"] = None if config.dtype is None else str(config.dtype).removeprefix("torch.")

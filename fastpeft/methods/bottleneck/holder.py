@@ -13,6 +13,7 @@ is added to, LN: the model's norm after that sum, z = LN(h + X) the layer's outp
 """
 
 import threading
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class Bottlenecks(nn.Module):
     @property
     def path(self) -> str:
         """Of the module that is hooked."""
-        return self.site.path if self.kind == "output" else self.site.norm.rpartition(".")[0]
+        return self.site.path if self.kind == "output" else str(self.site.norm).rpartition(".")[0]
 
     @property
     def tapped(self) -> str | None:
@@ -99,7 +100,7 @@ class Bottlenecks(nn.Module):
             adapter, form = self.adapters[name], self.forms[name]
             if self.kind == "norm":
                 x = args[1] if len(args) > 1 else kwargs["input_tensor"]
-                norm = getattr(module, self.site.norm.rpartition(".")[2])
+                norm = getattr(module, str(self.site.norm).rpartition(".")[2])
                 h, tapped = _around_norm(form, adapter, h, x, tapped, norm)
             else:
                 x = tapped
@@ -113,7 +114,7 @@ class Bottlenecks(nn.Module):
         module = model.get_submodule(self.path)
         module.add_module(_CHILD, self)
         module.register_forward_hook(_after, with_kwargs=True)
-        if self.tap is not None:
+        if self.tap is not None and self.tapped is not None:
             norm = model.get_submodule(self.tapped)
             norm.add_module(_TAP, self.tap)
             norm.register_forward_pre_hook(_before, with_kwargs=True)
@@ -121,19 +122,22 @@ class Bottlenecks(nn.Module):
     def take_down(self, model: nn.Module) -> None:
         """Undo ``put_up``."""
         _release(model.get_submodule(self.path), _CHILD)
-        if self.tap is not None:
+        if self.tap is not None and self.tapped is not None:
             _release(model.get_submodule(self.tapped), _TAP)
 
     def fastpeft_report(self) -> str:
         """``"fused"``, or why not."""
         if self.disabled or not self.active:
             return "disabled" if self.disabled else "no active adapter"
-        reasons = [self.adapters[name].fastpeft_report() for name in self.active]
+        reasons = [adapter.fastpeft_report() for adapter in self._acting()]
         return next((reason for reason in reasons if reason != "fused"), "fused")
 
     def fastpeft_backend(self) -> str:
         """The backend for an x of one row and the first active adapter."""
-        return self.adapters[self.active[0]].fastpeft_backend()
+        return self._acting()[0].fastpeft_backend()
+
+    def _acting(self) -> list[BottleneckAdapter]:
+        return [cast(BottleneckAdapter, self.adapters[name]) for name in self.active]
 
 
 def form_at(site: Site, config: Bottleneck) -> tuple[str, str]:
@@ -162,7 +166,7 @@ def form_at(site: Site, config: Bottleneck) -> tuple[str, str]:
     return "norm", "norm_first" if first else "norm"
 
 
-def _after_output(form: str, adapter: nn.Module, h: Tensor, x: Tensor | None) -> Tensor:
+def _after_output(form: str, adapter: nn.Module, h: Tensor, x: Any) -> Tensor:
     if form == "output":
         return adapter(h, h)
     if form == "parallel":
@@ -174,7 +178,7 @@ def _after_output(form: str, adapter: nn.Module, h: Tensor, x: Tensor | None) ->
     return y if form == "twice" else y - x
 
 
-def _around_norm(form: str, adapter: nn.Module, z: Tensor, x: Tensor, s: Tensor, norm: nn.Module):
+def _around_norm(form: str, adapter: nn.Module, z: Tensor, x: Tensor, s: Any, norm: nn.Module):
     """The layer's output with the adapter, and what was normalised to get it; s = h + x and z = norm(s) are without."""
     if form == "output":
         return adapter(z, z), s
@@ -197,11 +201,11 @@ def _like(residual: Tensor, x: Tensor) -> Tensor:
 
 
 def _after(module: nn.Module, args: tuple, kwargs: dict, output):
-    return module._modules[_CHILD].serve(module, args, kwargs, output)
+    return cast(Bottlenecks, module._modules[_CHILD]).serve(module, args, kwargs, output)
 
 
 def _before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    module._modules[_TAP].put(args[0] if args else next(iter(kwargs.values())))
+    cast(Tap, module._modules[_TAP]).put(args[0] if args else next(iter(kwargs.values())))
 
 
 def _release(module: nn.Module, child: str) -> None:

@@ -1,14 +1,15 @@
 """Bottleneck adapters, as ``attach`` drives them: holders beside the model's modules, called by hooks."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...nn.base_layer import trained_dtype
 from ...nn.bottleneck import BottleneckAdapter
-from ..attachment import attachment_of
+from ..attachment import state_of
 from ..bypasses import restore_bypasses, stop_bypasses
 from ..method import Method
 from .config import Bottleneck
@@ -109,8 +110,7 @@ class BottleneckMethod(Method):
 
 
 def _refuse_copies(model: nn.Module, found: list[Site]) -> None:
-    state = attachment_of(model)
-    inside = tuple(f"{path}." for path in state.copies)
+    inside = tuple(f"{path}." for path in state_of(model).copies)
     for site in found:
         for path in (site.path, site.stream, site.norm):
             if path is not None and path.startswith(inside or ("\0",)):
@@ -120,8 +120,7 @@ def _refuse_copies(model: nn.Module, found: list[Site]) -> None:
 def _build(model: nn.Module, site: Site, config: Bottleneck) -> BottleneckAdapter:
     """On the device of the modules it stands beside."""
     module = model.get_submodule(site.stream or site.norm or site.path)
-    near = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if near is None:
-        near = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    parameters = itertools.chain(module.parameters(), model.parameters())
+    near: Tensor = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
     adapter = adapter_at(site, config, config.dtype or trained_dtype(near.dtype), near.device)
     return adapter.requires_grad_(False).train(model.get_submodule(site.path).training)

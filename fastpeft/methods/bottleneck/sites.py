@@ -7,6 +7,7 @@ A family is known by the names of a layer's children, so that a new model of the
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -78,14 +79,15 @@ def sites(op: str, model: nn.Module, config: Bottleneck) -> list[Site]:
             f"{op}: {type(model).__name__} has no layers built like those of Llama, BERT, GPT-2, T5 or ViT; say which "
             "modules adapters follow: Bottleneck(targets=[...])"
         )
-    kept = [site for site in found if site.place in config.places and site.layer not in config.leave_out]
+    places = tuple(config.places or ())
+    kept = [site for site in found if site.place in places and site.layer not in config.leave_out]
     if not kept:
         there = ", ".join(dict.fromkeys(site.place for site in found))
         raise ValueError(
-            f"{op}: places={list(config.places)} without layers {list(config.leave_out)} matches nothing in "
+            f"{op}: places={list(places)} without layers {list(config.leave_out)} matches nothing in "
             f"{type(model).__name__}, which has {there} in {len({s.layer for s in found})} layers"
         )
-    count = 1 + max(site.layer for site in found)
+    count = 1 + max(site.layer for site in found if site.layer is not None)
     beyond = [layer for layer in config.leave_out if layer >= count]
     if beyond:
         raise ValueError(f"{op}: leave_out has {beyond[0]}, expected layer numbers below {count}")
@@ -145,7 +147,7 @@ def _old_name(inside: str, children: dict) -> str:
 
 
 def _by_rule(op: str, modules: dict[str, nn.Module], config: Bottleneck) -> Iterator[Site]:
-    targets = config.targets
+    targets: Any = config.targets
     if callable(targets):
         meant = [path for path, module in modules.items() if path and targets(path, module)]
     elif isinstance(targets, str):

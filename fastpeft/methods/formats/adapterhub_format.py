@@ -82,7 +82,7 @@ def why_not(config: Bottleneck, sites: Sequence[Site]) -> str | None:
 def to_hub(config: Bottleneck, sites: Sequence[Site], model: nn.Module, name: str) -> dict:
     """The fields of ``adapter_config.json``."""
     inner = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
-    inner.update((theirs, place in config.places) for place, theirs in _PLACES.items())
+    inner.update((theirs, place in (config.places or ())) for place, theirs in _PLACES.items())
     if config.size is not None:
         inner["reduction_factor"] = _factor(sites[0].features, config.size)
     elif isinstance(config.reduction_factor, Mapping):
@@ -90,7 +90,7 @@ def to_hub(config: Bottleneck, sites: Sequence[Site], model: nn.Module, name: st
     inner.update(
         non_linearity=next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.activation),
         init_weights=next(theirs for theirs, ours in _INITS.items() if ours == config.init),
-        scaling=config.scale if isinstance(config.scale, str) else float(config.scale),
+        scaling=config.scale if isinstance(config.scale, str) else float(config.scale or 0),
         leave_out=list(config.leave_out),
         ln_before=config.norm == "layer",
         phm_layer=False,
@@ -181,15 +181,15 @@ def keys_from_hub(
     found = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        site = homes.get(match["holder"]) if match and name in (None, match["name"]) else None
+        home = homes.get(match["holder"]) if match and name in (None, match["name"]) else None
         part = ours.get(match["part"]) if match else None
         if match and re.fullmatch(r"adapter_down\.[01]\.(weight|bias)", match["part"]):
             kind = match["part"].rpartition(".")[2]
             weight = tensors.get(key.removesuffix(kind) + "weight")
-            if weight is not None and weight.dim() != 2 and site is not None:
+            if weight is not None and weight.dim() != 2 and home is not None:
                 continue  # the norm before, which has a name of its own too
             part = f"down_{kind}"
-        found[key if site is None or part is None else f"{site.path}.{part}"] = tensor
+        found[key if home is None or part is None else f"{home.path}.{part}"] = tensor
     return found
 
 

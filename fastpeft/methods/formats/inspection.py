@@ -184,8 +184,10 @@ def _kind(fields: Mapping) -> str:
 
 
 def _form(config: Bottleneck) -> str:
-    words = ["beside" if config.parallel else "after", *config.places] if config.targets is None else ["by rule"]
-    details = [config.activation, f"scale {config.scale}"]
+    words = (
+        ["beside" if config.parallel else "after", *(config.places or ())] if config.targets is None else ["by rule"]
+    )
+    details = [str(config.activation), f"scale {config.scale}"]
     details += [f"norm {config.norm}"] * (config.norm is not None) + ["norm after"] * config.norm_after
     return f"{' '.join(words)}; {', '.join(details + ['gate'] * config.gating)}"
 

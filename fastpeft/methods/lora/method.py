@@ -1,6 +1,7 @@
 """LoRA, as ``attach`` drives it: LoraLinear around linear layers, copies of whole modules, the model's own biases."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -8,7 +9,7 @@ from ...nn.lora import LoraLinear
 from ...nn.protocol import is_added
 from ...nn.sharing import share_inputs, unshare_inputs
 from ...nn.trained_copy import TrainedCopy
-from ..attachment import attachment_of, original_names, owners, replace_module
+from ..attachment import original_names, owners, replace_module, state_of
 from ..bypasses import restore_bypasses, stop_bypasses
 from ..layer_report import LayerReport
 from ..method import Mergeable
@@ -53,17 +54,20 @@ class LoraMethod(Mergeable):
         modules = {path: model.get_submodule(path) for path in (*targets.linears, *targets.copies)}
         try:
             # Memory may run out up to here; only then is the model changed.
-            built = {path: _adapted(modules[path], path, config, name) for path in targets.linears}
-            built.update((path, _copied(modules[path], name)) for path in targets.copies)
+            layers = {path: _adapted(modules[path], path, config, name) for path in targets.linears}
+            wrappers = {path: _copied(modules[path], name) for path in targets.copies}
         except BaseException:
             _take_back(modules.values(), name)
             raise
-        for path, module in built.items():
-            if module is not modules[path]:
-                replace_module(model, path, module)
-                (record.linears if isinstance(module, LoraLinear) else record.copies).append(path)
-                if isinstance(module, LoraLinear):
-                    module.set_adapter([])
+        for path, layer in layers.items():
+            if layer is not modules[path]:
+                replace_module(model, path, layer)
+                record.linears.append(path)
+                layer.set_adapter([])
+        for path, wrapper in wrappers.items():
+            if wrapper is not modules[path]:
+                replace_module(model, path, wrapper)
+                record.copies.append(path)
         note_biases(model, record, config)
         stop_bypasses(model, record.attributes, lambda module: isinstance(module, LoraLinear))
         _share_inputs(model, self.configs(model))
@@ -73,16 +77,16 @@ class LoraMethod(Mergeable):
         if self.configs(model)[name].bias != "none":  # no other adapter trains biases
             switch_biases(model, record, trained=False)
             record.biases, record.trained = {}, None
-        _take_back([model.get_submodule(path) for path in (*record.linears, *record.copies)], name)
-        for paths, added, original in (
-            (record.linears, "adapters", "base_layer"),
-            (record.copies, "copies", "original_module"),
-        ):
-            for path in list(paths):
-                module = model.get_submodule(path)
-                if not len(getattr(module, added)):
-                    replace_module(model, path, getattr(module, original))
-                    paths.remove(path)
+        layers, wrappers = record.layers(model), record.wrappers(model)
+        _take_back([*layers.values(), *wrappers.values()], name)
+        for path, layer in layers.items():
+            if not len(layer.adapters):
+                replace_module(model, path, layer.base_layer)
+                record.linears.remove(path)
+        for path, wrapper in wrappers.items():
+            if not len(wrapper.copies):
+                replace_module(model, path, wrapper.original_module)
+                record.copies.remove(path)
         if not record.linears and not record.copies:
             self.remove(model)
         else:
@@ -93,39 +97,37 @@ class LoraMethod(Mergeable):
         if not keep_merged:
             self.unmerge(model)
             switch_biases(model, record, trained=False)
-        for path in record.linears:
-            replace_module(model, path, model.get_submodule(path).base_layer)
-        for path in record.copies:
-            module = model.get_submodule(path)
-            kept = module.copies[module.active] if keep_merged and module.active else module.original_module
+        for path, layer in record.layers(model).items():
+            replace_module(model, path, layer.base_layer)
+        for path, wrapper in record.wrappers(model).items():
+            kept = wrapper.copies[wrapper.active] if keep_merged and wrapper.active else wrapper.original_module
             replace_module(model, path, kept)
         restore_bypasses(model, record.attributes)
         unshare_inputs(model)
 
     def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:
-        for path in self.record(model).copies:
-            if len([name for name in names if name in model.get_submodule(path).copies]) > 1:
+        for path, wrapper in self.record(model).wrappers(model).items():
+            if len([name for name in names if name in wrapper.copies]) > 1:
                 raise ValueError(f"{op}: {list(names)} all have a copy of {path}, expected one active copy")
 
     def set_active(self, model: nn.Module, names: Sequence[str], trainable: bool = True) -> None:
         record = self.record(model)
-        for layer in layers_of(model, record):
+        for layer in record.layers(model).values():
             layer.set_adapter([name for name in names if name in layer.adapters], trainable)
-        for path in record.copies:
-            wrapper = model.get_submodule(path)
+        for wrapper in record.wrappers(model).values():
             wrapper.set_active(next((name for name in names if name in wrapper.copies), None), trainable)
         if record.biases:
             active = any(c.bias != "none" for name, c in self.configs(model).items() if name in names)
             switch_biases(model, record, trained=active)
-            parameters = original_names(model, attachment_of(model))
+            parameters = original_names(model, state_of(model))
             for bias in record.biases:
                 parameters[bias].requires_grad_(active and trainable)
 
     def disable(self, model: nn.Module) -> Callable[[], None]:
         record = self.record(model)
-        modules = [model.get_submodule(path) for path in (*record.linears, *record.copies)]
-        modules = [module for module in modules if not module.disabled]
-        merged = [layer for layer in layers_of(model, record) if layer.merged]
+        layers = record.layers(model).values()
+        modules: list[Any] = [m for m in (*layers, *record.wrappers(model).values()) if not m.disabled]
+        merged = [layer for layer in layers if layer.merged]
         trained = bool(record.biases) and record.trained is None
         for layer in merged:
             layer.unmerge()
@@ -145,12 +147,11 @@ class LoraMethod(Mergeable):
         return enable
 
     def merged(self, model: nn.Module) -> bool:
-        return any(layer.merged for layer in layers_of(model, self.record(model)))
+        return any(layer.merged for layer in self.record(model).layers(model).values())
 
     def prepare_merge(self, model: nn.Module) -> Callable[[], None] | None:
         names, ready = owners(model), []
-        for path in self.record(model).linears:
-            layer = model.get_submodule(path)
+        for path, layer in self.record(model).layers(model).items():
             if not layer.active:
                 continue
             tied = names[id(layer.weight)]
@@ -162,20 +163,21 @@ class LoraMethod(Mergeable):
                 ready.append((layer, layer.merged_tensors()))
             except ValueError as error:
                 raise ValueError(f"merge: {path}: {error}") from None
-        return (lambda: [layer.merge(tensors) for layer, tensors in ready]) if ready else None
+
+        def run() -> None:
+            for layer, tensors in ready:
+                layer.merge(tensors)
+
+        return run if ready else None
 
     def unmerge(self, model: nn.Module) -> None:
-        for layer in layers_of(model, self.record(model)):
+        for layer in self.record(model).layers(model).values():
             if layer.merged:
                 layer.unmerge()
 
 
-def layers_of(model: nn.Module, record: LoraRecord) -> list[LoraLinear]:
-    return [model.get_submodule(path) for path in record.linears]
-
-
 def _adapted(module: nn.Module, path: str, config: Lora, name: str) -> LoraLinear:
-    settings = {
+    settings: dict[str, Any] = {
         "r": config.rank_of(path),
         "alpha": config.alpha_of(path),
         "dropout": config.dropout,
@@ -198,7 +200,7 @@ def _copied(module: nn.Module, name: str) -> TrainedCopy:
 
 def _take_back(modules: Iterable[nn.Module], name: str) -> None:
     for module in modules:
-        added = getattr(module, "adapters" if isinstance(module, LoraLinear) else "copies", None)
+        added: Any = getattr(module, "adapters" if isinstance(module, LoraLinear) else "copies", None)
         if isinstance(module, LoraLinear | TrainedCopy) and name in added:
             del added[name]
 

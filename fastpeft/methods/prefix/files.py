@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from ..formats.files import read_safetensors, write_json, write_tensors
 from ..formats.peft_files import CONFIG, WEIGHTS
 from ..formats.peft_prompts import EMBEDDINGS, check_fields, fields_of, read_embeddings
 from ..method import Files
+from ..row_method import RowMethod
 from .config import PrefixTuning
 
 RAW = "fastpeft_reparameterization.safetensors"
@@ -19,6 +20,8 @@ RAW = "fastpeft_reparameterization.safetensors"
 
 class PrefixFiles(Files):
     """PEFT's PREFIX_TUNING."""
+
+    method: RowMethod
 
     def recognises(self, fields: Mapping) -> bool:
         return fields.get("peft_type") == "PREFIX_TUNING"
@@ -74,7 +77,7 @@ class PrefixFiles(Files):
         return {"embedding": (config.length, narrow), **{f"transform.{key}": s for key, s in linears.items()}}
 
     def _adapter(self, model: nn.Module, name: str) -> PrefixAdapter:
-        return self.method.adapters(model).parts[name]
+        return cast(PrefixAdapter, self.method.adapters(model).parts[name])
 
 
 class _Flat(nn.Module):

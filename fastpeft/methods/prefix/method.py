@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...nn.base_layer import trained_dtype
 from ...nn.prefix import PrefixAdapter, Prefixes, Sizes, attention_beside
+from ..embeddings import token_table
 from ..layer_report import LayerReport
 from ..row_method import RowMethod
 from .config import PrefixTuning
@@ -24,7 +26,7 @@ class PrefixMethod(RowMethod):
     def __init__(self):
         self.files = PrefixFiles(self)
 
-    def resolve(self, op: str, model: nn.Module, config: PrefixTuning, name: str, strict: bool = True) -> Plan:
+    def resolve(self, op: str, model: Any, config: PrefixTuning, name: str, strict: bool = True) -> Plan:
         sizes = sizes_of(op, model)
         self.refuse_own(op, model)
         implementation = model.config._attn_implementation
@@ -35,14 +37,14 @@ class PrefixMethod(RowMethod):
             )
         if config.text is not None and not getattr(model, "can_generate", bool)():
             raise ValueError(f"{op}: init='text' on {type(model).__name__}, expected a model that generates")
-        vocabulary = model.get_input_embeddings().weight.shape[0]
+        vocabulary = len(token_table(model))
         if config.text is not None and not all(0 <= token < vocabulary for token in config.text):
             raise ValueError(f"{op}: text holds a token outside of the vocabulary of {vocabulary}")
         return config, sizes
 
-    def apply(self, model: nn.Module, plan: Plan, name: str) -> None:
+    def apply(self, model: Any, plan: Plan, name: str) -> None:
         config, sizes = plan
-        weight = model.get_input_embeddings().weight
+        weight = token_table(model)
         dtype = config.dtype or trained_dtype(weight.dtype)
         adapter = PrefixAdapter(sizes, config.length, config.projection, dtype, weight.device)
         with torch.no_grad():
@@ -50,24 +52,23 @@ class PrefixMethod(RowMethod):
                 last = [adapter.embedding] if adapter.transform is None else adapter.transform[2].parameters()
                 for parameter in last:
                     parameter.zero_()
-            if config.init == "text":
+            if config.text is not None:
                 adapter.embedding.copy_(self._of_text(model, config.text))
         adapter.requires_grad_(False).train(model.training)
-        prefixes = self.adapters(model)
-        if prefixes is None:
+        if not self.present(model):
             register_attention()
-            prefixes = self.put_up(model, Prefixes(model))
+            self.put_up(model, Prefixes(model))
             self.record(model)["attention"] = model.config._attn_implementation
             model.config._attn_implementation = ATTENTION
-        prefixes.parts[name] = adapter
+        self.adapters(model).put(name, adapter)
 
     def _of_text(self, model: nn.Module, text: Sequence[int]) -> Tensor:
         """The cache after the text, as ``PrefixAdapter.flat`` has it."""
-        enable = self.disable(model) if self.adapters(model) is not None else lambda: None
+        enable = self.disable(model) if self.present(model) else lambda: None
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            ids = torch.tensor([text], device=model.get_input_embeddings().weight.device)
+            ids = torch.tensor([text], device=token_table(model).device)
             cache = model(input_ids=ids, use_cache=True).past_key_values
         finally:
             for module in training:
@@ -76,7 +77,7 @@ class PrefixMethod(RowMethod):
         pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
         return torch.stack(pairs).permute(3, 0, 1, 2, 4).reshape(len(text), -1)
 
-    def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
+    def remove(self, model: Any, keep_merged: bool = False) -> None:
         super().remove(model, keep_merged)
         record = self.record(model)
         if "attention" in record:

@@ -2,19 +2,23 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..embeddings import token_table
 from ..formats.files import write_json, write_tensors
 from ..formats.peft_files import CONFIG, WEIGHTS
 from ..formats.peft_prompts import EMBEDDINGS, check_fields, fields_of, read_embeddings
 from ..method import Files
+from ..row_method import RowMethod
 from .config import PromptTuning
 
 
 class PromptFiles(Files):
     """PEFT's PROMPT_TUNING."""
+
+    method: RowMethod
 
     def recognises(self, fields: Mapping) -> bool:
         return fields.get("peft_type") == "PROMPT_TUNING"
@@ -26,7 +30,8 @@ class PromptFiles(Files):
 
     def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
         length, columns = tensors[EMBEDDINGS].shape
-        sizes = getattr(model.config, "get_text_config", lambda: model.config)()
+        config = getattr(model, "config", None)
+        sizes = getattr(config, "get_text_config", lambda: config)()
         fields = fields_of(
             model,
             "PROMPT_TUNING",
@@ -40,7 +45,7 @@ class PromptFiles(Files):
         write_json(directory / CONFIG, fields)
 
     def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        return {EMBEDDINGS: self.method.adapters(model).parts[name]}
+        return {EMBEDDINGS: cast(nn.Parameter, self.method.adapters(model).parts[name])}
 
     def expected(self, model: nn.Module, config: PromptTuning, plan: Any) -> dict[str, tuple[int, ...]]:
-        return {EMBEDDINGS: (config.length, model.get_input_embeddings().weight.shape[1])}
+        return {EMBEDDINGS: (config.length, token_table(model).shape[1])}

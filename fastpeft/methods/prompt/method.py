@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ...nn.backend import serving_backend
 from ...nn.base_layer import trained_dtype
 from ...nn.prompt import Prompts
+from ..embeddings import token_table
 from ..layer_report import LayerReport
 from ..row_method import RowMethod
 from .config import PromptTuning
@@ -23,29 +25,30 @@ class PromptMethod(RowMethod):
         self.files = PromptFiles(self)
 
     def resolve(self, op: str, model: nn.Module, config: PromptTuning, name: str, strict: bool = True) -> PromptTuning:
-        embedding = embedding_of(op, "PromptTuning", model)
+        vocabulary = len(embedding_of(op, "PromptTuning", model).weight)
         self.refuse_own(op, model)
         others = {other.padding_side for other in self.configs(model).values()}
         if others and config.padding_side not in others:
             raise ValueError(
                 f"{op}: padding_side is {config.padding_side!r}, expected {others.pop()!r} as the prompts before it"
             )
-        if config.text is not None and not all(0 <= token < embedding.weight.shape[0] for token in config.text):
-            raise ValueError(f"{op}: text holds a token outside of the vocabulary of {embedding.weight.shape[0]}")
+        if config.text is not None and not all(0 <= token < vocabulary for token in config.text):
+            raise ValueError(f"{op}: text holds a token outside of the vocabulary of {vocabulary}")
         return config
 
     def apply(self, model: nn.Module, plan: PromptTuning, name: str) -> None:
-        prompt = nn.Parameter(initial(model.get_input_embeddings().weight, plan), requires_grad=False)
-        prompts = self.adapters(model) or self.put_up(model, Prompts(model, plan.padding_side))
-        prompts.parts[name] = prompt
+        prompt = nn.Parameter(initial(token_table(model), plan), requires_grad=False)
+        if not self.present(model):
+            self.put_up(model, Prompts(model, plan.padding_side))
+        self.adapters(model).put(name, prompt)
 
     def report(self, model: nn.Module) -> Sequence[LayerReport]:
-        rows, table = list(self.adapters(model).parts.values()), model.get_input_embeddings().weight
+        rows, table = list(self.adapters(model).parts.values()), token_table(model)
         backend = serving_backend("prompt_gather", rows, inputs_embeds=table[None, :0])
         return [LayerReport(self.child, "fused", backend, kind="prompts")]
 
 
-def embedding_of(op: str, method: str, model: nn.Module) -> nn.Module:
+def embedding_of(op: str, method: str, model: Any) -> Any:
     """The model's token embedding.
 
     Raises:
@@ -72,5 +75,6 @@ def initial(weight: Tensor, config: PromptTuning) -> Tensor:
         if config.init == "vocabulary":
             tokens = torch.randint(len(weight), (config.length,), device=weight.device)
         else:
-            tokens = torch.tensor(config.text, device=weight.device).repeat(-(-config.length // len(config.text)))
+            text = torch.tensor(config.text, device=weight.device)
+            tokens = text.repeat(-(-config.length // len(text)))
         return weight[tokens[: config.length]].to(dtype, copy=True)

@@ -1,6 +1,7 @@
 """A plan carried out on a model, and taken back: every value, module and flag bit for bit."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Change:
             bias.data = bias.data.to(linear.weight.device, linear.weight.dtype)
             linear.bias = bias
         for path, layer in self.layers.items():
-            weight = layer._parameters["weight"]
+            weight = layer.stored
             layer._parameters["bias"] = getattr(layer.base_layer, "bias", None)  # perhaps just added
             layer.trained.data, layer.index = layer.trained.data.to(weight.device), layer.index.to(weight.device)
             replace_module(model, path, layer.train(layer.base_layer.training))
@@ -77,7 +78,7 @@ class Change:
             original_at(model, path).bias = None
         for part in self.plan.slices:
             layer = self.layers[part.path]
-            weight = layer._matrix(layer._parameters["weight"])
+            weight = layer._matrix(layer.stored)
             weight.index_copy_(int(layer.columns), layer.index, self.rows[part.path].to(weight.device, weight.dtype))
         for path, layer in self.layers.items():
             replace_module(model, path, layer.base_layer.train(layer.training))
@@ -95,7 +96,7 @@ class Change:
 
     def _own_rows(self, part: Slice) -> Tensor:
         layer = self.layers[part.path]
-        matrix = layer._matrix(layer._parameters["weight"].detach())
+        matrix = layer._matrix(layer.stored.detach())
         return matrix.index_select(int(layer.columns), layer.index)
 
 
@@ -110,10 +111,11 @@ def _slice_layers(modules: dict[str, nn.Module], part: Slice):
         for path in part.tied:
             yield path, RowSparseLinear(modules[path], rows=part.index, trained=layer.trained)
     else:
-        yield part.path, RowSparseLinear(base, **{part.kind: part.index})
+        chosen: dict[str, Any] = {part.kind: part.index}
+        yield part.path, RowSparseLinear(base, **chosen)
 
 
-def _zero_bias(linear: nn.Module) -> nn.Parameter:
+def _zero_bias(linear: Any) -> nn.Parameter:
     weight = linear.weight
     size = weight.shape[1] if is_conv1d(linear) else weight.shape[0]
     return nn.Parameter(weight.new_zeros(size), requires_grad=False)

@@ -78,7 +78,7 @@ def _words(name: str, value: object) -> tuple[str, ...]:
     return _check.names("Selective", name, (value,) if isinstance(value, str) else value)
 
 
-def _blocks(value: object) -> int | tuple[int | str, ...]:
+def _blocks(value: object) -> int | str | tuple[int | str, ...]:
     def block(item: object) -> int | str:
         expected = 'numbers, names, "last:2", "first:2" or "3:6"'
         return item if isinstance(item, str) else _check.integer("Selective", "layers", item, expected)

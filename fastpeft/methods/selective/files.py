@@ -7,6 +7,7 @@ whose config is the explicit ``Selective`` and whose keys are names of parameter
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def write(op: str, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], 
 
 
 def read(
-    op: str, model: nn.Module, directory: str | os.PathLike, fields: Mapping | None = None
+    op: str, model: nn.Module, directory: str | os.PathLike, given: Mapping | None = None
 ) -> tuple[Selective, dict[str, Tensor]]:
     """The explicit config and the tensors of a checkpoint of ours or of PEFT's two.
 
@@ -78,7 +79,7 @@ def read(
         FileNotFoundError: a file is missing. ValueError: a pickled, truncated or foreign file.
     """
     directory = Path(directory)
-    fields = read_config(op, directory) if fields is None else fields
+    fields: Any = read_config(op, directory) if given is None else given
     kind = fields.get("peft_type") if isinstance(fields, Mapping) else None
     if kind not in (OWN, TOKENS, NORMS):
         raise ValueError(f"{op}: {directory / CONFIG} has peft_type={kind!r}, expected {OWN}, {TOKENS} or {NORMS}")
@@ -116,7 +117,8 @@ def add_to_lora(op: str, plan: Plan, tensors: Mapping[str, Tensor], directory: P
     kept = {PREFIX + key: tensor for key, tensor in read_tensors(op, directory).items()}
     kept[f"{PREFIX}{part.path}.{_ADAPTER}.{_DELTA}"] = tensors[part.key]
     write_tensors(op, directory / WEIGHTS, kept)
-    write_json(directory / CONFIG, {**read_config(op, directory), _BESIDE: part.index.tolist()})
+    fields: Any = read_config(op, directory)
+    write_json(directory / CONFIG, {**fields, _BESIDE: part.index.tolist()})
 
 
 @torch.no_grad()
@@ -147,7 +149,8 @@ def _as_peft(model: nn.Module, plan: Plan) -> tuple[dict | None, dict[str, str]]
         return fields | {"init_weights": True}, {part.key: f"{part.path}.{_DELTA}"}
     if plan.slices or plan.biases:
         return None, {}
-    modules, renamed = own_modules(model), {}
+    modules = own_modules(model)
+    renamed: dict[str, str] = {}
     norms = {path: module for path, module in modules.items() if path and is_norm(module)}
     for path, module in norms.items():
         names = [f"{path}.{name}" for name, _ in module.named_parameters()]

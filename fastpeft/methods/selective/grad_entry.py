@@ -6,6 +6,8 @@ nobody trains. Here that hook is taken off before each forward, and where a chec
 first block that trains is made to require a gradient instead, which is thrown away.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ class GradEntry:
         self.blocks = {block for blocks in self.stacks for block in blocks}
         self.owners = [modules[path.rpartition(".")[0]] for path in stacks(model)]
         self.askers = [module for module in model.modules() if hasattr(module, _ASK)]
-        self.silenced = []
+        self.silenced: list[tuple[nn.Module, int, Callable]] = []
         self.handles = [m.register_forward_pre_hook(self.before_model) for m in dict.fromkeys([model, *self.askers])]
         self.handles += [b.register_forward_pre_hook(self.before_block) for b in self.blocks]
 
@@ -102,7 +104,9 @@ class GradEntry:
 
     def _silence(self, asker: nn.Module) -> None:
         table = input_embeddings(asker)
-        for key, hook in list(table._forward_hooks.items()) if table is not None else ():
+        if table is None:
+            return
+        for key, hook in list(table._forward_hooks.items()):
             if getattr(hook, "__name__", "").startswith(_HOOK):
                 self.silenced.append((table, key, table._forward_hooks.pop(key)))
 

@@ -67,7 +67,7 @@ class LisaSchedule:
         self.keep_state = keep_state
         selected = dict(model.named_parameters()) if isinstance(model, Selection) else None
         self.model = model.model if isinstance(model, Selection) else model
-        if selected is None and selection_of(model) is not None:
+        if selected is None and selection_of(self.model) is not None:
             raise ValueError("LisaSchedule: model has a selection, expected that Selection, or a model without")
         prefixes = [f"{path}." for path in blocks_of("LisaSchedule", self.model, blocks)]
         members = dict(self.model.named_parameters()) if selected is None else selected
@@ -75,10 +75,11 @@ class LisaSchedule:
         self.blocks = [block for block in found if block]
         if n_active > len(self.blocks):
             raise ValueError(f"LisaSchedule: n_active is {n_active}, expected at most {len(self.blocks)} blocks")
-        self.n_active, self.steps, self.active = n_active, 0, ()
+        self.n_active, self.steps = n_active, 0
+        self.active: tuple[int, ...] = ()
         if selected is None:
             self.always = self._ends(train_embeddings, train_head)
-            self._entry = GradEntry(self.model)
+            self._entry: GradEntry | None = GradEntry(self.model)
         else:
             self.always = [p for name, p in selected.items() if not name.startswith(tuple(prefixes))]
             self._entry = None

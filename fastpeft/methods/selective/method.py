@@ -56,7 +56,8 @@ class SelectiveMethod(Method):
             record.entry = None
 
     def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:
-        changes, taken = self.record(model).changes, {}
+        changes = self.record(model).changes
+        taken: dict[str, str] = {}
         for name in (name for name in names if name in changes):
             for weight in changes[name].weights():
                 if weight in taken:

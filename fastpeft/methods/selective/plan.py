@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class Plan:
 
     def explicit(self) -> Selective:
         """The config that means exactly this on any model with these names."""
-        by_kind = {
+        by_kind: dict[str, Any] = {
             k: {s.path: s.index.tolist() for s in self.slices if s.kind == k} for k in ("rows", "columns", "tokens")
         }
         return Selective(params=list(self.whole), add_missing_bias=self.biases or False, **by_kind)
@@ -63,14 +64,14 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {p: m.base_layer if isinstance(m, LiveSlice) else m for p, m in walk(model)}
 
 
-def original_at(model: nn.Module, path: str) -> nn.Module:
+def original_at(model: nn.Module, path: str) -> Any:
     """The model's own module at a path, also where another stands for it."""
     return _innermost(own_modules(model)[path])
 
 
 def _innermost(module: nn.Module) -> nn.Module:
-    while original_child(module) is not None:
-        module = getattr(module, original_child(module))
+    while (child := original_child(module)) is not None:
+        module = getattr(module, child)
     return module
 
 
@@ -238,7 +239,7 @@ def _input_embedding(op, model, modules) -> str:
     tables = {path: module.num_embeddings for path, module in modules.items() if isinstance(module, nn.Embedding)}
     if not tables:
         raise ValueError(f"{op}: tokens is given, but the model has no nn.Embedding")
-    return max(tables, key=tables.get)
+    return max(tables, key=tables.__getitem__)
 
 
 def _check_disjoint(op, parameters, modules, plan):

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
@@ -56,7 +57,8 @@ class Selection:
             ValueError: The selection has been reverted.
         """
         self._check_alive("named_parameters")
-        yield from self._change.parameters(self.model).items()
+        for name, parameter in self._change.parameters(self.model).items():  # parameters, since the change acts
+            yield name, cast(nn.Parameter, parameter)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained, for an optimizer that is to treat all of it alike."""

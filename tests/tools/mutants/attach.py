@@ -93,7 +93,7 @@ MUTANTS = {
     "fastpeft/methods/lora/files.py": {
         "LoraFiles.expected": {
             "others' biases are LoRA's": (
-                "state is not None and original not in state.flags",
+                "state is not None and bias not in state.flags",
                 "False",
                 "tests/methods/test_attach_together.py::test_lora_is_loaded_beside_others",
             ),

@@ -133,7 +133,7 @@ MUTANTS = {
     },
     "fastpeft/methods/prefix/method.py": {
         "PrefixMethod._of_text": {
-            "another prefix in the text's": ("self.disable(model) if self.adapters(model) is not None else lambda", "lambda", "tests/methods/prefix/test_rows.py::test_starts_as_a_text_in_front"),
+            "another prefix in the text's": ("self.disable(model) if self.present(model) else lambda", "lambda", "tests/methods/prefix/test_rows.py::test_starts_as_a_text_in_front"),
         },
         "PrefixMethod.remove": {
             "attention stays": ("model.config._attn_implementation = record", "record", "tests/methods/prefix/test_prefix_tuning.py::test_detach_leaves_the_model_as_it_was"),

@@ -108,7 +108,7 @@ MUTANTS = {
         },
         "LiveSlice.write": {
             "the counter is not looked at": (
-                "version is None or version != self._version",
+                "version is None or version != self._written",
                 "False",
                 MODULE + "test_nothing_is_forgotten_between_evaluations",
             ),
