@@ -1,11 +1,8 @@
 """What a layer tells its siblings about itself: its tensors and numbers, or why it keeps to itself."""
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import Tensor, nn
-
-from .._check import PLAIN
-from .protocol import Sharing
 
 
 class Branch(NamedTuple):
@@ -58,22 +55,6 @@ class Branch(NamedTuple):
         weight, a, b, bias, _, _, lora_bias = self
         optional = bias is not None and bias._version, lora_bias is not None and lora_bias._version
         return weight._version, a._version, b._version, *optional
-
-
-def branch_of(module: nn.Module) -> Branch | str:
-    """The module's branch (``protocol.Sharing``), or the reason why it cannot share its input."""
-    reason = own_path_reason(module)
-    if reason is not None:
-        return f"it {reason}"
-    branch = cast(Sharing, module).fastpeft_branch()
-    if isinstance(branch, str):
-        return branch
-    for tensor in (branch.weight, branch.lora_a, branch.lora_b, branch.bias, branch.lora_bias):
-        if tensor is None:
-            continue
-        if type(tensor) not in PLAIN or tensor.is_inference():
-            return f"a parameter is a {type(tensor).__name__}" if type(tensor) not in PLAIN else "inference tensors"
-    return branch
 
 
 def own_path_reason(module: nn.Module) -> str | None:

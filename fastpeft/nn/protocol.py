@@ -5,13 +5,11 @@ forward and keep its own bases. The functions below look at the class, since mod
 attributes of what they stand for.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+from typing import ClassVar, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .branch import Branch
-    from .sharing import SharedInput
+from .branch import Branch
 
 
 class Reported(Protocol):
@@ -32,6 +30,18 @@ class Reported(Protocol):
         ...
 
 
+class Group(Protocol):
+    """Layers that share their input, as ``sharing.SharedInput`` does it."""
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """The member's output from a shared call, or None: then it computes alone."""
+        ...
+
+    def partners(self, module: nn.Module) -> list[nn.Module]:
+        """The members that share with this one as things stand."""
+        ...
+
+
 class Sharing(Protocol):
     """A layer that can be computed in one call with siblings that receive the same tensor.
 
@@ -39,9 +49,9 @@ class Sharing(Protocol):
         fastpeft_shared: its group, which ``share_inputs`` sets on the instance; None for a layer on its own.
     """
 
-    fastpeft_shared: "SharedInput | None"
+    fastpeft_shared: Group | None
 
-    def fastpeft_branch(self) -> "Branch | str":
+    def fastpeft_branch(self) -> Branch | str:
         """What the group computes for this layer, or why the layer must compute alone.
 
         Asked twice without a change in between, it gives the same tensor objects.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._check import PLAIN
-from .branch import Branch, branch_of
+from .branch import Branch, own_path_reason
 from .protocol import Sharing
 
 # Names of children of one parent that are usually called with one tensor.
@@ -206,6 +206,22 @@ def unshare_inputs(model: nn.Module) -> None:
     """
     for module in model.modules():
         module.__dict__.pop("fastpeft_shared", None)
+
+
+def branch_of(module: nn.Module) -> Branch | str:
+    """The module's branch (``protocol.Sharing``), or the reason why it cannot share its input."""
+    reason = own_path_reason(module)
+    if reason is not None:
+        return f"it {reason}"
+    branch = cast(Sharing, module).fastpeft_branch()
+    if isinstance(branch, str):
+        return branch
+    for tensor in (branch.weight, branch.lora_a, branch.lora_b, branch.bias, branch.lora_bias):
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN or tensor.is_inference():
+            return f"a parameter is a {type(tensor).__name__}" if type(tensor) not in PLAIN else "inference tensors"
+    return branch
 
 
 def _conditions(x: Tensor) -> tuple:

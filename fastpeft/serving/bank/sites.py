@@ -16,7 +16,7 @@ from ...methods.lora.config import Lora
 from ...methods.targets import ALL_LINEAR, names
 from ...nn.base_layer import is_conv1d
 from ...nn.lora import LoraLinear
-from ...nn.sharing import SIBLINGS
+from ...nn.sharing import siblings
 from ...ops.routing import Routing
 from .batch import Batch, Running
 
@@ -201,13 +201,12 @@ def find_sites(op: str, model: nn.Module, targets: str | Sequence[str], dtype: t
         given = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"{op}: model's layers are on {given}, expected one device that holds values")
     by_module = {site.module: site for site in sites}
-    for parent in modules.values():
-        for group in SIBLINGS:
-            members = [by_module[child] for name in group if (child := getattr(parent, name, None)) in by_module]
-            if 1 < len(members) <= 4 and len({(m.dtype, m.in_features) for m in members}) == 1:
-                siblings = Siblings(members)
-                for member in members:
-                    member.siblings = member.siblings or siblings
+    for group in siblings(model, lambda module: module in by_module):
+        members = [by_module[module] for module in group]
+        if len(members) <= 4 and len({(m.dtype, m.in_features) for m in members}) == 1:
+            together = Siblings(members)
+            for member in members:
+                member.siblings = member.siblings or together
     return sites
 
 

@@ -152,7 +152,7 @@ MUTANTS = {
                 "",
                 f"{FAMILIES}::TestFamilies::test_leave_out_and_widths_by_layer",
             ),
-            "places ignored": ("site.place in config.places and", "", f"{FORWARD}[seq_bn-llama]"),
+            "places ignored": ("site.place in places and", "", f"{FORWARD}[seq_bn-llama]"),
         },
         "_by_rule": {
             "a list that is never called": (

@@ -131,7 +131,7 @@ MUTANTS = {
                 MODULE + "test_everybody_sees_the_trained_weight",
             ),
             "masters are dropped": (
-                'self.trained.dtype == self._parameters["weight"].dtype',
+                "self.trained.dtype == self.stored.dtype",
                 "True",
                 MODULE + "test_the_state_dict_is_the_base_layers",
             ),
