@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, MockTensor
 
 from tests.support.aot_bottleneck import BOTTLENECK, bottleneck
+from tests.support.aot_experts import EXPERTS, experts
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -82,12 +83,6 @@ PROMPT_GATHER = (
     (FP16, FP16, (20,), 0.0, 32, 512, 768),
     (FP32, FP32, (7, 3), 0.0, 5, 127, 1001),
     (FP32, FP32, (20,), 0.0, 32, 128, 384),
-)
-# (the weights' dtype, the adapters', ranks of up and down, dropout, tokens, H, the inner size): as Qwen3-30B-A3B.
-EXPERTS = (
-    *((BF16, dtype, (16, 16), dropout, 2048, 2048, 768) for dtype in (BF16, FP32) for dropout in (0.0, 0.1)),
-    (FP16, FP16, (8, 64), 0.0, 512, 768, 384),
-    (FP32, FP32, (16, 7), 0.1, 127, 1001, 333),
 )
 
 
@@ -201,35 +196,6 @@ def prompt_gather(x_dtype, dtype, lengths, dropout, rows, tokens, columns) -> No
     y, *_, spans = kernels.forward(prompts, lengths, which, x, None, None, None, None, width, False, -100)
     kernels.prompt_backward(y, spans, lengths, dtype)
     kernels.source_backward(y, spans, lengths, tokens)
-
-
-def experts(x_dtype, dtype, ranks, dropout, tokens, hidden, inner) -> None:
-    """Launch all that a forward and backward of ``experts`` launches beside PyTorch's products."""
-    from fastpeft.kernels import experts as kernels
-
-    from fastpeft.ops.experts_arguments import default_tile
-    from fastpeft.reference import Routing
-    from fastpeft.reference.experts import ExpertRouting
-    from fastpeft.reference.routing import tile_count
-
-    def new(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    count, choices, tile = 32, 8, default_tile(x_dtype, dropout) or 64
-    rows = tokens * choices
-    tables = (new(size, dtype=torch.int32) for size in (rows, count + 1))
-    routing = Routing(*tables, new(2, tile_count(rows, count, tile), dtype=torch.int32), count, tile)
-    routing = ExpertRouting(new(rows, dtype=torch.int32), new(tokens, choices, dtype=torch.int32), routing)
-    seeds = new(count, dtype=torch.int64)
-    for rank, k, n, gather in ((ranks[0], hidden, 2 * inner, True), (ranks[1], inner, hidden, False)):
-        a, b, x, d = new(count, rank, k), new(count, n, rank), new(rows, k, dtype=x_dtype), new(rows, n, dtype=x_dtype)
-        s = kernels.shrink(x, a, routing.rows, 2.0, dropout, seeds)
-        kernels.expand_(d, s, b, routing.rows, 0.0, None)
-        ds = kernels.shrink(d, b.mT, routing.rows, 2.0, 0.0, None)
-        kernels.expand_(x, ds, a.mT, routing.rows, dropout, seeds)
-        kernels.dlora_a(ds, new(tokens, k, dtype=x_dtype) if gather else x, routing, gather, dropout, seeds, dtype)
-        kernels.dlora_b(d, s, routing, dtype)
-        kernels.combine(x if gather else d, None if gather else new(tokens, choices), routing, x_dtype)
 
 
 def examine(kernel) -> dict:
