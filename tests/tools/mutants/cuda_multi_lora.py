@@ -1,8 +1,8 @@
 """Mutants of csrc/multi_lora, as run.py says. The emulator builds each one anew.
 
-What no test here can see, and what would: an edit of the PTX itself, beyond what test_cuda_multi_lora_sass.py reads;
-a prefetch of the wrong bytes, which is only slower: the benchmark;
-the cluster's second barrier kept whole where it is split: the benchmark.
+What no test here can see, and what would: an edit of the PTX itself, beyond what tests/cuda/multi_lora/test_sass.py
+reads; a prefetch of the wrong bytes, which is only slower, or the cluster's second barrier kept whole where it is
+split: the benchmark.
 """
 
 EXACT = "tests/cuda/multi_lora/test_multi_lora.py::test_integers_are_exact"
@@ -77,7 +77,7 @@ MUTANTS = {
             "whole rows in one piece": ("stride_bn =", "stride_bn >"),
         },
         "expand": {
-            "no proxy fence before a bulk copy": ("if (BULK) ptx::fence_async_shared();", "//"),
+            "no proxy fence before a bulk copy": ("if (BULK) ptx::fence_async_shared();", "//", RACES),
             "parity never turns": ("phases ^= 1u << i % 2;", "", FULL),
             "copies not waited for": ("ptx::copy_async_wait();", ""),
             "a stage refilled while it is read": ("__syncthreads();\n      load", "load", RACES),
