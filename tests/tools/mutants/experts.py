@@ -68,7 +68,8 @@ MUTANTS = {
         "_OfActivation.backward": {"second gradients silently 0": ("_refuse_second_gradients()", "", SECOND)},
         "_kept": {"x kept for B": ("x if need_dw or need_da", "x if need_db or need_dw or need_da", KEPT)},
         "experts": {
-            "one seed for both": ("weight.dtype), down, top_k_weights, seeds[1]", "weight.dtype), down, top_k_weights, seeds[0]"),
+            "one seed for both": ("weight.dtype), down, top_k_weights, seeds[1]",
+                                  "weight.dtype), down, top_k_weights, seeds[0]"),
             "an activation that trains is forgotten": ("if h is not None and not h.requires_grad:",
                                                        "if h is not None:", TRAINS),
         },
