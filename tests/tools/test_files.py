@@ -13,10 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("fastpeft", "kernels", "tests", "bench", "examples")
 CODE = {".py", ".h", ".cpp", ".sh"}
 LINES = 300
-# Files that were longer when the law was written. It only shrinks: who divides one takes its name away.
-LONGER = {
-    "tests/cuda/multi_lora/test_multi_lora.py",
-}
 # Examples are scripts: what they import of one another lies beside them.
 ON_PATH = {"tests/tools/demo/conftest.py", "bench/nullgpu/__main__.py"}
 
@@ -34,13 +30,7 @@ def lines_of(path: str) -> int:
 
 
 def test_law_length():
-    assert [
-        f"{path}: {lines_of(path)} lines" for path in files() if lines_of(path) > LINES and path not in LONGER
-    ] == []
-
-
-def test_law_length_has_no_needless_exception():
-    assert [path for path in LONGER if not (ROOT / path).is_file() or lines_of(path) <= LINES] == []
+    assert [f"{path}: {lines_of(path)} lines" for path in files() if lines_of(path) > LINES] == []
 
 
 def foreign_tests(path: str, source: str) -> list[str]:

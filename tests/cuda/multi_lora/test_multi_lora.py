@@ -13,68 +13,26 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from fastpeft import _backend
 from fastpeft.cuda import multi_lora as cuda
-from fastpeft.ops import multi_lora, multi_lora_, multi_lora_shared
 from fastpeft.reference.multi_lora import Slots
-from fastpeft.reference.multi_lora import multi_lora as definition
-from fastpeft.reference.routing import Routing, route
+from fastpeft.reference.routing import route
 from fastpeft.testing import MultiLoraProblem, assert_no_worse, eager_multi_lora, guarded
 from tests.cuda.emulator import build
-from tests.cuda.emulator.multi_lora import Extension, Fault
+from tests.cuda.emulator.multi_lora_problems import (
+    BF16,
+    CLUSTER,
+    FP16,
+    PLANES,
+    assert_exact,
+    each_path,
+    forward,
+    integers,
+    run,
+    with_slots,
+)
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"nothing to emulate with: {build.missing()}")
-BF16, FP16 = torch.bfloat16, torch.float16
-CLUSTER, PLANES = 90, 80  # capabilities, and with them the path
-each_path = pytest.mark.parametrize("gpu", [CLUSTER, PLANES], ids=["cluster", "planes"], indirect=True)
 each_dtype = pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-
-
-@pytest.fixture(scope="module")
-def extension():
-    return Extension()
-
-
-@pytest.fixture
-def gpu(request, extension, monkeypatch):
-    """The emulated GPU in place of fastpeft._C and of the device, for tensors on the CPU."""
-    extension.seed, extension.ahead, extension.calls = 1, [], []
-    monkeypatch.setattr(cuda, "_extension", lambda: extension)
-    monkeypatch.setattr(cuda, "_capability", lambda x: getattr(request, "param", CLUSTER))
-    monkeypatch.setattr(cuda, "_place", lambda x: (0, 0))
-    monkeypatch.setattr(_backend, "cuda_reason", lambda *_: None)
-    return extension
-
-
-def run(p, tile=16, **changed) -> list[torch.Tensor]:
-    """y of every slice, in place on copies."""
-    p = replace(p, **changed)
-    ys = [y.clone() for y in p.ys]
-    routing = route(p.token_slots, p.lora_as[0].shape[0], tile)
-    cuda.add_(ys, p.x, p.lora_as, p.lora_bs, routing, Slots(p.scales, p.ranks))
-    return ys
-
-
-def forward(p, function=definition, dtype=torch.float64) -> list[torch.Tensor]:
-    """y of every slice by the definition, or as PEFT computes it."""
-    ys = []
-    for i, (a, b, y) in enumerate(zip(p.lora_as, p.lora_bs, p.ys, strict=True)):
-        scales, ranks = (t[i] if t is not None and t.dim() == 2 else t for t in (p.scales, p.ranks))
-        ys.append(function(p.x.to(dtype), a.to(dtype), b.to(dtype), p.token_slots, scales, ranks, y.to(dtype)))
-    return ys
-
-
-def integers(tokens, k, outs, ranks, dtype=BF16, slots=4, **options):
-    return MultiLoraProblem.make(tokens, k, outs, ranks, slots, dtype, integers=True, **options)
-
-
-def assert_exact(p, tile=16):
-    for found, wanted in zip(run(p, tile), forward(p), strict=True):
-        assert torch.equal(found, wanted.to(found.dtype))
-
-
-def with_slots(p, token_slots):
-    return replace(p, token_slots=torch.tensor(token_slots, dtype=torch.int32))
 
 
 # (tokens, K, N of each slice, R of each slice): one token with an adapter and one without, every warp of every block;
@@ -298,83 +256,6 @@ def test_every_grid_waits_for_the_kernel_ahead(gpu, token_slots):
     gpu.ahead = [(flag, torch.ones(1))]
     run(p)
     assert flag.item() == 1
-
-
-# ---- through the op --------------------------------------------------------------------------------------------------
-
-
-def routed(p, tile=16):
-    return route(p.token_slots, p.lora_as[0].shape[0], tile)
-
-
-@each_path
-def test_the_op_in_place(gpu):
-    """Views of one wide y, as engines lay out q, k and v; x in three dimensions."""
-    p = integers(20, 40, (45, 30), (12, 9))
-    wide = torch.full((20, 100), torch.nan, dtype=BF16)
-    views = [wide[:, 3:48], wide[:, 60:90]]
-    for view, y in zip(views, p.ys, strict=True):
-        view.copy_(y)
-    args = p.x, list(p.lora_as), list(p.lora_bs), routed(p), p.scales, p.ranks, "cuda"
-    assert multi_lora_(views, *args) is views
-    assert all(torch.equal(view, y.to(BF16)) for view, y in zip(views, forward(p), strict=True))
-    assert wide.isnan().sum() == 20 * 25
-    y = p.ys[0].clone().view(2, 10, 45)
-    multi_lora_(y, p.x.view(2, 10, 40), args[1][0], args[2][0], routed(p), p.scales[0], p.ranks[0], "cuda")
-    assert torch.equal(y.view(20, 45), forward(p)[0].to(BF16))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the gradients' kernels run in Triton's interpreter")
-def test_gradients(gpu):
-    """S, which the launch keeps, feeds the Triton kernels: all gradients are exact."""
-    p = integers(21, 38, (45, 30), (12, 17), FP16)
-
-    def call(x, *lists):
-        return multi_lora_shared(x, lists[0], lists[1], routed(p), p.scales, p.ranks, lists[2], "cuda")
-
-    found, exact = p.differentiate(call), p.exact()
-    assert {name for name, value in exact.items() if not torch.equal(found[name], value.to(found[name].dtype))} == set()
-    assert len(gpu.calls) == 1
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"x": torch.zeros(300, 32, dtype=BF16)}, "300 tokens > 256"),
-        ({"dropouts": (0.5, 0.0, 0.0, 0.0)}, "dropout"),
-        ({"x": torch.zeros(20, 64, dtype=BF16)[:, ::2]}, "x's last dimension has gaps"),
-        ({"lora_b": torch.zeros(4, 8, 24, dtype=BF16).mT}, "lora_b's last dimension has gaps"),
-        ({"adapter": torch.float32}, "adapters in torch.float32"),
-        ({"rank": 513}, "of 528 > 512"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_it_does_not_serve(gpu, change, said):
-    rank, adapter = change.get("rank", 8), change.get("adapter", BF16)
-    x = change.get("x", torch.zeros(20, 32, dtype=BF16))
-    a = torch.zeros(4, rank, x.shape[1], dtype=adapter)
-    b = change.get("lora_b", torch.zeros(4, 24, rank, dtype=adapter))
-    slots = torch.zeros(x.shape[0], dtype=torch.int32)
-    with pytest.raises(ValueError, match=rf"multi_lora: backend='cuda' cannot serve this call: .*{said}"):
-        multi_lora(x, a, b, slots, torch.ones(4), backend="cuda", dropouts=change.get("dropouts"))
-    assert gpu.calls == []
-
-
-def test_a_launcher_refuses_what_it_cannot_hold(gpu):
-    p = integers(4, 16, (8,), (8,))
-    routing = routed(p)
-    with pytest.raises(Fault, match="multi_lora: tile: expected a multiple of 16"):
-        cuda.add_([p.ys[0]], p.x, p.lora_as, p.lora_bs, Routing(*routing[:4], 24), Slots(p.scales, p.ranks))
-
-
-def test_configurations():
-    """By capability and shape alone; clusters where they are compiled in, and fit."""
-    assert cuda.config(16, 90) == cuda.Config("cluster", 16)
-    assert cuda.config(32, 103) == cuda.Config("cluster", 32)
-    assert cuda.config(512, 100) == cuda.Config("cluster", 32)
-    assert cuda.config(384, 120).path == "cluster"
-    assert cuda.config(400, 120).path == "planes"
-    assert {cuda.config(16, capability).path for capability in (80, 86, 89, 110)} == {"planes"}
 
 
 @hypothesis.settings(

@@ -16,7 +16,7 @@ TILES = "tests/cuda/multi_lora/test_multi_lora.py::test_tiles_of_any_size"
 FULL = "tests/cuda/multi_lora/test_multi_lora.py::test_a_bank_full_to_its_ranks"
 AHEAD = "tests/cuda/multi_lora/test_multi_lora.py::test_what_the_kernel_ahead_writes_is_waited_for"
 WAITS = "tests/cuda/multi_lora/test_multi_lora.py::test_every_grid_waits_for_the_kernel_ahead"
-GRADIENTS = "tests/cuda/multi_lora/test_multi_lora.py::test_gradients"
+GRADIENTS = "tests/cuda/multi_lora/test_op.py::test_gradients"
 FLOAT = "tests/cuda/multi_lora/test_multi_lora.py::test_s_keeps_float"
 ORDERS = "tests/cuda/multi_lora/test_multi_lora.py::test_both_paths_and_every_order_of_events_give_the_same_bits"
 RACES = "tests/cuda/multi_lora/test_multi_lora.py::test_races"
@@ -132,7 +132,7 @@ MUTANTS = {
             "no room for the planes": (
                 "_BLOCKS * items",
                 "items",
-                "tests/cuda/multi_lora/test_multi_lora.py::test_gradients",
+                "tests/cuda/multi_lora/test_op.py::test_gradients",
             ),
         },
     },
@@ -141,12 +141,12 @@ MUTANTS = {
             "any number of tokens": (
                 "x.numel() > limits.MAX_TOKENS * k",
                 "False",
-                "tests/cuda/multi_lora/test_multi_lora.py::test_what_it_does_not_serve",
+                "tests/cuda/multi_lora/test_op.py::test_what_it_does_not_serve",
             ),
             "dropout unseen": (
                 "dropouts is not None and any(dropouts)",
                 "False",
-                "tests/cuda/multi_lora/test_multi_lora.py::test_what_it_does_not_serve",
+                "tests/cuda/multi_lora/test_op.py::test_what_it_does_not_serve",
             ),
         },
     },
