@@ -24,7 +24,7 @@ docs: .venv/docs
 # What is promised, and the style: minutes on two cores. `make test-all` runs everything.
 test: .venv/ready
 	$(PYTEST) -m "not thorough"
-	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 test-all: test test-thorough test-oldest test-adapters
 
