@@ -94,6 +94,18 @@ def test_prompt_gather(dtype, adapters):
         backward(found.inputs_embeds if hasattr(found, "inputs_embeds") else found[0])
 
 
+@each_pair
+def test_experts(dtype, adapters):
+    x, index, weights = tensor(ROWS, WIDE, dtype=dtype), ids(ROWS, 2), tensor(ROWS, 2)
+    a = [tensor(SLOTS, RANK, WIDE, dtype=adapters), tensor(SLOTS, RANK, OUT, dtype=adapters)]
+    b = [tensor(SLOTS, 2 * OUT, RANK, dtype=adapters), tensor(SLOTS, WIDE, RANK, dtype=adapters)]
+    up, down = tensor(SLOTS, 2 * OUT, WIDE, dtype=dtype), tensor(SLOTS, WIDE, OUT, dtype=dtype)
+    for dropout in (0.0, 0.1):
+        first = ops.ExpertLinear(up, tensor(SLOTS, 2 * OUT, dtype=dtype), a[0], b[0], 0.5, dropout)
+        second = ops.ExpertLinear(down, None, a[1], b[1], 0.5, dropout)
+        backward(ops.experts(x, index, weights, first, second, lambda u: nn.functional.glu(u)))
+
+
 METHODS = {
     "lora": fastpeft.Lora(r=RANK, dropout=0.1),
     "bottleneck": fastpeft.Bottleneck(),
