@@ -20,6 +20,7 @@ FIRST = 90  # the architecture of `make test`; the others are thorough
 KERNELS = {
     "lora_linear": {"_down_kernel", "_up_kernel", "_up_backward_kernel", "_outer_kernel"},
     "multi_lora": {"_sort_kernel", "_tile_kernel", "_shrink_kernel", "_expand_kernel", "_outer_kernel"},
+    "experts": {"_shrink_kernel", "_expand_kernel", "_outer_kernel", "_combine_kernel"},
     "row_linear": {"_gathered_outer_kernel"},
     "prompt_gather": {"_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"},
     "bottleneck": {
