@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import _check
 from ..nn import LoraLinear, sharing
 from ..nn.backend import serving_backend
-from . import _fusable, experts
+from . import _experts, _fusable
 from ._layers import layers_of, refuse_unfused
 
 _OLDEST = (0, 15)
@@ -39,7 +39,7 @@ if tuple(int(part) for part in re.findall(r"\d+", peft.__version__)[:2]) < _OLDE
 ParamWrapper: Any = getattr(_layers, "ParamWrapper", LoraLayer)  # PEFT has it since 0.17
 
 
-class FastParamWrapper(experts.ExpertsForward, ParamWrapper):
+class FastParamWrapper(_experts.ExpertsForward, ParamWrapper):
     """PEFT's LoRA on a parameter of experts; ``forward`` goes to the fused op wherever that serves."""
 
 
@@ -184,12 +184,12 @@ def _report(layer: Any) -> str:
         plan = _fusable.plan(layer)
         return plan if isinstance(plan, str) else "fused"
     if isinstance(layer, FastParamWrapper) or _around_experts(layer):
-        found = experts.plan(layer)
+        found = _experts.plan(layer)
         return found if isinstance(found, str) else "fused"
     if type(layer) is ParamWrapper:
-        return str(experts.layout_of(experts.innermost(layer)))
+        return str(_experts.layout_of(_experts.innermost(layer)))
     return f"{type(layer).__module__}.{type(layer).__qualname__} has no fused form"
 
 
 def _around_experts(layer: Any) -> bool:
-    return type(layer) is ParamWrapper and not isinstance(experts.layout_of(experts.innermost(layer)), str)
+    return type(layer) is ParamWrapper and not isinstance(_experts.layout_of(_experts.innermost(layer)), str)

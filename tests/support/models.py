@@ -59,7 +59,6 @@ MOE_FAMILIES = {
 }  # fmt: skip
 # The usual head of each family, its config and what that is given.
 FAMILIES = {
-    **MOE_FAMILIES,
     "bert": ("BertForSequenceClassification", "BertConfig", _BERT),
     "roberta": ("RobertaForTokenClassification", "RobertaConfig", _BERT),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA),
@@ -79,12 +78,12 @@ def build(family: str, head: str | None = None, seed: int = 0, **settings) -> nn
     """A model of the family, in evaluation mode.
 
     Args:
-        family: one of ``FAMILIES``.
+        family: one of ``FAMILIES`` or ``MOE_FAMILIES``.
         head: the class; None is the family's usual one.
         seed: of its weights.
         settings: of its config, in place of the family's.
     """
-    usual, config, common = FAMILIES[family]
+    usual, config, common = (FAMILIES | MOE_FAMILIES)[family]
     config = getattr(transformers, config)(**{**common, **settings})
     torch.manual_seed(seed)
     return getattr(transformers, head or usual)(config).eval()

@@ -196,6 +196,7 @@ def test_check_ops_passes(no_interpreter):
     assert all(ok for *_, ok in rows), rows
     ops = {
         "bottleneck",
+        "experts",
         "lora_linear",
         "lora_linear_shared",
         "multi_lora",

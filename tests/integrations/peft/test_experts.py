@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 if not hasattr(peft.tuners.lora.layer, "ParamWrapper"):
     pytest.skip("PEFT before 0.17 has no LoRA on parameters", allow_module_level=True)
 
-from fastpeft.integrations import experts as integration  # noqa: E402
+from fastpeft.integrations import _experts as integration  # noqa: E402
 from fastpeft.integrations.peft import FastParamWrapper, ParamWrapper  # noqa: E402
 
 IDS = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))

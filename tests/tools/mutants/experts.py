@@ -81,7 +81,7 @@ MUTANTS = {
             "tokens are rows": ("order // top_k_index.shape[1]", "order"),
         },
     },
-    "fastpeft/integrations/experts.py": {
+    "fastpeft/integrations/_experts.py": {
         "_stacked": {
             "B's slow index taken for the expert": (
                 "term.lora_b.view(len(term.lora_b), -1, experts).permute(2, 0, 1)",
