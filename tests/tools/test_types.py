@@ -55,6 +55,9 @@ MISTAKES = {
     "fastpeft.Lora(r='16')": "arg-type",
     "fastpeft.atach": "attr-defined",
     "fastpeft.attach('model', fastpeft.Lora())": "arg-type",
+    "fastpeft.select(nn.Linear(1, 1), layer='last:2')": "call-arg",
+    "fastpeft.nn.LoraLinear(nn.Linear(1, 1), rank=4)": "call-arg",
+    "fastpeft.integrations.transformers.nonsense": "attr-defined",
     "fastpeft.ops.lora_linear(1, 2, 3, 4)": "arg-type",
 }
 
