@@ -97,7 +97,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 CHECK = "if a.shape[0] == 0:"
 def survivors(new):
     tests = ("tests/ops/lora_linear/test_errors.py::test_rank_0",)
-    return run.run([run.Mutant("fastpeft/ops/lora_linear.py", "_check_branch", "test", CHECK, new, tests)], 1)
+    return run.run([run.Mutant("fastpeft/ops/lora_linear_arguments.py", "_branch", "test", CHECK, new, tests)], 1)
 """
 
 
@@ -110,7 +110,7 @@ def in_a_process(source: str) -> subprocess.CompletedProcess:
 def test_a_mutant_that_changes_nothing_survives():
     """The runner can tell: a comment is no mutant; where its line accepts what it refused, it is one."""
     done = in_a_process("""
-assert survivors(CHECK + "  # here") == ["fastpeft/ops/lora_linear.py: test"]
+assert survivors(CHECK + "  # here") == ["fastpeft/ops/lora_linear_arguments.py: test"]
 assert survivors("if a.shape[0] < 0:") == []
 """)
     assert done.returncode == 0, done.stderr
