@@ -72,7 +72,6 @@ def _kept(needs, x, s):
 
 
 def _backward(ctx, grads, _):
-    _refuse_second_gradients()
     x, s, weight, bias, lora_a, lora_b, weights, seeds, *tables = ctx.saved_tensors
     found = _expert_linear_backward(
         grads[0], x, s, weight, bias, lora_a, lora_b, weights, seeds, tables, ctx.needs, *ctx.settings
@@ -80,9 +79,8 @@ def _backward(ctx, grads, _):
     return *(grad if need else None for grad, need in zip(found, ctx.needs, strict=True)), None, [None] * 5, *[None] * 5
 
 
-def _refuse_second_gradients() -> None:
-    if torch.is_grad_enabled():  # create_graph=True
-        raise RuntimeError("experts: gradients of gradients are not served; fastpeft.reference.experts has them")
+def _no_second_gradients(ctx, grads):
+    raise RuntimeError("experts: gradients of gradients are not served; fastpeft.reference.experts has them")
 
 
 def _backward_implementation(
@@ -163,6 +161,7 @@ _expert_linear = register_op(
     _fake,
     _setup_context,
     _backward,
+    _no_second_gradients,
 )
 
 
@@ -181,7 +180,8 @@ class _OfActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        _refuse_second_gradients()
+        if torch.is_grad_enabled():  # create_graph=True
+            _no_second_gradients(ctx, dy)
         u, s, weight, bias, lora_a, lora_b, weights, seeds, *tables = ctx.saved_tensors
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             u = u.detach().requires_grad_()

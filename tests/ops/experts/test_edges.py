@@ -260,3 +260,12 @@ def test_gradients_of_gradients_are_refused():
     y = experts(x, p.top_k_index, p.top_k_weights, p.up, p.down, p.activation)
     with pytest.raises(RuntimeError, match="experts: gradients of gradients are not served"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_gradients_of_gradients_are_refused_where_the_activation_is_trained():
+    """There the registered op comes last, and what it got from above needs no gradient."""
+    p = ExpertsProblem.make(device=DEVICE)
+    slope = torch.ones((), device=DEVICE, dtype=p.x.dtype, requires_grad=True)
+    y = experts(p.x, p.top_k_index, p.top_k_weights, p.up, p.down, lambda u: slope * p.activation(u))
+    with pytest.raises(RuntimeError, match="experts: gradients of gradients are not served"):
+        torch.autograd.grad(y.sum(), slope, create_graph=True)
