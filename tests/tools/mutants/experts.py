@@ -65,7 +65,7 @@ MUTANTS = {
                                                     "of_row[places]", GUARDS),
             "dh without the router's weights": ("else dx.mul_(w.to(dx.dtype))", "else dx"),
         },
-        "_OfActivation.backward": {"second gradients silently 0": ("_refuse_second_gradients()", "", SECOND)},
+        "_OfActivation.backward": {"second gradients silently 0": ("_no_second_gradients(ctx, dy)", "pass", SECOND)},
         "_kept": {"x kept for B": ("x if need_dw or need_da", "x if need_db or need_dw or need_da", KEPT)},
         "experts": {
             "one seed for both": ("weight.dtype), down, top_k_weights, seeds[1]",
