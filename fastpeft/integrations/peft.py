@@ -42,12 +42,18 @@ ParamWrapper: Any = getattr(_layers, "ParamWrapper", LoraLayer)  # PEFT has it s
 class FastParamWrapper(_experts.ExpertsForward, ParamWrapper):
     """PEFT's LoRA on a parameter of experts; ``forward`` goes to the fused op wherever that serves."""
 
+    def _get_name(self):  # for repr, and for PEFT's status of layers, which reads it
+        return "ParamWrapper"
+
 
 class FastLoraLinear(Linear):
     """PEFT's LoRA layer around ``nn.Linear`` or ``Conv1D``; ``forward`` goes to the fused op wherever that serves."""
 
     fastpeft_kind = LoraLinear.fastpeft_kind
     fastpeft_shared: sharing.SharedInput | None = None
+
+    def _get_name(self):  # for repr, and for PEFT's status of layers, which reads it
+        return "Linear"
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not args and not kwargs:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..nn.adapter import adapter_name
 from .attachment import KEY, Attachment, attachment_of, check_module, holder_of, state_of
+from .carried import lift_carried, put_carried
 from .formats.peft_configs import is_peft_config, translated
 from .method import Method
 from .registry import METHODS, mergeable_of, method_of, methods_of
@@ -80,6 +81,7 @@ def apply_all(model: nn.Module, configs: Sequence[Any], name: str, plans: Plans)
         setattr(model, KEY, state)
         model.requires_grad_(False)
     state.configs[name] = configs[0] if len(configs) == 1 else tuple(configs)
+    put_back = lift_carried(model, state)
     try:
         for method in methods_of(state):
             method.lift(model)
@@ -89,11 +91,13 @@ def apply_all(model: nn.Module, configs: Sequence[Any], name: str, plans: Plans)
             method.apply(model, plan, name)
         for method in methods_of(state):
             method.settle(model)
+        put_back()
         if first:
             set_adapter(model, name)
         else:
             _set_flags(flags)
     except BaseException:
+        put_back()
         take_back(model, name, flags)
         raise
 
@@ -110,6 +114,7 @@ def take_back(model: nn.Module, name: str, flags: Flags) -> None:
             if len(method.configs(model)) == 1:
                 del state.records[method.name]
     del state.configs[name]
+    state.carried.pop(name, None)
     if not state.configs:
         delattr(model, KEY)
     else:
@@ -167,6 +172,10 @@ def detach(model: nn.Module, keep_merged: bool = False) -> nn.Module:
     methods = methods_of(state)
     if keep_merged and not any(method.merged(holder) for method in mergeable_of(state)):
         raise ValueError("detach: keep_merged on a model that is not merged; merge it first")
+    if not keep_merged:  # what is merged was merged into what the active adapters brought
+        for mergeable in mergeable_of(state):
+            mergeable.unmerge(holder)
+        put_carried(holder, state, ())
     for method in methods:
         method.lift(holder)
     for method in reversed(methods):

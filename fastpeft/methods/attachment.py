@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _check
 from ..nn.protocol import original_child
@@ -20,12 +20,16 @@ class Attachment:
         active: names of the active adapters.
         flags: requires_grad of every parameter of the original model, by name.
         records: what each method noted, by the method's name.
+        carried: by adapter name, values of the model's own parameters that its checkpoint brought (``carried``).
+        replaced: the model's own values of those parameters, while others are in the model.
     """
 
     configs: dict[str, Any] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     flags: dict[str, bool] = field(default_factory=dict)
     records: dict[str, Any] = field(default_factory=dict)
+    carried: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, kind: type) -> dict[str, Any]:
         """Configs of this class, by adapter name."""

@@ -25,3 +25,12 @@ def _asked(model: nn.Module, name: str) -> nn.Module | None:
         return getattr(model, name)()
     except (AttributeError, NotImplementedError):  # no such method, or what models without one raise
         return None
+
+
+def tied_to_embeddings(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the modules whose weight is that of the input embedding, without the embedding itself."""
+    table = input_embeddings(model)
+    weight = getattr(table, "weight", None)
+    if weight is None:
+        return ()
+    return tuple(p for p, m in model.named_modules() if m is not table and getattr(m, "weight", None) is weight)

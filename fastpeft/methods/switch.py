@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import _check
 from .attachment import Attachment, holder_of
+from .carried import lift_carried, put_carried
 from .method import Mergeable
 from .registry import mergeable_of, method_of, methods_of
 
@@ -36,6 +37,10 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], trainable: bool = 
     refuse_merged("set_adapter", holder, state)
     for method in methods_of(state):
         method.check_active("set_adapter", holder, wanted)
+    if state.carried:  # what checkpoints brought lies under what the methods change
+        for method in methods_of(state):
+            method.set_active(holder, ())
+        put_carried(holder, state, wanted)
     for method in methods_of(state):
         method.set_active(holder, wanted, trainable)
     state.active = wanted
@@ -67,6 +72,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     with ExitStack() as stack:
         for method in methods_of(state):
             stack.callback(method.disable(holder))
+        stack.callback(lift_carried(holder, state))  # last, so that what is merged again is merged into what it was
         yield model
 
 

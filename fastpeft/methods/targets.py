@@ -13,6 +13,7 @@ from torch import nn
 
 from ..nn.base_layer import is_conv1d, not_linear_reason
 from ..nn.lora import LoraLinear
+from ..nn.lora_embedding import LoraEmbedding, no_lora_embedding_reason
 from ..nn.protocol import is_added, original_child
 from .embeddings import output_embeddings
 from .lora.config import ALL_LINEAR, Lora
@@ -59,7 +60,7 @@ def resolve(op: str, model: nn.Module, config: Lora, strict: bool = True) -> Tar
     Raises:
         ValueError: nothing matches (with the names of linear layers that are there), or a name in modules_to_save or
             a pattern matches nothing, or a named module cannot be copied.
-        TypeError: a module that was named is no plain linear layer.
+        TypeError: a module that was named is no plain linear layer and no embedding.
     """
     modules = dict(walk(model))
     _refuse_foreign_adapters(op, modules)
@@ -67,13 +68,12 @@ def resolve(op: str, model: nn.Module, config: Lora, strict: bool = True) -> Tar
     skipped = (*(_head_paths(model, modules) if config.targets == ALL_LINEAR else ()), *copies)
     linears = []
     for path, module in modules.items():
-        reason = None if isinstance(module, LoraLinear) else not_linear_reason(module)
+        reason = _not_linear(module)
         if any(path == skip or path.startswith(f"{skip}.") for skip in skipped) or not _named(path, reason, config):
             continue
-        if reason is not None:
-            raise TypeError(
-                f"{op}: targets names {path or 'the model'}, which is {reason}, expected nn.Linear or Conv1D"
-            )
+        if reason is not None and not _is_embedding(module):
+            given = f"targets names {path or 'the model'}, which is {reason}"
+            raise TypeError(f"{op}: {given}, expected nn.Linear, Conv1D or nn.Embedding")
         if path == "":
             raise ValueError(f"{op}: model is itself the layer to adapt, expected a model around it: use LoraLinear")
         linears.append(path)
@@ -85,6 +85,17 @@ def resolve(op: str, model: nn.Module, config: Lora, strict: bool = True) -> Tar
     if strict:
         _check_all_used(op, linears, copies, config)
     return Targets(tuple(linears), copies)
+
+
+def _not_linear(module: nn.Module) -> str | None:
+    """Why "all-linear" does not mean this module, or None."""
+    if isinstance(module, LoraEmbedding):
+        return "an Embedding"
+    return None if isinstance(module, LoraLinear) else not_linear_reason(module)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, LoraEmbedding) or no_lora_embedding_reason(module) is None
 
 
 def names(path: str, config: Lora) -> bool:
@@ -100,7 +111,7 @@ def _named(path: str, reason: str | None, config: Lora) -> bool:
         return reason is None and path != ""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
-    return _ends(path, targets) and _in_layers(path, config)
+    return path in targets or (_ends(path, targets) and _in_layers(path, config))  # a whole path is in any layer
 
 
 def _ends(path: str, names: Sequence[str]) -> bool:
@@ -170,7 +181,7 @@ def _check_all_used(op: str, linears: list[str], copies: tuple[str, ...], config
 
 
 def _candidates(modules: dict[str, nn.Module], count: int = 8) -> str:
-    linear = (p for p, m in modules.items() if isinstance(m, LoraLinear) or not_linear_reason(m) is None)
+    linear = (p for p, m in modules.items() if _not_linear(m) is None)
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in linear if path))
     if not names:
         kinds = sorted({type(m).__name__ for m in modules.values() if isinstance(m, nn.Linear) or is_conv1d(m)})

@@ -87,10 +87,10 @@ class TestInspect:
             found = one(tmp_path / kind)
             assert found.served.startswith(served)
             zero = ["every lora_B is zero: it has not been trained and does nothing"]
-            assert bool(found.problems) == (kind != "PROMPT_TUNING")
-            assert kind != "TOKENS" or (found.problems == zero and found.method.endswith("and token rows"))
+            assert bool(found.problems) == (kind in ("IA3", "LORA"))
+            assert kind != "TOKENS" or (found.notes == zero and found.method.endswith("and token rows"))
         assert "4 virtual tokens" in one(tmp_path / "PROMPT_TUNING").method
-        assert one(tmp_path / "IA3").problems == ["peft_type='IA3' is not served"]
+        assert one(tmp_path / "IA3").problems == [f"{tmp_path / 'IA3'} is PEFT's IA3: peft_type='IA3' is not served"]
         assert any("use_dora=True, which is not served" in problem for problem in one(tmp_path / "LORA").problems)
 
     def test_faults(self, tmp_path, capsys):
@@ -101,27 +101,29 @@ class TestInspect:
         b = a.replace("lora_A", "lora_B")
         whole = json.loads((tmp_path / "adapter_config.json").read_text())
 
-        def problems(changed=None, **fields):
+        def problems(changed=None, code=1, **fields):
             safetensors.save_file({**tensors, **(changed or {})}, weights)
             (tmp_path / "adapter_config.json").write_text(json.dumps({**whole, **fields}))
-            assert main(["inspect", str(tmp_path)]) == 1
-            assert "problems    none" not in capsys.readouterr().out
+            assert main(["inspect", str(tmp_path)]) == code
+            assert ("problems    none" in capsys.readouterr().out) == (code == 0)
             return "\n".join(one(tmp_path).problems)
 
-        assert problems({a: torch.full_like(tensors[a], float("nan"))}) == f"{a} has values that are not finite"
-        assert problems({a: tensors[a][:2].contiguous()}).splitlines() == [
-            f"{a} has 2 rows, its lora_B 3 columns",
-            f"{a} has rank 2, the config says 3",
+        broken, path = f"{tmp_path} is broken:", "model.layers.0.self_attn.q_proj"
+        nan = torch.full_like(tensors[a], float("nan"))
+        assert problems({a: nan}) == f"{broken} {a} has values that are not finite"
+        short = problems({a: tensors[a][:2].contiguous()})
+        assert short == f"{broken} lora_A [2, 32] of {path} is not of rank 3, which the config says"
+        assert problems({"odd.lora_A.weight": tensors[a].clone()}).splitlines() == [
+            f"{tmp_path} has odd.lora_A.weight, expected keys that start with base_model.model.",
+            f"{broken} odd has no lora_B beside its lora_A",
         ]
-        assert problems({"odd.lora_A.weight": tensors[a].clone()}).splitlines()[:2] == [
-            "odd.lora_A.weight has no lora_B beside it",
-            "odd.lora_A.weight does not start with base_model.model.",
-        ]
-        assert "the config says 8" in problems(r=8)
+        assert "of rank 8, which the config says" in problems(r=8)
         assert "use_dora=True, which is not served" in problems(use_dora=True)
+        assert "odd.kind is no part of LoRA" in problems({"base_model.model.odd.kind": tensors[a].clone()})
         zero = {key: torch.zeros_like(tensor) for key, tensor in tensors.items() if "lora_B" in key}
-        assert problems(zero) == "every lora_B is zero: it has not been trained and does nothing"
         assert b in zero
+        assert problems(zero, code=0) == ""
+        assert one(tmp_path).notes == ["every lora_B is zero: it has not been trained and does nothing"]
         weights.write_bytes(weights.read_bytes()[:50])
         assert "truncated or no safetensors file" in "\n".join(one(tmp_path).problems)
         weights.unlink()

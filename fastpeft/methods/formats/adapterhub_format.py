@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..bottleneck.config import PRESETS, Bottleneck
 from ..bottleneck.sites import Site
+from .peft_files import Unserved
 
 VERSION = "adapters.1.3.0"  # the version whose format this is; older ones name activations otherwise
 _PLACES = {"attention": "mh_adapter", "mlp": "output_adapter", "cross": "cross_adapter"}
@@ -122,19 +123,19 @@ def from_hub(op: str, fields: Mapping) -> Bottleneck:
         raise ValueError(f"{op}: adapter_config.json has config={inner!r}, expected the fields of a bottleneck adapter")
     kind = inner.get("architecture")
     if kind or "reduction_factor" not in inner:
-        raise ValueError(
+        raise Unserved(
             f"{op}: adapter_config.json is AdapterHub's of a {kind or 'unknown'} adapter, expected a bottleneck adapter"
         )
     for field, what in (("phm_layer", "Compacter"), ("inv_adapter", "an invertible adapter")):
         if inner.get(field):
-            raise ValueError(
+            raise Unserved(
                 f"{op}: adapter_config.json has {field}={inner[field]!r}: {what} is not served by attach; load it with "
                 "the adapters library and call fastpeft.accelerate"
             )
     known = {*_FIELDS, *_PLACES.values(), "ln_before", "phm_layer", "inv_adapter"}
     for field, value in inner.items():
         if value and field not in known and not _WITHOUT_EFFECT.fullmatch(field):
-            raise ValueError(f"{op}: adapter_config.json has {field}={value!r}, which is not served")
+            raise Unserved(f"{op}: adapter_config.json has {field}={value!r}, which is not served")
     settings = {ours: inner[theirs] for theirs, ours in _FIELDS.items() if inner.get(theirs) is not None}
     activation = str(inner.get("non_linearity")).lower()
     activation = activation if "version" in fields else _OLD_ACTIVATIONS.get(activation, activation)
@@ -143,7 +144,7 @@ def from_hub(op: str, fields: Mapping) -> Bottleneck:
         ("init_weights", "init", inner.get("init_weights", "bert"), _INITS),
     ):
         if value not in table:
-            raise ValueError(f"{op}: adapter_config.json has {field}={value!r}, expected one of {', '.join(table)}")
+            raise Unserved(f"{op}: adapter_config.json has {field}={value!r}, expected one of {', '.join(table)}")
         settings[ours] = table[value]
     places = tuple(place for place, field in _PLACES.items() if inner.get(field))
     return Bottleneck(**settings, places=places, norm="layer" if inner.get("ln_before") else None)

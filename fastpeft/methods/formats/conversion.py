@@ -5,14 +5,14 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from .adapterhub_files import read_hub_tensors, write_hub
-from .adapterhub_format import VERSION, from_hub
-from .files import read_safetensors, write_json, write_tensors
-from .peft_files import CONFIG, PREFIX, WEIGHTS, read_config, read_tensors, without_prefix
+from .adapterhub_files import write_hub
+from .adapterhub_format import VERSION
+from .files import write_json, write_tensors
+from .peft_files import CONFIG, PREFIX, WEIGHTS, without_prefix
 from .peft_format import from_peft
+from .verdict import examine
 
 FORMATS = ("peft", "adapters", "fastpeft")
 _PROMPT = "prompt_tuning.prompt_tunings.{name}.prompt_embedding.weight"
@@ -39,17 +39,18 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike, to: str) 
     source, destination = Path(source), Path(destination)
     if (destination / CONFIG).exists():
         raise FileExistsError(f"convert: {destination} holds a checkpoint already, expected a new folder")
-    fields = read_config("convert", source)
-    if isinstance(fields, dict) and "peft_type" in fields:
-        return _from_peft(source, destination, fields, to)
-    if isinstance(fields, dict) and "config" in fields:
-        return _from_hub(source, destination, fields, to)
-    raise ValueError(f"convert: {source / CONFIG} is neither PEFT's (peft_type) nor AdapterHub's (config)")
+    verdict = examine("convert", source, unpickle=True)
+    hub = verdict.format == "AdapterHub"
+    inner = verdict.fields["config"] if hub and not verdict.faults else None
+    own_words = isinstance(inner, Mapping) and inner.get("architecture") in ("lora", "prompt_tuning")
+    verdict.refuse(unserved=not own_words and (hub or to == "fastpeft"))
+    run = _from_hub if hub else _from_peft
+    return run(verdict.tensors, destination, verdict.fields, to)
 
 
-def _from_peft(source: Path, destination: Path, fields: Mapping, to: str) -> str:
+def _from_peft(tensors: Mapping[str, Tensor], destination: Path, fields: Mapping, to: str) -> str:
     kind = fields["peft_type"]
-    tensors = _peft_tensors(source, kind)
+    tensors = without_prefix("convert", "it", dict(tensors)) if kind == "LORA" else tensors
     if to == "adapters":
         if kind == "LORA":
             config, keys = _lora_to_hub(fields, tensors)
@@ -70,12 +71,10 @@ def _from_peft(source: Path, destination: Path, fields: Mapping, to: str) -> str
     return f"{kind} of PEFT, {len(whole)} tensors in safetensors"
 
 
-def _from_hub(source: Path, destination: Path, fields: Mapping, to: str) -> str:
-    inner, tensors = fields["config"], read_hub_tensors("convert", source)
+def _from_hub(tensors: Mapping[str, Tensor], destination: Path, fields: Mapping, to: str) -> str:
+    inner = fields["config"]
     kind = inner.get("architecture") if isinstance(inner, Mapping) else None
     if to == "adapters" or (kind is None and to == "fastpeft"):
-        if kind is None:
-            from_hub("convert", fields)
         write_hub("convert", destination, {key: value.contiguous().clone() for key, value in tensors.items()}, fields)
         return f"{kind or 'bottleneck'} of AdapterHub, {len(tensors)} tensors in safetensors as well"
     if kind == "lora":
@@ -156,20 +155,6 @@ def _prompt_to_peft(fields: Mapping, tensors: Mapping[str, Tensor]) -> tuple[dic
         raise ValueError(f"convert: {len(found)} prompts in the file, expected 1")
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": found[0].shape[0], "token_dim": found[0].shape[1]}
     return config | {"prompt_tuning_init": "RANDOM", "num_transformer_submodules": 1}, {"prompt_embeddings": found[0]}
-
-
-def _peft_tensors(source: Path, kind: str) -> dict[str, Tensor]:
-    """By the names that the model's modules have; an old pickled file is read as tensors only."""
-    path = source / "adapter_model.bin"
-    if (source / WEIGHTS).is_file() or not path.is_file():
-        if kind == "LORA":
-            return read_tensors("convert", source)
-        return read_safetensors("convert", source / WEIGHTS)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of zipfile, pickle and torch, by what is wrong
-        raise ValueError(f"convert: {path} is truncated or holds more than tensors ({error})") from None
-    return without_prefix("convert", path, tensors) if kind == "LORA" else dict(tensors)
 
 
 def _base(fields: Mapping) -> str:

@@ -6,18 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..bottleneck.config import Bottleneck
 from ..bottleneck.files import PEFT_TYPE, own_config
-from ..registry import METHODS
 from ..selective.files import tokens_beside_lora
-from .adapterhub_files import read_hub_tensors
 from .adapterhub_format import from_hub
-from .files import read_safetensors
-from .peft_files import CONFIG, PREFIX, WEIGHTS, read_config
-from .peft_format import from_peft
+from .peft_files import CONFIG, PICKLED, PREFIX, WEIGHTS
+from .verdict import Verdict, examine
 
 
 @dataclass
@@ -31,7 +27,7 @@ class Inspection:
         modules: (last part of a path, how many such modules it adapts).
         parameters: how many numbers; dtypes: of its tensors; nbytes: of their values.
         served: what reads and computes it here.
-        problems: what is wrong, one line each.
+        problems: what is wrong, one line each. notes: what a user should know and nothing refuses.
     """
 
     directory: Path
@@ -44,6 +40,7 @@ class Inspection:
     nbytes: int = 0
     served: str = ""
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         size = f"{self.parameters:,} ({', '.join(self.dtypes) or 'none'}, {self.nbytes / 2**20:.1f} MiB)"
@@ -57,6 +54,7 @@ class Inspection:
             ("parameters", size),
             ("served by", self.served),
             ("problems", "\n            ".join(self.problems) or "none"),
+            *([("notes", "\n            ".join(self.notes))] if self.notes else []),
         ]
         return "\n".join(f"{name:10}  {value}" for name, value in rows)
 
@@ -77,80 +75,46 @@ def inspect_checkpoints(directory: str | os.PathLike) -> list[Inspection]:
 
 
 def _inspect(directory: Path) -> Inspection:
-    fields = read_config("inspect", directory)
-    if not isinstance(fields, dict) or not {"peft_type", "config"} & fields.keys():
-        given = Inspection(directory, "unknown", "unknown", served="nothing")
-        given.problems.append(f"{CONFIG} is neither PEFT's (peft_type) nor AdapterHub's (config)")
-        return given
-    hub = "peft_type" not in fields
-    own = not hub and str(fields["peft_type"]).startswith("FASTPEFT")
-    found = Inspection(directory, "AdapterHub" if hub else "fastpeft" if own else "PEFT", "")
+    verdict = examine("inspect", directory, unpickle=True)
+    fields, tensors = verdict.fields, verdict.tensors
+    found = Inspection(directory, verdict.format, "unknown", served="nothing here")
+    found.problems, found.notes = verdict.problems, verdict.notes
+    if verdict.pickled and not verdict.faults:
+        found.problems.append(f"its weights are pickled ({PICKLED}); fastpeft convert writes {WEIGHTS}")
+    if verdict.format == "unknown":
+        return found
+    hub = verdict.format == "AdapterHub"
     found.base = str((fields.get("model_name") if hub else fields.get("base_model_name_or_path")) or "")
-    tensors = _tensors(directory, hub, found.problems)
-    _describe(found, fields, tensors)
+    if fields.get("peft_type") == "LORA":
+        _lora(found, fields, tensors)
+    elif (hub or fields["peft_type"] == PEFT_TYPE) and not verdict.unserved:
+        _bottleneck(found, fields, tensors)
+    else:
+        _other(found, verdict)
+    if verdict.unserved:
+        found.served = "nothing here; PEFT itself" if verdict.format == "PEFT" else "nothing here"
     found.parameters = sum(tensor.numel() for tensor in tensors.values())
     found.nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     found.dtypes = tuple(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()))
-    bad = [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    found.problems += [f"{key} has values that are not finite" for key in bad[:8]]
     return found
 
 
-def _tensors(directory: Path, hub: bool, problems: list[str]) -> dict[str, Tensor]:
-    try:
-        if hub:
-            return read_hub_tensors("inspect", directory)
-        if not (directory / WEIGHTS).is_file() and (directory / "adapter_model.bin").is_file():
-            problems.append(f"its weights are pickled (adapter_model.bin); fastpeft convert writes {WEIGHTS}")
-            return torch.load(directory / "adapter_model.bin", map_location="cpu", weights_only=True)
-        return read_safetensors("inspect", directory / WEIGHTS)
-    except Exception as error:  # whatever is wrong with a file is what was asked for
-        problems.append(str(error).removeprefix("inspect: ").splitlines()[0])
-        return {}
-
-
-def _describe(found: Inspection, fields: Mapping, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        if fields.get("peft_type") == "LORA":
-            _lora(found, fields, tensors)
-        elif "peft_type" not in fields or fields["peft_type"] == PEFT_TYPE:
-            _bottleneck(found, fields, tensors)
-        else:
-            _other(found, fields, tensors)
-    except (ValueError, TypeError) as error:
-        found.method = found.method or _kind(fields)
-        found.served = found.served or "nothing here"
-        found.problems.append(str(error).removeprefix("inspect: "))
-
-
 def _lora(found: Inspection, fields: Mapping, tensors: Mapping[str, Tensor]) -> None:
-    downs = {key: t for key, t in tensors.items() if key.endswith(".lora_A.weight")}
+    ends = (".lora_A.weight", ".lora_embedding_A")
     found.method = f"LoRA, r={fields.get('r')}, alpha={fields.get('lora_alpha')}, dropout={fields.get('lora_dropout')}"
-    found.modules = _count(key.removesuffix(".lora_A.weight") for key in downs)
-    for key, down in downs.items():
-        up = tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if up is None:
-            found.problems.append(f"{key} has no lora_B beside it")
-        elif up.shape[-1] != down.shape[0]:
-            found.problems.append(f"{key} has {down.shape[0]} rows, its lora_B {up.shape[-1]} columns")
-    foreign = [key for key in tensors if not key.startswith(PREFIX)]
-    found.problems += [f"{key} does not start with {PREFIX}" for key in foreign[:8]]
-    tokens = tokens_beside_lora(fields)
-    if tokens is not None:
+    found.modules = _count(key.removesuffix(end) for key in tensors for end in ends if key.endswith(end))
+    if tokens_beside_lora(fields) is not None:
         found.method += " and token rows"
-    config = from_peft("inspect", fields if tokens is None else {**fields, "trainable_token_indices": None})
-    for key, down in downs.items():
-        path = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        if down.shape[0] != config.rank_of(path):
-            found.problems.append(f"{key} has rank {down.shape[0]}, the config says {config.rank_of(path)}")
-    if downs and not any(t.any() for key, t in tensors.items() if key.endswith(".lora_B.weight")):
-        found.problems.append("every lora_B is zero: it has not been trained and does nothing")
     found.served = "fastpeft.load and fastpeft serve: the fused ops lora_linear and multi_lora"
 
 
 def _bottleneck(found: Inspection, fields: Mapping, tensors: Mapping[str, Tensor]) -> None:
     own = fields.get("peft_type") == PEFT_TYPE
-    config = own_config("inspect", fields) if own else from_hub("inspect", fields)
+    found.method = "bottleneck adapters"
+    try:
+        config = own_config("inspect", fields) if own else from_hub("inspect", fields)
+    except (ValueError, TypeError):  # which is among the problems
+        return
     downs = {}
     for key, tensor in tensors.items():
         if tensor.dim() == 2 and (key.endswith(".down_weight") or ".adapter_down." in key):
@@ -158,29 +122,16 @@ def _bottleneck(found: Inspection, fields: Mapping, tensors: Mapping[str, Tensor
     sizes = sorted({tensor.shape[0] for tensor in downs.values()})
     found.method = f"bottleneck adapters, {' and '.join(map(str, sizes)) or 'no'} wide, {_form(config)}"
     found.modules = _count(downs)
-    if not downs:
-        found.problems.append("it holds no adapter")
     extra = "" if not (config.gating or config.norm_after) else ", then its gate or norm in PyTorch"
     found.served = f"fastpeft.load: the fused op bottleneck{extra}"
 
 
-def _other(found: Inspection, fields: Mapping, tensors: Mapping[str, Tensor]) -> None:
-    method = next((m for m in METHODS if m.files.recognises(fields)), None)
-    length = fields.get("num_virtual_tokens")
-    found.method = _kind(fields) + (f", {length} virtual tokens" if length else "")
-    found.modules = _count(key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors if "." in key)
-    found.served = "nothing here; PEFT itself" if method is None else f"fastpeft.load: {method.title}"
-    if method is None:
-        found.problems.append(f"peft_type={fields['peft_type']!r} is not served")
-
-
-def _kind(fields: Mapping) -> str:
-    if "peft_type" in fields:
-        return str(fields["peft_type"])
-    inner = fields.get("config")
-    kind = inner.get("architecture") if isinstance(inner, Mapping) else None
-    phm = isinstance(inner, Mapping) and inner.get("phm_layer")
-    return f"AdapterHub's {kind or ('Compacter' if phm else 'bottleneck')}"
+def _other(found: Inspection, verdict: Verdict) -> None:
+    length = verdict.fields.get("num_virtual_tokens")
+    found.method = verdict.kind + (f", {length} virtual tokens" if length else "")
+    found.modules = _count(key.removeprefix(PREFIX).rpartition(".")[0] for key in verdict.tensors if "." in key)
+    if verdict.method is not None:
+        found.served = f"fastpeft.load: {verdict.method.title}"
 
 
 def _form(config: Bottleneck) -> str:

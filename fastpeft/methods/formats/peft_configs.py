@@ -1,13 +1,18 @@
 """Configs of PEFT's that stand for configs of ours, known by their fields, so that PEFT need not be there."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from ...nn.base_layer import not_linear_reason
+from ..embeddings import input_embeddings, output_embeddings, tied_to_embeddings
+from ..lora.config import ALL_LINEAR, Lora
 from ..prefix.config import PrefixTuning
 from ..prompt.config import PromptTuning
 from ..selective.config import Selective
+from ..targets import names as means
 from ..targets import walk
 from .peft_format import FRESH_INITS, from_peft
 from .peft_prompts import check_fields
@@ -48,7 +53,20 @@ def translated(op: str, model: nn.Module, config: Any) -> list[Any]:
     heads = _HEADS.get(str(fields.get("task_type")), ())
     paths = [path for path, _ in walk(model)]
     heads = tuple(head for head in heads if any(path == head or path.endswith(f".{head}") for path in paths))
-    return _KINDS[kind](op, source, fields, heads)
+    configs = _KINDS[kind](op, source, fields, heads)
+    return [_as_in_peft(op, source, model, fields, part) if isinstance(part, Lora) else part for part in configs]
+
+
+def _as_in_peft(op: str, source: str, model: nn.Module, fields: Mapping, config: Lora) -> Lora:
+    """What in PEFT's config depends on the model."""
+    if fields.get("ensure_weight_tying") and (tied := tied_to_embeddings(model)):
+        table = next(path for path, module in walk(model) if module is input_embeddings(model))
+        if any(means(path, config) or path.endswith(tuple(config.modules_to_save)) for path in (table, *tied)):
+            raise ValueError(f"{op}: {source} has ensure_weight_tying=True beside {table}, which is not served")
+    if config.targets == ALL_LINEAR and fields.get("task_type") != "SEQ_CLS" and output_embeddings(model) is None:
+        # Only for SEQ_CLS does PEFT leave the head of a classifier out.
+        return dataclasses.replace(config, targets=[p for p, m in walk(model) if p and not_linear_reason(m) is None])
+    return config
 
 
 def _lora(op: str, source: str, fields: dict, heads: tuple[str, ...]) -> list[Any]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ..lora.config import BIASES, Lora
 from ..targets import ALL_LINEAR
+from .peft_files import Unserved
 
 # Fields of PEFT's config that are ours, by our name.
 _FIELDS = {
@@ -97,10 +98,10 @@ def from_peft(op: str, fields: object, source: str = "adapter_config.json") -> L
         raise ValueError(f"{op}: {source} has peft_type={fields['peft_type']!r}, expected 'LORA'")
     for name, value in fields.items():
         if value and name not in _FIELDS and name not in _WITHOUT_EFFECT:
-            raise ValueError(f"{op}: {source} has {name}={value!r}, which is not served")
+            raise Unserved(f"{op}: {source} has {name}={value!r}, which is not served")
     init = fields.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
-        raise ValueError(f"{op}: {source} has init_lora_weights={init!r}, which changes the frozen weights")
+        raise Unserved(f"{op}: {source} has init_lora_weights={init!r}, which changes the frozen weights")
     settings = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None}
     if settings.get("bias", "none") not in BIASES:
         raise ValueError(f"{op}: {source} has bias={settings['bias']!r}, expected one of {', '.join(BIASES)}")

@@ -6,9 +6,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .files import read_safetensors
-from .peft_files import weights_of
+from .peft_files import Unserved, of_model, weights_of
 
 EMBEDDINGS = "prompt_embeddings"
+_MODEL = "base_model."  # what PEFT puts before the names of a model's own parameters beside a prompt
 # Fields that do not change what a trained prompt computes, or that the model itself tells.
 WITHOUT_EFFECT = {
     "auto_mapping",
@@ -45,15 +46,15 @@ def check_fields(op: str, fields: Mapping, source: str = "adapter_config.json") 
         raise ValueError(f"{op}: {source} has num_virtual_tokens={length!r}, expected at least 1")
     if fields.get("num_transformer_submodules") not in (None, 1):
         given = fields["num_transformer_submodules"]
-        raise ValueError(f"{op}: {source} has num_transformer_submodules={given}, expected 1")
+        raise Unserved(f"{op}: {source} has num_transformer_submodules={given}, expected 1")
     for name, value in fields.items():
         if value and name not in WITHOUT_EFFECT:
-            raise ValueError(f"{op}: {source} has {name}={value!r}, which is not served")
+            raise Unserved(f"{op}: {source} has {name}={value!r}, which is not served")
     return length
 
 
 def read_embeddings(op: str, directory: Path) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors``.
+    """The tensors of ``adapter_model.safetensors``; those of the model itself as ``path.base_layer.weight``.
 
     Raises:
         FileNotFoundError: there is none. ValueError: pickled, truncated, or without prompt_embeddings.
@@ -62,7 +63,7 @@ def read_embeddings(op: str, directory: Path) -> dict[str, Tensor]:
     tensors = read_safetensors(op, path)
     if EMBEDDINGS not in tensors:
         raise ValueError(f"{op}: {path} has {', '.join(sorted(tensors)[:3]) or 'no tensors'}, expected {EMBEDDINGS}")
-    return tensors
+    return {key if key == EMBEDDINGS else of_model(key.removeprefix(_MODEL)): t for key, t in tensors.items()}
 
 
 def fields_of(model: nn.Module, peft_type: str, length: int, **fields) -> dict:

@@ -1,5 +1,7 @@
 """LoRA adapters on disk: PEFT's own files, and the keys of the tensors in them."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,10 @@ from torch import Tensor, nn
 
 from ...nn.base_layer import is_conv1d
 from ...nn.lora import LoraLinear
+from ...nn.lora_embedding import LoraEmbedding
 from ...nn.trained_copy import TrainedCopy
 from ..attachment import attachment_of, original_names, state_of
+from ..embeddings import tied_to_embeddings
 from ..formats.files import write_json, write_tensors
 from ..formats.peft_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from ..formats.peft_format import from_peft, to_peft
@@ -26,7 +30,8 @@ class LoraFiles(Files):
         return fields.get("peft_type") == "LORA"
 
     def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Lora, dict[str, Tensor]]:
-        return from_peft(op, fields), read_tensors(op, directory)
+        config, tensors = from_peft(op, fields), read_tensors(op, directory)
+        return (_with_tied(model, config, tensors) if fields.get("ensure_weight_tying") else config), tensors
 
     def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:
         layers = self.method.record(model).layers(model)
@@ -44,8 +49,8 @@ class LoraFiles(Files):
         for path, layer in record.layers(model).items():
             if name in layer.adapters:
                 adapter = layer.adapters[name]
-                tensors[f"{path}.lora_A.weight"] = adapter.lora_A
-                tensors[f"{path}.lora_B.weight"] = adapter.lora_B
+                for key, tensor in zip(_keys(path, layer), (adapter.lora_A, adapter.lora_B), strict=True):
+                    tensors[key] = tensor
                 if adapter.lora_bias is not None:
                     tensors[f"{path}.lora_B.bias"] = adapter.lora_bias
         for path, wrapper in record.wrappers(model).items():
@@ -63,12 +68,13 @@ class LoraFiles(Files):
         for path in targets.linears:
             module = model.get_submodule(path)
             base: Any = module.base_layer if isinstance(module, LoraLinear) else module
-            n, k = base.weight.T.shape if is_conv1d(base) else base.weight.shape
+            transposed = is_conv1d(base) or isinstance(base, nn.Embedding)
+            n, k = base.weight.T.shape if transposed else base.weight.shape
             r = config.rank_of(path)
-            shapes[f"{path}.lora_A.weight"], shapes[f"{path}.lora_B.weight"] = (r, k), (n, r)
+            shapes.update(zip(_keys(path, module), ((r, k), (n, r)), strict=True))
             if config.lora_bias:
                 shapes[f"{path}.lora_B.bias"] = (n,)
-            if config.bias == "lora_only" and base.bias is not None:
+            if config.bias == "lora_only" and getattr(base, "bias", None) is not None:
                 shapes[f"{path}.base_layer.bias"] = (n,)
         for path in targets.copies:
             module = model.get_submodule(path)
@@ -96,3 +102,25 @@ class LoraFiles(Files):
 
     def must_be_float(self, key: str) -> bool:
         return ".lora_" in key
+
+
+def _with_tied(model: nn.Module, config: Lora, tensors: Mapping[str, Tensor]) -> Lora:
+    """The config with the modules that PEFT's ensure_weight_tying adapts or copies beside the embedding."""
+    tied = tied_to_embeddings(model)
+    adapted = [
+        path for path in tied if any(f"{path}.{half}" in tensors for half in ("lora_A.weight", "lora_embedding_A"))
+    ]
+    copied = [path for path in tied if path not in adapted and f"{path}.weight" in tensors and config.modules_to_save]
+    targets = config.targets
+    if isinstance(targets, str) and adapted:
+        targets = f"(?:{targets})|{'|'.join(map(re.escape, adapted))}"
+    elif not isinstance(targets, str):
+        targets = [*targets, *adapted]
+    return dataclasses.replace(config, targets=targets, modules_to_save=[*config.modules_to_save, *copied])
+
+
+def _keys(path: str, module: nn.Module) -> tuple[str, str]:
+    """PEFT's keys of A and B of a layer, or of one that is to be adapted."""
+    if isinstance(module, nn.Embedding | LoraEmbedding):
+        return f"{path}.lora_embedding_A", f"{path}.lora_embedding_B"
+    return f"{path}.lora_A.weight", f"{path}.lora_B.weight"

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from ...nn.lora import LoraLinear
+from ...nn.lora_embedding import LoraEmbedding
 from ...nn.protocol import is_added
 from ...nn.sharing import share_inputs, unshare_inputs
 from ...nn.trained_copy import TrainedCopy
@@ -189,7 +190,7 @@ def _adapted(module: nn.Module, path: str, config: Lora, name: str) -> LoraLinea
     if isinstance(module, LoraLinear):
         module.add_adapter(name, **settings)
         return module
-    return LoraLinear(module, name, **settings)
+    return (LoraEmbedding if isinstance(module, nn.Embedding) else LoraLinear)(module, name, **settings)
 
 
 def _copied(module: nn.Module, name: str) -> TrainedCopy:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ..embeddings import input_embeddings
 from ..formats.files import refuse_meta, write_json, write_tensors, writes_here
-from ..formats.peft_files import CONFIG, PREFIX, WEIGHTS, read_config, read_tensors
+from ..formats.peft_files import CONFIG, PREFIX, WEIGHTS, Unserved, of_model, read_config, read_tensors
 from ..method import Files
 from .config import Selective
 from .plan import Plan, is_norm, original_at, own_modules
 
 OWN, TOKENS, NORMS = "FASTPEFT_SELECTIVE", "TRAINABLE_TOKENS", "LN_TUNING"
-_DELTA, _NORM = "trainable_tokens_delta", "ln_tuning_layers"
+DELTA, NORM = "trainable_tokens_delta", "ln_tuning_layers"
 _ADAPTER, _BESIDE = "token_adapter", "trainable_token_indices"  # beside LoRA
 FIELDS = ("params", "tokens", "rows", "columns", "add_missing_bias")
 # Fields of PEFT's that do not change what was trained.
@@ -83,18 +83,27 @@ def read(
     kind = fields.get("peft_type") if isinstance(fields, Mapping) else None
     if kind not in (OWN, TOKENS, NORMS):
         raise ValueError(f"{op}: {directory / CONFIG} has peft_type={kind!r}, expected {OWN}, {TOKENS} or {NORMS}")
-    for name, value in fields.items():
-        if value and name not in _WITHOUT_EFFECT and (kind != OWN or name not in FIELDS):
-            raise ValueError(f"{op}: adapter_config.json has {name}={value!r}, which is not served")
+    check_fields(op, fields)
     tensors = read_tensors(op, directory)
     try:
         if kind == OWN:
             return Selective(**{name: fields[name] for name in FIELDS if fields.get(name)}), tensors
-        if kind == TOKENS and any(f".{_ADAPTER}." in key for key in tensors):
-            tensors = {key: tensor for key, tensor in tensors.items() if f".{_ADAPTER}." in key}
-        return _from_tokens(model, fields, tensors) if kind == TOKENS else _from_norms(tensors)
+        if kind == TOKENS and any(f".{_ADAPTER}." in key for key in tensors):  # beside LoRA, which reads the rest
+            tensors = {key: tensor for key, tensor in tensors.items() if key.endswith(f".{_ADAPTER}.{DELTA}")}
+        mine = DELTA if kind == TOKENS else NORM
+        rest = {of_model(key): tensor for key, tensor in tensors.items() if mine not in key.split(".")}
+        tensors = {key: tensor for key, tensor in tensors.items() if mine in key.split(".")}
+        config, found = _from_tokens(model, fields, tensors) if kind == TOKENS else _from_norms(tensors)
+        return config, found | rest
     except (TypeError, ValueError) as error:
         raise ValueError(f"{op}: {directory / CONFIG} is no selection ({error})") from None
+
+
+def check_fields(op: str, fields: Mapping) -> None:
+    """Raise Unserved if a field asks for what is not served here."""
+    for name, value in fields.items():
+        if value and name not in _WITHOUT_EFFECT and (fields["peft_type"] != OWN or name not in FIELDS):
+            raise Unserved(f"{op}: adapter_config.json has {name}={value!r}, which is not served")
 
 
 def tokens_beside_lora(fields: Mapping) -> dict | None:
@@ -115,7 +124,7 @@ def add_to_lora(op: str, plan: Plan, tensors: Mapping[str, Tensor], directory: P
     """Put token rows (``is_input_tokens``) into the LoRA checkpoint in ``directory``."""
     (part,) = plan.slices
     kept = {PREFIX + key: tensor for key, tensor in read_tensors(op, directory).items()}
-    kept[f"{PREFIX}{part.path}.{_ADAPTER}.{_DELTA}"] = tensors[part.key]
+    kept[f"{PREFIX}{part.path}.{_ADAPTER}.{DELTA}"] = tensors[part.key]
     write_tensors(op, directory / WEIGHTS, kept)
     fields: Any = read_config(op, directory)
     write_json(directory / CONFIG, {**fields, _BESIDE: part.index.tolist()})
@@ -146,7 +155,7 @@ def _as_peft(model: nn.Module, plan: Plan) -> tuple[dict | None, dict[str, str]]
     if not plan.whole and not plan.biases and len(plan.slices) == 1 and plan.slices[0].kind == "tokens":
         (part,) = plan.slices
         fields = {"peft_type": TOKENS, "token_indices": part.index.tolist(), "target_modules": [part.path]}
-        return fields | {"init_weights": True}, {part.key: f"{part.path}.{_DELTA}"}
+        return fields | {"init_weights": True}, {part.key: f"{part.path}.{DELTA}"}
     if plan.slices or plan.biases:
         return None, {}
     modules = own_modules(model)
@@ -155,7 +164,7 @@ def _as_peft(model: nn.Module, plan: Plan) -> tuple[dict | None, dict[str, str]]
     for path, module in norms.items():
         names = [f"{path}.{name}" for name, _ in module.named_parameters()]
         if all(name in plan.whole for name in names):
-            renamed.update((name, f"{path}.{_NORM}.{name.removeprefix(path + '.')}") for name in names)
+            renamed.update((name, f"{path}.{NORM}.{name.removeprefix(path + '.')}") for name in names)
     if set(renamed) != set(plan.whole):
         return None, {}
     paths = sorted({name.rpartition(".")[0] for name in renamed})
@@ -165,26 +174,33 @@ def _as_peft(model: nn.Module, plan: Plan) -> tuple[dict | None, dict[str, str]]
 def _from_tokens(
     model: nn.Module, fields: Mapping, tensors: Mapping[str, Tensor]
 ) -> tuple[Selective, dict[str, Tensor]]:
-    ids, found, tables, modules = fields.get("token_indices"), {}, {}, own_modules(model)
+    ids, found, modules = fields.get("token_indices"), {}, own_modules(model)
+    if not tensors:
+        raise ValueError(f"there is no {DELTA} of the {len(ids or ())} token_indices")
+    chosen: dict[str, dict[str, list[int]]] = {"tokens": {}, "rows": {}}
+    table = getattr(input_embeddings(model), "weight", None)
     for key, rows in tensors.items():
         path, _, end = key.rpartition(".")
         path = path.removesuffix(f".{_ADAPTER}")
-        if isinstance(modules.get(path), nn.Linear):
-            continue  # tied to the embedding, whose rows PEFT writes twice
-        numbers = ids.get(path.rpartition(".")[2], ids.get(path)) if isinstance(ids, Mapping) else ids
-        if end != _DELTA or not isinstance(numbers, list) or len(numbers) != len(rows):
-            raise ValueError(f"{key} is no {_DELTA} of the {len(numbers or ())} token_indices")
-        tables[path] = numbers
-        found[f"{path}.tokens"] = rows[sorted(range(len(numbers)), key=numbers.__getitem__)]
-    return Selective(tokens=tables), found
+        numbers = next((ids[n] for n in ids if f".{path}".endswith(f".{n}")), None) if isinstance(ids, Mapping) else ids
+        if end != DELTA or not isinstance(numbers, list) or len(numbers) != len(rows):
+            raise ValueError(f"{key} is no {DELTA} of the {len(numbers or ())} token_indices")
+        kind = "rows" if isinstance(modules.get(path), nn.Linear) else "tokens"
+        chosen[kind][path] = numbers
+        found[f"{path}.{kind}"] = rows[sorted(range(len(numbers)), key=numbers.__getitem__)]
+    for path in [path for path in chosen["rows"] if getattr(modules[path], "weight", None) is table]:
+        if [sorted(numbers) for numbers in chosen["tokens"].values()] != [sorted(chosen["rows"].pop(path))]:
+            raise ValueError(f"{path} is tied to the embedding, and its token_indices are others than the embedding's")
+        del found[f"{path}.rows"]  # the embedding's rows, which PEFT writes twice
+    return Selective(tokens=chosen["tokens"], rows=chosen["rows"] or None), found
 
 
 def _from_norms(tensors: Mapping[str, Tensor]) -> tuple[Selective, dict[str, Tensor]]:
     found = {}
     for key, tensor in tensors.items():
         parts = key.split(".")
-        if _NORM not in parts:
-            raise ValueError(f"{key} is not of {_NORM}")
-        parts.remove(_NORM)
+        if NORM not in parts:
+            raise ValueError(f"{key} is not of {NORM}")
+        parts.remove(NORM)
         found[".".join(parts)] = tensor
     return Selective(params=list(found)), found

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ... import _check
-from ...methods.formats.peft_files import read_config, read_tensors, without_prefix
+from ...methods.carried import plain_key
+from ...methods.formats.files import read_safetensors
+from ...methods.formats.peft_files import warn_of_another_base, weights_of, without_prefix
 from ...methods.formats.peft_format import from_peft
+from ...methods.formats.verdict import examine
 from ...methods.lora.config import Lora
 from ...methods.targets import ALL_LINEAR, names
 from ..errors import BadCheckpoint
@@ -72,11 +75,7 @@ def read_adapter(
     if fields is None and isinstance(source, Mapping):
         raise TypeError(f"{op}: config is None, expected adapter_config.json's fields beside a state dict")
     try:
-        if isinstance(source, Mapping):
-            found, tensors = fields, _read_tensors(op, source)
-        else:
-            found, tensors = _read_folder(op, source, fields)
-        lora = found if isinstance(found, Lora) else from_peft(op, found)
+        lora, tensors = _read(op, name, source, fields, model)
     except (ValueError, TypeError) as error:
         raise BadCheckpoint(str(error)) from None
     for field, unserved in (("bias", lora.bias != "none"), ("lora_bias", lora.lora_bias)):
@@ -111,18 +110,34 @@ def _rank_class(rank: int, max_rank: int) -> int:
     return min(served, max_rank)
 
 
-def _read_folder(op: str, source: str | os.PathLike[str], fields: Fields | None) -> tuple[Any, dict[str, Tensor]]:
-    directory = Path(source)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{op}: source {str(source)!r} is no folder")
-    return read_config(op, directory) if fields is None else fields, read_tensors(op, directory)
+def _read(
+    op: str, name: str, source: Source, fields: Fields | None, model: nn.Module
+) -> tuple[Lora, dict[str, Tensor]]:
+    """Config and tensors by the names of the model's modules, of what is whole and is LoRA."""
+    given = None
+    if isinstance(source, Mapping):
+        directory, given = Path("source"), _tensors(op, source)
+    else:
+        directory = Path(source)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{op}: source {str(source)!r} is no folder")
+    if isinstance(fields, Lora):
+        tensors = given if given is not None else read_safetensors(op, weights_of(op, directory))
+        return fields, without_prefix(op, directory, tensors)
+    verdict = examine(op, directory, fields, given)
+    verdict.refuse()
+    if verdict.fields.get("peft_type") != "LORA":
+        raise ValueError(f"{op}: {name!r} is {verdict.kind}, which a bank does not serve, expected LoRA")
+    warn_of_another_base(op, model, [verdict.fields])
+    lora = from_peft(op, verdict.fields)  # which refuses token rows beside it
+    return lora, without_prefix(op, directory, verdict.tensors)
 
 
-def _read_tensors(op: str, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(op: str, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     wrong = next((key for key, value in source.items() if not isinstance(value, Tensor)), None)
     if wrong is not None:
         raise ValueError(f"{op}: source has {_check.shown(source[wrong])} under {wrong!r}, expected tensors")
-    return without_prefix(op, "source", dict(source))
+    return dict(source)
 
 
 def _fields(op: str, config: Any) -> Fields:
@@ -169,8 +184,7 @@ def _pairs(
 
 def _same_as_model(modules: Mapping[str, nn.Module], key: str, tensor: Tensor) -> bool:
     # PEFT saves the frozen weight of an embedding or a head beside its LoRA.
-    path = key.removesuffix(".weight").removesuffix(".base_layer")
-    weight = getattr(modules.get(path), "weight", None)
+    weight = getattr(modules.get(plain_key(key).removesuffix(".weight")), "weight", None)
     if not key.endswith(".weight") or not isinstance(weight, Tensor) or weight.shape != tensor.shape:
         return False
     return torch.equal(tensor.to(weight.device, weight.dtype), weight.detach())

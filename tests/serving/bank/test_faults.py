@@ -2,7 +2,6 @@
 
 import gc
 import json
-import pickle
 import random
 import shutil
 import threading
@@ -15,13 +14,13 @@ from torch import nn
 from fastpeft.serving import AdapterBank, BadCheckpoint, BankFull
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.support.lora_checkpoints import SETTINGS, checkpoint
 from tests.support.models import llama, prompts
+from tests.support.spoiled import ATTENTION, edit, first, pickled, set_to, truncated, widened
 
 NAMES = list(SETTINGS)
-ATTENTION = "base_model.model.model.layers.0.self_attn"
 
 
 @pytest.fixture
@@ -31,50 +30,12 @@ def bank(folders):
         yield bank
 
 
-def edit(folder, tensors=None, config=None):
-    """Change a checkpoint's tensors and config by functions that edit them in place."""
-    path = folder / "adapter_model.safetensors"
-    held = {key: tensor.clone() for key, tensor in load_file(path).items()}
-    if tensors is not None:
-        tensors(held)
-    save_file(held, path)
-    fields = json.loads((folder / "adapter_config.json").read_text())
-    fields.update(config or {})
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
-
-
-def set_to(key, value):
-    return lambda tensors: tensors.__setitem__(f"{ATTENTION}.{key}", value)
-
-
-def first(key, value):
-    def change(tensors):
-        tensors[f"{ATTENTION}.{key}"].view(-1)[0] = value
-
-    return change
-
-
-def truncated(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def pickled(folder):
-    (folder / "adapter_model.safetensors").unlink()
-    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
-
-
-class Bomb:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('unpickled')",)
-
-
 ZOO = {
     "truncated": (truncated, "truncated or no safetensors file"),
     "pickle": (pickled, "has adapter_model.bin, which would be unpickled"),
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is no JSON"),
-    "another method": (lambda f: edit(f, config={"peft_type": "IA3"}), "peft_type='IA3', expected 'LORA'"),
-    "no config": (lambda f: (f / "adapter_config.json").write_text("[]"), "is no LoRA config"),
+    "another method": (lambda f: edit(f, config={"peft_type": "IA3"}), "is PEFT's IA3: peft_type='IA3' is not served"),
+    "no config": (lambda f: (f / "adapter_config.json").write_text("[]"), "is neither PEFT's"),
     "rank that is no number": (lambda f: edit(f, config={"r": "four"}), "r is 'four'"),
     "A of another shape": (
         lambda f: edit(f, set_to("q_proj.lora_A.weight", torch.ones(4, 31))),
@@ -82,20 +43,23 @@ ZOO = {
     ),
     "B of another shape": (
         lambda f: edit(f, set_to("k_proj.lora_B.weight", torch.ones(16, 5))),
-        r"B \[16, 5\] at model.layers.0.self_attn.k_proj, expected \[16, 4\]",
+        r"lora_B \[16, 5\] of model.layers.0.self_attn.k_proj is not of rank 4",
     ),
     "rank over the bank's": (
-        lambda f: edit(f, config={"r": 13}),
+        lambda f: edit(f, lambda t: t.update({k: widened(k, v) for k, v in t.items()}), {"r": 13}),
         "rank 13 at .*, expected at most the bank's max_rank=12",
     ),
     "integers": (
-        lambda f: edit(f, set_to("q_proj.lora_A.weight", torch.ones(4, 32, dtype=torch.int8))),
-        "A of torch.int8",
+        lambda f: edit(f, set_to("q_proj.lora_A.weight", torch.ones(4, 32).char())),
+        "lora_A of .* is torch.int8",
     ),
-    "NaN": (lambda f: edit(f, first("q_proj.lora_A.weight", float("nan"))), "values at .*q_proj that are not finite"),
+    "NaN": (
+        lambda f: edit(f, first("q_proj.lora_A.weight", float("nan"))),
+        "q_proj.lora_A.weight has values that are not finite",
+    ),
     "infinity": (
-        lambda f: edit(f, first("v_proj.lora_B.weight", float("inf"))),
-        "values at .*v_proj that are not finite",
+        lambda f: edit(f, first("v_proj.lora_B.weight", 1e400)),
+        "v_proj.lora_B.weight has values that are not",
     ),
     "scale": (
         lambda f: edit(f, config={"lora_alpha": 1e300}),
@@ -108,7 +72,7 @@ ZOO = {
     "another prefix": (lambda f: edit(f, lambda t: t.update({"x": torch.ones(1)})), "has x, expected keys that start"),
     "A alone": (
         lambda f: edit(f, lambda t: t.pop(f"{ATTENTION}.q_proj.lora_B.weight")),
-        "A without B, or B without A, of model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.q_proj has no lora_B beside its lora_A",
     ),
     "a layer is missing": (
         lambda f: edit(f, lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp.up_proj" in k]),
@@ -117,7 +81,7 @@ ZOO = {
     "DoRA": (lambda f: edit(f, config={"use_dora": True}), "has use_dora=True, which is not served"),
     "DoRA's tensors": (
         lambda f: edit(f, set_to("q_proj.lora_magnitude_vector", torch.ones(32))),
-        "q_proj.lora_magnitude_vector, which is DoRA's",
+        "q_proj.lora_magnitude_vector: DoRA is not served",
     ),
     "biases": (lambda f: edit(f, config={"bias": "all"}), "has bias='all', expected no trained biases"),
     "a bias of B": (lambda f: edit(f, config={"lora_bias": True}), "has lora_bias=True, expected no trained biases"),
@@ -131,7 +95,15 @@ ZOO = {
         "embed_tokens.weight, which is no LoRA weight",
     ),
     "no linear layer": (
-        lambda f: edit(f, lambda t: t.update({"base_model.model.model.norm.lora_A.weight": torch.ones(4, 32)})),
+        lambda f: edit(
+            f,
+            lambda t: t.update(
+                {
+                    f"base_model.model.model.norm.lora_{h}.weight": torch.ones(*s)
+                    for h, *s in (("A", 4, 32), ("B", 32, 4))
+                }
+            ),
+        ),
         "model.norm, which is a LlamaRMSNorm",
     ),
 }
@@ -252,7 +224,6 @@ def test_threads_load_evict_and_run(folders):
 
 def test_a_thousand_loads_leave_nothing(bank, folders):
     """Neither tensors nor Python memory grow."""
-    from safetensors.torch import load_file
 
     sources = [
         (

@@ -234,7 +234,7 @@ MUTANTS = {
         },
         "save": {
             "one folder for several methods": (
-                "directory / folder if len(parts) > 1 else directory",
+                "directory / part if len(parts) > 1 else directory",
                 "directory",
                 TOGETHER,
             ),
@@ -245,11 +245,11 @@ MUTANTS = {
             "unpickles anything": ("weights_only=True", "weights_only=False", f"{INSPECT}::test_nothing_is_unpickled"),
         },
     },
-    "fastpeft/methods/formats/inspection.py": {
-        "_inspect": {
+    "fastpeft/methods/formats/verdict.py": {
+        "_judge_values": {
             "values are not looked at": ("not torch.isfinite(t).all()", "False", f"{INSPECT}::test_faults"),
         },
-        "_lora": {
+        "_judge_lora": {
             "an untrained adapter passes": ("and not any(", "and any(", f"{INSPECT}::test_faults"),
         },
     },

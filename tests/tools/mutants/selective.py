@@ -179,7 +179,7 @@ MUTANTS = {
             "keys that are missing": ("key not in tensors", "False", f"{FILES}::test_bad_files_change_nothing"),
             "keys of another model": ("key not in destinations", "False", f"{FILES}::test_bad_files_change_nothing"),
         },
-        "read": {
+        "check_fields": {
             "settings that are not served": ("value and name not in _WITHOUT_EFFECT", "False", f"{FILES}::test_bad_files_change_nothing"),
         },
     },
