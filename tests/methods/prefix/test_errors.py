@@ -52,7 +52,7 @@ def test_bad_calls_change_nothing(tmp_path):
     path = tmp_path / "adapter_config.json"
     good = json.loads(path.read_text())
     for change, message in (
-        ({"num_virtual_tokens": 3}, r"prompt_embeddings has shape \[4, 64\], expected \[3, 64\]"),
+        ({"num_virtual_tokens": 3}, r"prompt_embeddings is \[4, 64\], the config says 3 virtual"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules=2, expected 1"),
     ):
         path.write_text(json.dumps(good | change))

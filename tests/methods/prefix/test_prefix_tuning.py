@@ -84,7 +84,7 @@ def test_training_goes_on_where_it_stopped(projection, tmp_path):
     train(through, 2)
     fastpeft.save(through, tmp_path, "a")
     train(through, 2)
-    again = fastpeft.load(llama(), tmp_path, "a")
+    again = fastpeft.load(llama(), tmp_path, "a", is_trainable=True)
     train(again, 2)
     ours, wanted = (m.fastpeft_prefix.adapters["a"].state_dict() for m in (again, through))
     assert list(ours) == list(wanted)

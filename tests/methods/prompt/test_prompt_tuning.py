@@ -34,7 +34,7 @@ def test_equals_peft(family, tmp_path):
     theirs, ids = in_peft(model), prompts(3)
     mask = torch.ones_like(ids)
     theirs.save_pretrained(tmp_path)
-    fastpeft.load(model, tmp_path)
+    fastpeft.load(model, tmp_path, is_trainable=True)
     ours = model.fastpeft_prompt.prompts["default"]
     assert torch.equal(ours, weight(theirs))
     for step in (model, theirs):
@@ -72,7 +72,7 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     train(through, "a", 2)
     fastpeft.save(through, tmp_path, "a")
     train(through, "a", 2)
-    again = fastpeft.load(llama(), tmp_path, "a")
+    again = fastpeft.load(llama(), tmp_path, "a", is_trainable=True)
     train(again, "a", 2)
     assert torch.equal(again.fastpeft_prompt.prompts["a"], through.fastpeft_prompt.prompts["a"])
     with pytest.raises(ValueError, match="Cannot set a prompt learning adapter to trainable"):
