@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -13,6 +14,17 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
 def token_table(model: nn.Module) -> Tensor:
     """The weight ``[V, D]`` of the module that embeds tokens, in a model that has one."""
     return cast(Any, model).get_input_embeddings().weight
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: the device of its weights, or where accelerate's hook brings them for each call."""
+    device = next(module.parameters()).device
+    hook = getattr(module, "_hf_hook", None)
+    if device.type != "meta" or hook is None:
+        return device
+    hooks = getattr(hook, "hooks", (hook,))
+    found = next((h.execution_device for h in hooks if getattr(h, "execution_device", None) is not None), device)
+    return torch.device(found)
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

@@ -1,10 +1,11 @@
-"""Methods whose adapters may differ from row to row of a batch: one module of them, a child of the model, has hooks."""
+"""Methods whose adapters may differ from row to row of a batch: one module of them, a child of the model."""
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar, cast
 
 from torch import nn
 
+from ..nn.entry import close_entries, open_entries, parts_of
 from ..nn.rows import RowAdapters
 from .method import Method
 
@@ -33,9 +34,9 @@ class RowMethod(Method):
             raise ValueError(f"{op}: the model has a {self.child} of its own, expected a model without")
 
     def put_up(self, model: nn.Module, adapters: RowAdapters) -> None:
-        """Hook the module of adapters into the model."""
+        """Give the model the module of adapters, and the entries that call it."""
         adapters.train(model.training)
-        adapters.attach(model)
+        open_entries(model)
         model.add_module(self.child, adapters)
 
     def discard(self, model: nn.Module, name: str) -> None:
@@ -46,8 +47,9 @@ class RowMethod(Method):
 
     def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
         if self.present(model):
-            self.adapters(model).detach()
             delattr(model, self.child)
+            if not parts_of(model):
+                close_entries(model)
 
     def set_active(self, model: nn.Module, names: Sequence[str], trainable: bool = True) -> None:
         self.adapters(model).set_active(names, trainable)

@@ -1,16 +1,15 @@
-"""Learned keys and values in front of every layer's, and the hooks that hand them to the model's attention."""
+"""Learned keys and values in front of every layer's, and how a call hands them to the model's attention."""
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .prefix_attention import Prefix, prefix_attention
-from .rows import RowAdapters
+from . import cache as caches
+from .prefix_attention import Prefix
+from .rows import Called, RowAdapters, first_position
 
-OP = "PrefixTuning"
 KWARG = "fastpeft_prefix"  # of the model's forward, handed down to every attention
 
 
@@ -23,12 +22,18 @@ class Sizes(NamedTuple):
 
 
 class Call(NamedTuple):
-    """The prefixes of one forward of the model, made once: ``values [layers, 2, heads, P, width]`` and their rows.
+    """The prefixes of one forward of the model, made once.
 
     An argument of that forward, so that a checkpointed layer is computed again with the same ones.
+
+    Attributes:
+        values: ``[layers, 2, heads, P, width]``, and the rows that have them.
+        places: ``[B or 1, T]``, of the queries; the prefix before them is counted.
+        seen: the layers that have asked.
     """
 
     values: list[tuple[Tensor, Tensor | None]]
+    places: Tensor
     seen: set[int]
 
     def of(self, layer: int) -> list[Prefix]:
@@ -70,17 +75,20 @@ class PrefixAdapter(nn.Module):
 class Prefixes(RowAdapters):
     """Named prefixes of a model.
 
+    In a layer that attends to a window of W, a prefix is part of it as in PEFT: the token at position t of its row sees
+    the keys i of a prefix of P with ``P + t - i < W``, so that it moves out of sight. Padding in front of a row is not
+    counted, so that a row has what it would have alone.
+
     Args:
-        model: the transformers model; its forward's arguments are read.
+        model: the transformers model.
     """
+
+    op, order = "PrefixTuning", 1
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.adapters = nn.ModuleDict()
-        self.arguments = tuple(inspect.signature(model.forward).parameters)
-        # RoBERTa numbers positions from its padding token's on, and only over tokens.
-        embeddings: list[Any] = [m for m in model.modules() if hasattr(m, "create_position_ids_from_inputs_embeds")]
-        self.padding = int(embeddings[0].padding_idx) if embeddings else None
+        self.first = first_position(model)
 
     @property
     def parts(self) -> nn.ModuleDict:
@@ -90,60 +98,61 @@ class Prefixes(RowAdapters):
         """The prefix of this name."""
         return cast(PrefixAdapter, self.adapters[name])
 
-    def attach(self, model: nn.Module) -> None:
-        """Hook into the model."""
-        self.handles = [
-            model.register_forward_pre_hook(self.before, with_kwargs=True),
-            model.register_forward_hook(self.after, with_kwargs=True),
-        ]
-
-    def before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The model's arguments, with the prefixes of this call and positions after them."""
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        names = self.take(OP, model, given)
+    def before(self, called: Called, given: dict, rows: Sequence[str | None] | None) -> dict:
+        """The call's arguments, with its prefixes and positions after them."""
         tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
         if not isinstance(tokens, Tensor):
-            return (), given
-        members = self.members(OP, names, tokens.shape[0])
+            return given
+        members = self.members(rows, tokens.shape[0])
         if not any(members):
-            return (), given
-        self._refuse(model)
+            return given
+        self._refuse(called.module)
         kinds = list(dict.fromkeys(member for member in members if member))
         values = {name: self.adapter(name).values() for name in dict.fromkeys(n for kind in kinds for n in kind)}
         parts = []
         for kind in kinds:
             which = [b for b, member in enumerate(members) if member == kind]
-            rows = None if len(which) == len(members) else torch.tensor(which, device=tokens.device)
-            parts.append((torch.cat([values[name] for name in kind], 3) if len(kind) > 1 else values[kind[0]], rows))
-        if "position_ids" in self.arguments:
-            lengths = [sum(self.adapter(name).length for name in member) for member in members]
-            given["position_ids"] = self._positions(given, tokens, lengths)
+            those = None if len(which) == len(members) else torch.tensor(which, device=tokens.device)
+            parts.append((torch.cat([values[name] for name in kind], 3) if len(kind) > 1 else values[kind[0]], those))
+        lengths = [sum(self.adapter(name).length for name in member) for member in members]
+        places = self._places(given, tokens)
+        shift = torch.tensor(lengths[:1] if len(set(lengths)) == 1 else lengths, device=tokens.device)[:, None]
+        if "position_ids" in called.arguments:
+            given = {**given, "position_ids": self._positions(given, tokens, places, shift)}
         given.pop("cache_position", None)
-        return (), {**given, KWARG: Call(parts, set())}
+        return {**given, KWARG: Call(parts, places + shift, set())}
 
-    def after(self, model: nn.Module, args: tuple, kwargs: dict, output) -> None:
+    def after(self, called: Called, given: dict, output: Any) -> None:
         """Raise if the model's layers did not all ask for their prefix, rather than have it silently ignored."""
-        call = kwargs.get(KWARG)
+        call = given.get(KWARG)
         if call is not None and call.seen != set(range(len(call.values[0][0]))):
             missing = sorted(set(range(len(call.values[0][0]))) - call.seen)
             raise RuntimeError(
-                f"{OP}: layers {missing} of {type(model).__name__} did not attend to their prefix: expected a model "
-                "whose forward hands its keyword arguments on to transformers' attention functions"
+                f"{self.op}: layers {missing} of {type(called.module).__name__} did not attend to their prefix: "
+                "expected a model whose forward hands its keyword arguments on to transformers' attention functions"
             )
 
-    def _positions(self, given: dict, tokens: Tensor, lengths: list[int]) -> Tensor:
+    def _places(self, given: dict, tokens: Tensor) -> Tensor:
+        """Which token of its row each is, ``[B or 1, T]``: padding in front of a row counts for nothing."""
+        count, mask, cache = tokens.shape[1], given.get("attention_mask"), caches.cache_of(given)
+        past = 0 if cache is None else caches.tokens_in(cache) or 0
+        steps = past + torch.arange(count, device=tokens.device)[None]
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1]:
+            return (steps - (mask != 0).long().argmax(1, keepdim=True)).clamp(min=0)
+        positions = given.get("position_ids")
+        return positions if positions is not None and positions.dim() == 2 else steps
+
+    def _positions(self, given: dict, tokens: Tensor, places: Tensor, shift: Tensor) -> Tensor:
         """A token's position counts the prefix before it."""
-        shift = torch.tensor(lengths[:1] if len(set(lengths)) == 1 else lengths, device=tokens.device)[:, None]
         if given.get("position_ids") is not None:
             return given["position_ids"] + shift
-        cache: Any = given.get("past_key_values")
-        past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        if self.padding is None:
-            return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None] + shift
-        if tokens.dim() == 3:
-            return torch.arange(tokens.shape[1], device=tokens.device)[None] + (self.padding + 1 + past) + shift
-        on = (tokens != self.padding).long()
-        return on * (on.cumsum(1) + past + shift) + self.padding
+        if self.first == 0 or tokens.dim() == 3:
+            return places + self.first + shift
+        # RoBERTa counts tokens alone, and its padding has the padding token's position.
+        cache, padding = caches.cache_of(given), self.first - 1
+        past = 0 if cache is None else caches.tokens_in(cache) or 0
+        on = (tokens != padding).long()
+        return on * (on.cumsum(1) + past + shift) + padding
 
     def _refuse(self, model: nn.Module) -> None:
         """Reentrant checkpointing drops the gradient of what is no argument of a layer."""
@@ -152,41 +161,9 @@ class Prefixes(RowAdapters):
             on = getattr(module, "gradient_checkpointing", False) and module.training
             if on and getattr(function, "keywords", {}).get("use_reentrant", False):
                 raise ValueError(
-                    f"{OP}: gradient checkpointing is reentrant, expected "
+                    f"{self.op}: gradient checkpointing is reentrant, expected "
                     'gradient_checkpointing_enable({"use_reentrant": False})'
                 )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {self.adapter(name).length}" for name in self.adapters)
-
-
-def attention_beside(original: Callable) -> Callable:
-    """An attention function for transformers: to the prefix of this call too, or ``original`` where there is none."""
-
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
-    ) -> tuple[Tensor, Tensor | None]:
-        call = options.pop(KWARG, None)
-        if call is None or getattr(module, "is_cross_attention", False):
-            return original(module, query, key, value, attention_mask, **options)
-        for name in ("softcap", "s_aux", "position_bias"):
-            if options.get(name) is not None:
-                raise ValueError(f"{OP}: {type(module).__name__} has {name}, which is not served beside a prefix")
-        causal = options.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
-        scale = options.get("scaling")
-        out = prefix_attention(
-            query,
-            key,
-            value,
-            call.of(module.layer_idx),
-            mask,
-            bool(causal) and mask is None and query.shape[2] > 1,
-            query.shape[-1] ** -0.5 if scale is None else scale,
-            options.get("dropout") or 0.0,
-        )
-        call.seen.add(module.layer_idx)
-        return out.transpose(1, 2).contiguous(), None
-
-    return attention

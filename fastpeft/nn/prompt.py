@@ -1,30 +1,26 @@
-"""Learned prompts of a model, and the hooks that put them in front of its input."""
+"""Learned prompts of a model, and how they come in front of its input."""
 
-import inspect
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import prompt_gather
-from .rows import RowAdapters
+from . import cache as caches
+from .prompt_plan import Plan, Prefilled, as_integers, for_rows, nothing_for, tokens_of
+from .rows import Called, RowAdapters, first_position
 
-OP = "PromptTuning"
 KEY = "fastpeft_prompt"  # where a cache or an encoder's output carries its Prefilled
 # What has one entry for each token, and what a token that the caller did not write has there.
-_PER_TOKEN = {"token_type_ids": 0}
-
-
-class Prefilled(NamedTuple):
-    """What later calls must know of the call that put the prompts in: mask [B, W], next position [B, 1], T."""
-
-    mask: Tensor
-    position: Tensor
-    tokens: int
+_PER_TOKEN = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
 
 class Prompts(RowAdapters):
     """Named prompts ``[P, D]``, trained in place of a text in front of the input.
+
+    The outputs of whatever is called hold the prompt's positions: ``[B, P + T, ..]`` of a call with T tokens, the
+    model's logits as well as its backbone's hidden states, as PEFT's model does it; the labels that the model is given
+    are lengthened to match. What stands at the end of a row without padding are always the caller's tokens.
 
     Args:
         model: the transformers model; its forward's arguments are read.
@@ -32,17 +28,16 @@ class Prompts(RowAdapters):
             own padding, else right where token labels are given or the model does not generate, and left where it does.
     """
 
+    op, order = "PromptTuning", 0
+
     def __init__(self, model: nn.Module, padding_side: str | None = None):
         super().__init__()
         self.prompts = nn.ParameterDict()
         self.padding_side = padding_side
-        self.arguments = tuple(inspect.signature(model.forward).parameters)
         config = getattr(model, "config", None)
         self.encodes = bool(getattr(config, "is_encoder_decoder", False))
-        # Where positions count from the padding token's, as RoBERTa's do, only the model itself can number them.
-        shifted = any(hasattr(m, "create_position_ids_from_inputs_embeds") for m in model.modules())
-        self.positions = "position_ids" in self.arguments and not shifted
-        self.generates = bool(getattr(model, "can_generate", bool)()) and not self.encodes and not shifted
+        self.first = first_position(model)
+        self.generates = bool(getattr(model, "can_generate", bool)()) and not self.encodes
         # Classifiers on decoders read the last position when they are given embeddings.
         self.reads_last = hasattr(model, "score") and type(model).__name__.endswith("ForSequenceClassification")
 
@@ -50,117 +45,154 @@ class Prompts(RowAdapters):
     def parts(self) -> nn.ParameterDict:
         return self.prompts
 
-    def attach(self, model: Any) -> None:
-        """Hook into the model; an encoder-decoder's generation calls the encoder by itself."""
-        self.handles = [
-            model.register_forward_pre_hook(self.before, with_kwargs=True),
-            model.register_forward_hook(self.after, with_kwargs=True),
-        ]
-        if self.encodes:
-            encoder = model.get_encoder()
-            self.handles += [
-                encoder.register_forward_pre_hook(self.before_encoder, with_kwargs=True),
-                encoder.register_forward_hook(self.after, with_kwargs=True),
-            ]
-
-    def before(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """The model's arguments with prompts in them; with a cache, only in the call that begins it."""
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        names = self.take(OP, model, given)
+    def before(self, called: Called, given: dict, rows: Sequence[str | None] | None) -> dict:
+        """The call's arguments with prompts in them; with a cache, only in the call that begins it."""
         if self.encodes and given.get("encoder_outputs") is not None:
             done = getattr(given["encoder_outputs"], KEY, None)
-            return (), given if done is None else {**given, "attention_mask": _repeat(done.mask, given)}
-        cache: Any = given.get("past_key_values")
-        if not self.encodes and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0:
-            done = getattr(cache, KEY, None)
-            return (), given if done is None else self._continued(given, done, cache.get_seq_length())
-        return (), self._prefilled(model, given, names)
+            return given if done is None else {**given, "attention_mask": for_rows(done.mask, given)}
+        cache = None if self.encodes else caches.cache_of(given)
+        done = None if cache is None else caches.found(cache, KEY)
+        if done is not None:
+            return self._continued(called, given, done, cache)
+        if cache is not None and caches.begun(cache):
+            return given  # while no prompt was active
+        return self._prefilled(called, given, rows)
 
-    def before_encoder(self, encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """The same for an encoder that is called without its model."""
-        given = {**dict(zip(inspect.signature(encoder.forward).parameters, args, strict=False)), **kwargs}
-        if hasattr(given.get("inputs_embeds"), KEY):
-            return None
-        return (), self._prefilled(encoder, given, None)
-
-    def after(self, model: nn.Module, args: tuple, kwargs: dict, output):
-        """Leave with the cache, or an encoder's output, what later calls need to know."""
-        done = getattr(kwargs.get("inputs_embeds"), KEY, None)
-        cache = getattr(output, "past_key_values", None) if not self.encodes else output
-        if done is not None and cache is not None and not torch.compiler.is_compiling():
-            setattr(cache, KEY, done)
-
-    def _prefilled(self, model: nn.Module, given: dict, names) -> dict:
-        x = given.get("inputs_embeds")
-        tokens = given.get("input_ids") if x is None else x
-        if not isinstance(tokens, Tensor):
-            return given  # the model says itself what is missing
-        members = self.members(OP, names, tokens.shape[0])
-        if not any(members):
+    def announce(self, given: dict, rows: Sequence[str | None] | None) -> dict:
+        """The labels alone, and the mask that positions are counted by where the caller gives none."""
+        tokens, cache = tokens_of(given), caches.cache_of(given)
+        done = None if cache is None else caches.found(cache, KEY)
+        if tokens is None:
             return given
+        if done is not None:
+            past = caches.tokens_in(cache)
+            if given.get("attention_mask") is None and given.get("position_ids") is None and past is not None:
+                # Without a mask the model would count the prompt among the tokens before.
+                count = int(past) - done.mask.shape[1] + done.tokens + tokens.shape[1]
+                given = {**given, "attention_mask": done.mask.new_ones(len(tokens), count)}
+            return given
+        plan = None if given.get("labels") is None else self._plan(given, rows)
+        if plan is None or plan.labels is None:
+            return given
+        batch = plan.gather(inputs_embeds=nothing_for(tokens, plan.prompts[0]), labels=plan.labels)
+        return {**given, "labels": self._unpredicted(batch, plan.side)}
+
+    def after(self, called: Called, given: dict, output: Any) -> None:
+        """Leave with the cache, or an encoder's output, what later calls need to know."""
+        done = getattr(given.get("inputs_embeds"), KEY, None)
+        # Some models hand back no cache: the one that they were given goes on.
+        cache = output if self.encodes else caches.cache_of(output) or caches.cache_of(given)
+        if done is not None and cache is not None and not torch.compiler.is_compiling():
+            caches.leave(cache, KEY, done)
+
+    def _plan(self, given: dict, rows: Sequence[str | None] | None) -> Plan | None:
+        """Which prompt goes where; None where no row has one."""
+        tokens: Any = tokens_of(given)
+        members = self.members(rows, tokens.shape[0])
+        if not any(members):
+            return None
         for name in ("start_positions", "end_positions"):
             if given.get(name) is not None:
-                raise ValueError(f"{OP}: {name} is given, expected None: prompts move every position")
+                raise ValueError(f"{self.op}: {name} is given, expected None: prompts move every position")
         mask, labels = given.get("attention_mask"), given.get("labels")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(f"{OP}: attention_mask has shape {list(mask.shape)}, expected [B, T]")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"{self.op}: attention_mask has shape {shape}, expected [B, T]")
         if labels is not None and (self.encodes or labels.shape != tokens.shape[:2] or labels.is_floating_point()):
             labels = None  # not one for each token of this input
         kinds = list(dict.fromkeys(member for member in members if member))
         prompts = [torch.cat([self.prompts[name] for name in kind]) for kind in kinds]
-        rows = [kinds.index(member) if member else None for member in members]
-        source = self._source(model, given)
-        options: dict[str, Any] = {"attention_mask": _integer(mask), "padding_side": self._side(mask, labels)}
-        batch = prompt_gather(prompts, rows, **source, labels=labels, position_ids=given.get("position_ids"), **options)
+        places = [kinds.index(member) if member else None for member in members]
+        mask = (
+            None if mask is None else as_integers(mask[:, : tokens.shape[1]])
+        )  # what is beyond is a static cache's room
+        return Plan(prompts, places, mask, labels, self._side(mask, labels))
+
+    def _prefilled(self, called: Called, given: dict, rows: Sequence[str | None] | None) -> dict:
+        tokens = tokens_of(given)
+        plan = None if tokens is None else self._plan(given, rows)
+        if tokens is None or plan is None:
+            return given  # where tokens are missing, the model says so itself
+        positions: Tensor | None = given.get("position_ids")
+        flat = positions if positions is None or positions.dim() == 2 else None
+        batch = plan.gather(**self._source(called.module, given), labels=plan.labels, position_ids=flat)
         width, count = batch.attention_mask.shape[1], tokens.shape[1]
-        alike = mask is None and all(len(prompts[row]) == width - count if row is not None else False for row in rows)
+        sizes = plan.lengths
+        alike = plan.mask is None and all(size == width - count for size in sizes)
         found = {**given, "input_ids": None, "inputs_embeds": batch.inputs_embeds}
         found["attention_mask"] = None if alike else batch.attention_mask
         if batch.labels is not None:
-            found["labels"] = batch.labels
-            if self.generates and options["padding_side"] == "left":
-                # Nothing comes before a row's first token; a shifted loss would have padding predict it.
-                found["labels"] = batch.labels.scatter(1, batch.attention_mask.argmax(1, keepdim=True), -100)
-        numbered = given.get("position_ids") is not None or (not alike and options["padding_side"] == "left")
-        if numbered and self.positions:
-            found["position_ids"] = batch.position_ids
+            found["labels"] = self._unpredicted(batch, plan.side)
+        numbered = positions is not None or (not alike and plan.side == "left")
+        if numbered and "position_ids" in called.arguments:
+            first = self.first if positions is None else 0
+            flat_ones = batch.position_ids + first if first else batch.position_ids
+            found["position_ids"] = (
+                flat_ones if positions is None or flat is not None else plan.planes(tokens, positions)
+            )
         found.pop("cache_position", None)
         for name, fill in _PER_TOKEN.items():
             if given.get(name) is not None:
-                nothing = batch.inputs_embeds.new_empty(*tokens.shape[:2], 0)
-                empty = [prompt.new_empty(len(prompt), 0) for prompt in prompts]
-                padded = prompt_gather(
-                    empty, rows, inputs_embeds=nothing, labels=given[name], ignore_index=fill, **options
+                padded = plan.gather(
+                    inputs_embeds=nothing_for(tokens, plan.prompts[0]), labels=given[name], ignore_index=fill
                 )
                 found[name] = padded.labels
         if not torch.compiler.is_compiling():
             last = batch.position_ids.amax(1, keepdim=True) + 1
-            setattr(batch.inputs_embeds, KEY, Prefilled(batch.attention_mask, last, count))
+            lengths = torch.tensor(sizes, device=last.device)[:, None]
+            setattr(batch.inputs_embeds, KEY, Prefilled(batch.attention_mask, last, lengths, count, alike))
+        cache = None if self.encodes else caches.cache_of(given)
+        if cache is not None:
+            caches.make_room(cache, width - count, called.module)
+            if found["attention_mask"] is not None and given.get("attention_mask") is not None:
+                found["attention_mask"] = caches.padded_to(batch.attention_mask, cache, given["attention_mask"])
         return found
 
-    def _continued(self, given: dict, done: Prefilled, past: int) -> dict:
+    def _unpredicted(self, batch: Any, side: str) -> Tensor:
+        """The labels of a batch."""
+        if self.generates and side == "left":
+            # Nothing comes before a row's first token; a shifted loss would have padding predict it.
+            return batch.labels.scatter(1, batch.attention_mask.argmax(1, keepdim=True), -100)
+        return batch.labels
+
+    def _continued(self, called: Called, given: dict, done: Prefilled, cache: Any) -> dict:
         """The arguments of a call that goes on where the cache ends, whose caller knows nothing of prompts."""
-        tokens: Any = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-        mask, before, new = given.get("attention_mask"), _repeat(done.mask, given), tokens.shape[1]
+        tokens: Any = tokens_of(given)
+        mask, before, new = given.get("attention_mask"), for_rows(done.mask, given), tokens.shape[1]
         if mask is not None and mask.dim() != 2:
-            raise ValueError(f"{OP}: attention_mask has shape {list(mask.shape)}, expected [B, T]")
-        generated = (
-            before.new_ones(len(before), past + new - before.shape[1]) if mask is None else mask[:, done.tokens :]
-        )
-        found = {**given, "attention_mask": torch.cat([before, generated.to(before.dtype)], 1)}
+            raise ValueError(f"{self.op}: attention_mask has shape {list(mask.shape)}, expected [B, T]")
+        past = caches.tokens_in(cache)
+        found = {**given}
         found.pop("cache_position", None)
-        if self.positions:
-            start = _repeat(done.position, given) + past - before.shape[1]
+        if mask is None and (past is None or (done.alike and given.get("position_ids") is None)):
+            return found  # all that there is goes on from what the cache holds
+        if mask is None:
+            generated = before.new_ones(len(before), past + new - before.shape[1])
+        else:
+            end = None if past is None else done.tokens + past + new - before.shape[1]
+            generated = mask[:, done.tokens : end]
+        if mask is not None or not done.alike:
+            found["attention_mask"] = torch.cat([before, generated.to(before.dtype)], 1)
+        if mask is not None:
+            found["attention_mask"] = caches.padded_to(found["attention_mask"], cache, mask)
+        positions = given.get("position_ids")
+        if "position_ids" not in called.arguments:
+            return found
+        if positions is not None and positions.dim() == 3:
+            found["position_ids"] = positions + for_rows(done.lengths, given)
+        elif past is not None:
+            first = self.first if positions is None else 0
+            start = for_rows(done.position, given) + first + past - before.shape[1]
             found["position_ids"] = start + torch.arange(new, device=start.device)
         return found
 
-    def _source(self, model: Any, given: dict) -> dict:
+    def _source(self, module: Any, given: dict) -> dict:
         """Token ids with the embedding's weight where that is all the embedding does, else what it makes of them."""
         if given.get("inputs_embeds") is not None:
             return {"inputs_embeds": given["inputs_embeds"]}
-        ids, embedding = given["input_ids"], model.get_input_embeddings()
+        ids, embedding = given["input_ids"], module.get_input_embeddings()
         plain = type(embedding) is nn.Embedding and type(embedding.weight) is nn.Parameter
-        hooks = embedding._forward_hooks or embedding._forward_pre_hooks
+        hooks = embedding._forward_hooks or embedding._forward_pre_hooks or "forward" in embedding.__dict__
         if plain and not hooks and embedding.max_norm is None:
             return {"input_ids": ids, "embedding": embedding.weight}
         return {"inputs_embeds": embedding(ids)}
@@ -180,17 +212,3 @@ class Prompts(RowAdapters):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {len(prompt)}" for name, prompt in self.prompts.items())
-
-
-def _integer(mask: Tensor | None) -> Tensor | None:
-    """Masks of floats, which some tokenizers' users pass, as integers."""
-    return mask.long() if mask is not None and mask.is_floating_point() else mask
-
-
-def _repeat(rows: Tensor, given: dict) -> Tensor:
-    """One entry for each row of the batch, which beam search may have repeated since."""
-    shaped = (
-        given.get(n) for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels")
-    )
-    batch = next((len(value) for value in shaped if value is not None), len(rows))
-    return rows if batch == len(rows) else rows.repeat_interleave(batch // len(rows), 0)

@@ -1,19 +1,33 @@
 """Which row of a batch has which adapter, for the methods that can tell rows apart."""
 
 from collections.abc import Collection, Sequence
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .. import _check
 
 BASE = "__base__"  # PEFT's word for no adapter; here None says the same
 
 
-class RowAdapters(nn.Module):
-    """Trained parts that act on single rows, the hooks that call them, and what rows were promised.
+class Called(Protocol):
+    """The one of a model's modules that a call goes to.
 
     Attributes:
+        module: the module, which takes tokens.
+        arguments: the names of its forward's arguments.
+    """
+
+    module: nn.Module
+    arguments: tuple[str, ...]
+
+
+class RowAdapters(nn.Module):
+    """Trained parts that act on single rows, what they do to a model's call, and what rows were promised.
+
+    Attributes:
+        op: what messages call it.
+        order: of several, the lower changes a call first.
         active: names of the adapters that serve every row of a batch for which no names are given; several of them
             follow one another.
         rows: names, or None, for the rows of every batch that does not name its own; None where ``active`` serves all.
@@ -21,13 +35,14 @@ class RowAdapters(nn.Module):
     """
 
     fastpeft_added = True
+    op: ClassVar[str]
+    order: ClassVar[int]
 
     def __init__(self):
         super().__init__()
         self.active: tuple[str, ...] = ()
         self.rows: tuple[str | None, ...] | None = None
         self.disabled = False
-        self.handles: list[RemovableHandle] = []
 
     @property
     def parts(self) -> nn.ModuleDict | nn.ParameterDict:
@@ -54,30 +69,25 @@ class RowAdapters(nn.Module):
             del self.parts[name]
         self.active = tuple(other for other in self.active if other != name)
 
-    def attach(self, model: nn.Module) -> None:
-        """Hook into the model."""
+    def before(self, called: Called, given: dict, rows: Sequence[str | None] | None) -> dict:
+        """The arguments of a call with this in them.
+
+        Args:
+            called: Where the call goes.
+            given: Its arguments by name.
+            rows: The adapters that the call names for its rows, of any method.
+        """
         raise NotImplementedError
 
-    def detach(self) -> None:
-        """Take the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+    def announce(self, given: dict, rows: Sequence[str | None] | None) -> dict:
+        """The arguments of an outer call, where a module inside does the work."""
+        return given
 
-    def take(self, op: str, model: nn.Module, given: dict) -> tuple[str | None, ...] | None:
-        """Out of a call's arguments the adapters that it names for its rows; the last part to ask takes them away."""
-        if "adapter_names" not in given:
-            return None
-        parts = [module for module in model.children() if isinstance(module, RowAdapters)]
-        known = dict.fromkeys(name for part in parts for name in part.names)
-        rows = given.pop("adapter_names") if parts[-1] is self else given["adapter_names"]
-        if rows is None:
-            return None
-        rows = check_rows(op, rows, known)
-        return tuple(name if name in self.names else None for name in rows)
+    def after(self, called: Called, given: dict, output: Any) -> None:  # it may be left as it is
+        """Look at what came of the call that ``before`` made these arguments for."""
 
-    def members(self, op: str, rows: Sequence[str | None] | None, batch: int) -> list[tuple[str, ...]]:
-        """For each row of a batch the adapters that act on it, in their order.
+    def members(self, rows: Sequence[str | None] | None, batch: int) -> list[tuple[str, ...]]:
+        """For each row of a batch the adapters of this method that act on it, in their order.
 
         A batch may hold every row several times, one after another, as beam search makes it.
         """
@@ -87,8 +97,14 @@ class RowAdapters(nn.Module):
         if rows is None:
             return [self.active] * batch
         if not rows or batch % len(rows):
-            raise ValueError(f"{op}: adapter_names has {len(rows)} items, expected one for each of {batch} rows")
-        return [() if name is None else (name,) for name in rows for _ in range(batch // len(rows))]
+            raise ValueError(f"{self.op}: adapter_names has {len(rows)} items, expected one for each of {batch} rows")
+        return [(name,) if name in self.names else () for name in rows for _ in range(batch // len(rows))]
+
+
+def first_position(model: nn.Module) -> int:
+    """The number of a row's first token: 0, or, as RoBERTa counts, what follows that of its padding token."""
+    found: list[Any] = [m for m in model.modules() if hasattr(m, "create_position_ids_from_inputs_embeds")]
+    return int(found[0].padding_idx) + 1 if found else 0
 
 
 def check_rows(op: str, rows: object, known: Collection[str]) -> tuple[str | None, ...]:

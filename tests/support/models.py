@@ -117,6 +117,26 @@ def t5(**settings) -> nn.Module:
     return build("t5", **settings)
 
 
+def qwen2_vl() -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model of text and images, and an input with one image of 2 by 2 patches."""
+    text = {**SIZES, **_WIDE, "vocab_size": VOCAB, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    image = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "in_channels": 3, **_WIDE}
+    image |= {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 1}
+    marks = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    torch.manual_seed(0)
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=image, **marks)
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([[5, 6, 92, 90, 90, 90, 90, 93, 7, 8, 9]])
+    given = {"input_ids": ids, "mm_token_type_ids": (ids == 90).long(), "attention_mask": torch.ones_like(ids)}
+    return model, {
+        **given,
+        "pixel_values": torch.linspace(-1, 1, 768).view(16, 48),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+
+
 def prompts(rows: int, length: int = 7, seed: int = 0) -> Tensor:
     """Token ids ``[rows, length]`` without padding."""
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,6 +1,5 @@
 """Prefix tuning, as ``attach`` drives it: keys and values trained in front of every layer's."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,14 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.base_layer import trained_dtype
-from ...nn.prefix import PrefixAdapter, Prefixes, Sizes, attention_beside
-from ..embeddings import token_table
+from ...nn.prefix import PrefixAdapter, Prefixes, Sizes
+from ...nn.prefix_function import attention_beside, eager
+from ..embeddings import execution_device, token_table
 from ..layer_report import LayerReport
 from ..row_method import RowMethod
 from .config import PrefixTuning
 from .files import PrefixFiles
+from .reasons import sizes_of, text_config
 
-ATTENTION = "fastpeft_prefix"  # our attention function's name in transformers
+# Our attention functions' names in transformers, by those of the functions that they stand in for.
+ATTENTION = {"sdpa": "fastpeft_prefix", "eager": "fastpeft_prefix_eager"}
 Plan = tuple[PrefixTuning, Sizes]
 
 
@@ -29,8 +31,8 @@ class PrefixMethod(RowMethod):
     def resolve(self, op: str, model: Any, config: PrefixTuning, name: str, strict: bool = True) -> Plan:
         sizes = sizes_of(op, model)
         self.refuse_own(op, model)
-        implementation = model.config._attn_implementation
-        if implementation not in ("sdpa", "eager", ATTENTION):
+        implementation = text_config(model)._attn_implementation
+        if implementation not in (*ATTENTION, *ATTENTION.values()):
             raise ValueError(
                 f"{op}: the model's attention is {implementation!r}, expected 'sdpa' or 'eager': "
                 'model.set_attn_implementation("sdpa")'
@@ -44,9 +46,9 @@ class PrefixMethod(RowMethod):
 
     def apply(self, model: Any, plan: Plan, name: str) -> None:
         config, sizes = plan
-        weight = token_table(model)
-        dtype = config.dtype or trained_dtype(weight.dtype)
-        adapter = PrefixAdapter(sizes, config.length, config.projection, dtype, weight.device)
+        dtype = config.dtype or trained_dtype(token_table(model).dtype)
+        device = execution_device(model.get_input_embeddings())
+        adapter = PrefixAdapter(sizes, config.length, config.projection, dtype, device)
         with torch.no_grad():
             if config.init == "zero":
                 last = [adapter.embedding] if adapter.transform is None else adapter.transform[2].parameters()
@@ -58,17 +60,18 @@ class PrefixMethod(RowMethod):
         if not self.present(model):
             register_attention()
             self.put_up(model, Prefixes(model))
-            self.record(model)["attention"] = model.config._attn_implementation
-            model.config._attn_implementation = ATTENTION
+            text = text_config(model)
+            self.record(model)["attention"] = text._attn_implementation
+            text._attn_implementation = ATTENTION[text._attn_implementation]
         self.adapters(model).put(name, adapter)
 
-    def _of_text(self, model: nn.Module, text: Sequence[int]) -> Tensor:
+    def _of_text(self, model: Any, text: Sequence[int]) -> Tensor:
         """The cache after the text, as ``PrefixAdapter.flat`` has it."""
         enable = self.disable(model) if self.present(model) else lambda: None
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            ids = torch.tensor([text], device=token_table(model).device)
+            ids = torch.tensor([text], device=execution_device(model.get_input_embeddings()))
             cache = model(input_ids=ids, use_cache=True).past_key_values
         finally:
             for module in training:
@@ -81,40 +84,19 @@ class PrefixMethod(RowMethod):
         super().remove(model, keep_merged)
         record = self.record(model)
         if "attention" in record:
-            model.config._attn_implementation = record.pop("attention")
+            text_config(model)._attn_implementation = record.pop("attention")
 
     def report(self, model: nn.Module) -> Sequence[LayerReport]:
         return [LayerReport(self.child, "fused", "torch", kind="prefixes")]
 
 
-def sizes_of(op: str, model: nn.Module) -> Sizes:
-    """Layers and heads of a transformers model.
-
-    Raises:
-        TypeError: not a model that prefixes can be given to.
-    """
-    config = getattr(model, "config", None)
-    parameters = inspect.signature(model.forward).parameters.values() if isinstance(model, nn.Module) else ()
-    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    if config is None or not hasattr(config, "_attn_implementation") or not hands_on:
-        raise TypeError(
-            f"{op}: expected for PrefixTuning a transformers model with attention functions, not {type(model).__name__}"
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise TypeError(
-            f"{op}: {type(model).__name__} is an encoder-decoder, expected for PrefixTuning one stack of layers"
-        )
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Sizes(text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or heads, width)
-
-
 def register_attention() -> None:
-    """Make our attention function known to transformers, by a name that only attached models use."""
+    """Make our attention functions known to transformers, by names that only attached models use."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-    if ATTENTION not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(ATTENTION, attention_beside(ALL_ATTENTION_FUNCTIONS["sdpa"]))
-        AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    for name, ours in ATTENTION.items():
+        if ours not in ALL_ATTENTION_FUNCTIONS:
+            original = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+            AttentionInterface.register(ours, attention_beside(original))
+            AttentionMaskInterface.register(ours, ALL_MASK_ATTENTION_FUNCTIONS[name])

@@ -1,6 +1,5 @@
 """Prompt tuning, as ``attach`` drives it: embeddings trained in place of a text in front of the input."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +8,16 @@ from torch import Tensor, nn
 
 from ...nn.backend import serving_backend
 from ...nn.base_layer import trained_dtype
+from ...nn.cache import masks_later
 from ...nn.prompt import Prompts
-from ..embeddings import token_table
+from ..embeddings import execution_device, token_table
 from ..layer_report import LayerReport
 from ..row_method import RowMethod
 from .config import PromptTuning
 from .files import PromptFiles
+from .reasons import embedding_of, refuse_unsuited
+
+MASKS = "create_masks_for_generate"  # what generate asks a model for where its cache has a fixed size
 
 
 class PromptMethod(RowMethod):
@@ -26,6 +29,7 @@ class PromptMethod(RowMethod):
 
     def resolve(self, op: str, model: nn.Module, config: PromptTuning, name: str, strict: bool = True) -> PromptTuning:
         vocabulary = len(embedding_of(op, "PromptTuning", model).weight)
+        refuse_unsuited(op, model)
         self.refuse_own(op, model)
         others = {other.padding_side for other in self.configs(model).values()}
         if others and config.padding_side not in others:
@@ -36,11 +40,18 @@ class PromptMethod(RowMethod):
             raise ValueError(f"{op}: text holds a token outside of the vocabulary of {vocabulary}")
         return config
 
-    def apply(self, model: nn.Module, plan: PromptTuning, name: str) -> None:
-        prompt = nn.Parameter(initial(token_table(model), plan), requires_grad=False)
+    def apply(self, model: Any, plan: PromptTuning, name: str) -> None:
+        prompt = nn.Parameter(initial(model.get_input_embeddings(), plan), requires_grad=False)
         if not self.present(model):
             self.put_up(model, Prompts(model, plan.padding_side))
+            if MASKS not in vars(model) and makes_masks(model):
+                setattr(model, MASKS, masks_later)
         self.adapters(model).put(name, prompt)
+
+    def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
+        super().remove(model, keep_merged)
+        if vars(model).get(MASKS) is masks_later:
+            delattr(model, MASKS)
 
     def report(self, model: nn.Module) -> Sequence[LayerReport]:
         rows, table = list(self.adapters(model).parts.values()), token_table(model)
@@ -48,33 +59,30 @@ class PromptMethod(RowMethod):
         return [LayerReport(self.child, "fused", backend, kind="prompts")]
 
 
-def embedding_of(op: str, method: str, model: Any) -> Any:
-    """The model's token embedding.
-
-    Raises:
-        TypeError: it has none, or no place for other embeddings.
-    """
-    arguments = inspect.signature(model.forward).parameters if isinstance(model, nn.Module) else ()
-    if "inputs_embeds" not in arguments or not hasattr(model, "get_input_embeddings"):
-        raise TypeError(
-            f"{op}: {type(model).__name__} does not take inputs_embeds, expected for {method} a transformers model"
-        )
-    embedding = model.get_input_embeddings()
-    if not isinstance(getattr(embedding, "weight", None), Tensor) or embedding.weight.dim() != 2:
-        raise TypeError(f"{op}: {type(model).__name__} has no token embedding of shape [V, D]")
-    return embedding
+def makes_masks(model: nn.Module) -> bool:
+    """Whether ``generate`` has the model's masks made for its tokens alone, where the cache has a fixed size."""
+    own = getattr(getattr(type(model), MASKS, None), "__code__", None)
+    return own is None or any(name.startswith("create_") for name in own.co_names)
 
 
-def initial(weight: Tensor, config: PromptTuning) -> Tensor:
-    """A prompt's first values."""
+def initial(embedding: Any, config: PromptTuning) -> Tensor:
+    """A prompt's first values, where the token embedding computes."""
+    weight, device = embedding.weight, execution_device(embedding)
     dtype = config.dtype or trained_dtype(weight.dtype)
     with torch.no_grad():
         if config.init == "random":
-            std = weight.float().std().item() if not weight.is_meta else 1.0
-            return torch.empty(config.length, weight.shape[1], dtype=dtype, device=weight.device).normal_(std=std)
+            empty = torch.empty(config.length, weight.shape[1], dtype=dtype, device=device)
+            return empty.normal_(std=_deviation(embedding, device))
         if config.init == "vocabulary":
-            tokens = torch.randint(len(weight), (config.length,), device=weight.device)
+            tokens = torch.randint(len(weight), (config.length,), device=device)
         else:
-            text = torch.tensor(config.text, device=weight.device)
+            text = torch.tensor(config.text, device=device)
             tokens = text.repeat(-(-config.length // len(text)))
-        return weight[tokens[: config.length]].to(dtype, copy=True)
+        return embedding(tokens[: config.length]).to(dtype, copy=True)
+
+
+def _deviation(embedding: Any, device: torch.device) -> float:
+    weight = embedding.weight
+    if weight.is_meta and device.type != "meta":  # offloaded: of what its hook brings for some tokens
+        weight = embedding(torch.arange(min(len(weight), 4096), device=device))
+    return weight.float().std().item() if not weight.is_meta else 1.0

@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Mutants of prefix attention and of the hooks that give rows their prompts and prefixes, as run.py says."""
+"""Mutants of prefix attention and of the entries that give rows their prompts and prefixes, as run.py says."""
 
 EQUAL = "tests/methods/prefix/test_attention.py::test_equals_a_prefix_in_front"
 DROPOUT = "tests/methods/prefix/test_attention.py::test_dropout_near_0_is_none"
@@ -19,6 +19,8 @@ P_ROWS = "tests/methods/prompt/test_rows.py::test_rows_equal_separate_runs"
 P_GENERATE = "tests/methods/prompt/test_rows.py::test_generate_by_row[{}-llama]"
 P_CACHE = "tests/methods/prompt/test_rows.py::test_a_cache_that_goes_on"
 P_HEADS = "tests/methods/prompt/test_rows.py::test_other_heads_by_row"
+P_IN = "tests/methods/prompt/test_entries.py"
+IN = "tests/methods/prefix/test_entries.py"
 P_BAD = "tests/methods/prompt/test_errors.py::test_bad_calls_change_nothing"
 
 TESTS = (EQUAL, DROPOUT, PEFT, ROWS, P_ROWS)
@@ -105,18 +107,12 @@ MUTANTS = {
     },
     "fastpeft/nn/prefix.py": {
         "Prefixes._positions": {
-            "positions without the prefix": ("[None] + shift", "[None]", PEFT),
+            "positions without the prefix": ("self.first + shift", "self.first", PEFT),
             "given positions without the prefix": ('["position_ids"] + shift', '["position_ids"]', GENERATE),
             "RoBERTa's positions": ("past + shift", "past", "tests/methods/prefix/test_prefix_tuning.py::test_equals_peft[sdpa-roberta-plain]"),
         },
         "Call.of": {
             "keys and values swapped": ("[layer, 0], values[layer, 1]", "[layer, 1], values[layer, 0]", PEFT),
-        },
-        "attention_beside": {
-            "first layer's prefix for all": ("of(module.layer_idx)", "of(0)", PEFT),
-            "own scale ignored": ("if scale is None else scale", "* 1.01", PEFT),
-            "dropout ignored": ('options.get("dropout") or 0', "0", "tests/methods/prefix/test_prefix_tuning.py::test_16_bit_model_and_dropout"),
-            "encoders are causal": ('getattr(module, "is_causal", True) if causal is None else causal', "True", "tests/methods/prefix/test_prefix_tuning.py::test_equals_peft[sdpa-bert-plain]"),
         },
         "Prefixes.before": {
             "all rows have the first prefix": ("== len(members)", ">= 1", ROWS),
@@ -131,12 +127,53 @@ MUTANTS = {
             "the projection for every row": ("(self.embedding)", "(self.embedding.repeat(2, 1))[: self.length]", "tests/methods/prefix/test_prefix_tuning.py::test_the_projection_is_evaluated_once_a_forward"),
         },
     },
+    "fastpeft/nn/prefix_function.py": {
+        "attention_beside": {
+            "first layer's prefix for all": ("layer: Any = module.layer_idx", "layer = 0 * module.layer_idx", PEFT),
+            "own scale ignored": ("if scale is None else scale", "* 1.01", PEFT),
+            "dropout ignored": ('options.get("dropout") or 0', "0", "tests/methods/prefix/test_prefix_tuning.py::test_16_bit_model_and_dropout"),
+            "encoders are causal": ('getattr(module, "is_causal", True) if causal is None else causal', "True", "tests/methods/prefix/test_prefix_tuning.py::test_equals_peft[sdpa-bert-plain]"),
+            "windows and sinks are forgotten": ("any(options.get(name) is not None for name in SPECIAL)", "False", f"{IN}::test_in_a_window"),
+        },
+        "in_front": {
+            "a prefix never moves out of sight": ("steps < window", "steps < window + 99", f"{IN}::test_in_a_window"),
+            "padding of shorter prefixes is seen": ("steps < length[:, None]", "steps < longest + 0 * length[:, None]", f"{IN}::test_rows_in_a_window"),
+        },
+    },
+    "fastpeft/methods/prefix/reasons.py": {
+        "_reason": {
+            "chunks are windows": ("- set(KINDS))", "- set(KINDS) - {'chunked_attention'})", f"{IN}::test_refused_by_name"),
+        },
+    },
+    "fastpeft/nn/entry.py": {
+        "entered": {
+            "backbones are no way in": ("if _takes_tokens(module)", "if not _takes_tokens(module)", f"{P_IN}::test_every_way_in_sees_the_prompt"),
+        },
+        "Entry.__call__": {
+            "bound twice": ("args and args[0] is self.module", "False", f"{P_IN}::test_forwards_of_others_and_signatures"),
+            "three rows of positions at the outermost": ("self.innermost if self.gate.inner else outermost", "outermost", f"{P_IN}::test_positions_of_three_rows"),
+        },
+        "Entry.original": {
+            "another library's forward is passed by": ("self.before is not None", "False", f"{P_IN}::test_forwards_of_others_and_signatures"),
+        },
+        "parts_of": {
+            "prefixes first": ("part.order", "-part.order", "tests/methods/prefix/test_rows.py::test_beside_prompts_by_row"),
+        },
+    },
+    "fastpeft/nn/cache.py": {
+        "found": {
+            "an emptied cache goes on": ("None if count is not None and count == 0 else note", "note", f"{P_IN}::test_an_emptied_cache_begins_anew"),
+        },
+        "make_room": {
+            "no room for the prompt": ("if wanted != size", "if False", f"{P_IN}::test_an_emptied_cache_begins_anew"),
+        },
+    },
     "fastpeft/methods/prefix/method.py": {
         "PrefixMethod._of_text": {
             "another prefix in the text's": ("self.disable(model) if self.present(model) else lambda", "lambda", "tests/methods/prefix/test_rows.py::test_starts_as_a_text_in_front"),
         },
         "PrefixMethod.remove": {
-            "attention stays": ("model.config._attn_implementation = record", "record", "tests/methods/prefix/test_prefix_tuning.py::test_detach_leaves_the_model_as_it_was"),
+            "attention stays": ("text_config(model)._attn_implementation = record", "record", "tests/methods/prefix/test_prefix_tuning.py::test_detach_leaves_the_model_as_it_was"),
         },
     },
     "fastpeft/methods/prefix/files.py": {
@@ -147,21 +184,23 @@ MUTANTS = {
     },
     "fastpeft/nn/prompt.py": {
         "Prompts.before": {
-            "prompts in every step": ('not self.encodes and hasattr(cache, "get_seq_length") and cache.get_seq_length() > 0', "False", P_CACHE),
-            "an encoder's output knows nothing": ('{**given, "attention_mask": _repeat(done.mask, given)}', "given", "tests/methods/prompt/test_rows.py::test_encoder_decoder_by_row"),
+            "prompts in every step": ("caches.found(cache, KEY)", "None", P_CACHE),
+            "an encoder's output knows nothing": ('{**given, "attention_mask": for_rows(done.mask, given)}', "given", "tests/methods/prompt/test_rows.py::test_encoder_decoder_by_row"),
         },
         "Prompts._continued": {
-            "mask as the caller sees it": (', "attention_mask": torch.cat([before, generated.to(before.dtype)], 1)', "", P_CACHE),
+            "mask as the caller sees it": ("mask is not None or not done.alike", "False", P_CACHE),
             "positions as the caller sees them": ('found["position_ids"] = start + torch.arange(new, device=start.device)', "pass", P_CACHE),
         },
         "Prompts._prefilled": {
             "next position of the longest row": ("(1, keepdim=True) + 1", "() + 1 + 0 * batch.position_ids.amax(1, keepdim=True)", P_CACHE),
-            "labels as they were": ('found["labels"] = batch.labels\n            if', "if", P_ROWS),
-            "padding predicts the first token": (".scatter(1, batch.attention_mask.argmax(1, keepdim=True), -100)", "", P_ROWS),
+            "labels as they were": ('found["labels"] = self._unpredicted(batch, plan.side)', "pass", P_ROWS),
             "token types as they were": ("found[name] = padded.labels", "pass", P_HEADS),
         },
-        "_repeat": {
-            "beams unknown": ("repeat_interleave(batch // len(rows), 0)", "repeat(batch // len(rows), 1)", "tests/methods/prompt/test_rows.py::test_encoder_decoder_by_row"),
+        "Prompts._unpredicted": {
+            "padding predicts the first token": (".scatter(1, batch.attention_mask.argmax(1, keepdim=True), -100)", "", P_ROWS),
+        },
+        "Prompts.after": {
+            "a cache that no output hands back": ("or caches.cache_of(given)", "", f"{P_IN}::test_decoding_goes_on_after_the_prompt"),
         },
         "Prompts._side": {
             "padding side of the model": ("if self.padding_side is not None:\n            return self.padding_side", "", P_ROWS),
@@ -169,6 +208,14 @@ MUTANTS = {
         },
         "Prompts._source": {
             "hooks of the embedding skipped": ("and not hooks and", "and", "tests/methods/prompt/test_prompt_tuning.py::test_a_trained_embedding_and_one_with_hooks"),
+        },
+    },
+    "fastpeft/nn/prompt_plan.py": {
+        "for_rows": {
+            "beams unknown": ("repeat_interleave(batch // len(rows), 0)", "repeat(batch // len(rows), 1)", "tests/methods/prompt/test_rows.py::test_encoder_decoder_by_row"),
+        },
+        "Plan.planes": {
+            "rows of positions without the prompt": ("self.gather(inputs_embeds=nothing, position_ids=p).position_ids for", "torch.nn.functional.pad(p, (3, 0)) for", f"{P_IN}::test_positions_of_three_rows"),
         },
     },
     "fastpeft/nn/rows.py": {
@@ -179,9 +226,6 @@ MUTANTS = {
             "too few names": ("rows or batch % len(rows)", "rows", P_BAD),
             "beams in another order": ("name in rows for _ in range(batch // len(rows))", "_ in range(batch // len(rows)) for name in rows", "tests/methods/prompt/test_rows.py::test_generate_by_row[{'num_beams': 3}-llama]"),
             "disabled, yet there": ("self.disabled", "False", "tests/methods/prompt/test_prompt_tuning.py::test_disabled_and_copied"),
-        },
-        "RowAdapters.take": {
-            "the first to ask takes the names": ("parts[-1] is self", "True", "tests/methods/prefix/test_rows.py::test_beside_prompts_by_row"),
         },
     },
 }  # fmt: skip
