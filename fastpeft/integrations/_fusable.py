@@ -106,6 +106,8 @@ def _branches(layer: Any, modules: dict, weight: Any, bias: Tensor | None) -> li
 def _unfit(layer: Any, x: Tensor, weight: Tensor, branches: list[Branch]) -> str | None:
     if type(x) not in PLAIN:
         return f"the input is {_name(x)}, not a plain tensor"
+    if x.layout is not torch.strided or x.is_nested or weight.layout is not torch.strided:
+        return "the input or base_layer.weight is sparse or nested"
     device, dtype, base_dtype = x.device, x.dtype, weight.dtype
     adapter_dtype = branches[0].lora_a.dtype
     if device.type not in _DEVICES:

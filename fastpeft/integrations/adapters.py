@@ -191,6 +191,8 @@ def plan(layer: Adapter, x: Tensor | None = None, fusion: nn.ModuleDict | None =
     for tensor in (x, *weights):
         if type(tensor) not in _fusable.PLAIN:
             return f"a tensor is {type(tensor).__name__}, not a plain tensor"
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return "a tensor is sparse or nested"
         if tensor.device != x.device or x.device.type not in _fusable._DEVICES:
             return f"device {tensor.device} beside {x.device}"
         if tensor.dtype not in _fusable._FLOATS or (tensor is not x and tensor.dtype != down.weight.dtype):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import _check
 from ..nn import LoraLinear, sharing
 from ..nn.backend import serving_backend
+from ..nn.read_past import read_past
 from . import _experts, _fusable
 from ._layers import layers_of, refuse_unfused
 
@@ -101,7 +102,8 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
     """
     layers = _lora_layers("accelerate", model)
     if strict:
-        reports = {name: _report(layer) for name, layer in layers.items()}
+        passed = read_past(model)
+        reports = {n: f"its weight is {passed[n]}" if n in passed else _report(m) for n, m in layers.items()}
         reasons = {name: None if report == "fused" else report for name, report in reports.items()}
         refuse_unfused(reasons, "LoRA layers")
     for layer in layers.values():

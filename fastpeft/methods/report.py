@@ -1,16 +1,19 @@
 """What became of every adapted layer of a model: fused or not, why, by which backend, who shares its input.
 
+After a backward, and before the gradients are set to None, it says of a trained layer whether it got any.
+
 A layer is known by what its class says (``nn.protocol.Reported``). Layers of other libraries say nothing: whoever knows
 a library passes a describer for them, as ``integrations.models`` does for ``fastpeft.report``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from torch import nn
 
 from ..nn.protocol import Reported, is_added, reported
+from ..nn.read_past import read_past
 from .attachment import attachment_of, check_module
 from .folding import folded
 from .layer_report import LayerReport
@@ -83,6 +86,7 @@ def report(model: nn.Module, describers: Sequence[Describer] = ()) -> Report:
     """
     check_module("report", model)
     paths = {module: path for path, module in model.named_modules()}
+    passed = read_past(model)
     rows: list[LayerReport] = []
     inside: tuple[str, ...] = ()
     for module, path in paths.items():
@@ -92,7 +96,7 @@ def report(model: nn.Module, describers: Sequence[Describer] = ()) -> Report:
         if layer is not None:
             if is_added(module):
                 inside = (f"{path}.",)  # it speaks for the modules inside
-            rows.append(_row(module, layer, path, paths))
+            rows.append(_row(module, layer, path, paths, passed))
         else:
             described = (describer(module) for describer in describers)
             found = next((description for description in described if description is not None), None)
@@ -102,15 +106,31 @@ def report(model: nn.Module, describers: Sequence[Describer] = ()) -> Report:
         state = attachment_of(module)
         for method in methods_of(state) if state is not None else ():
             rows.extend(method.report(module))
+    rows = _without_gradient(model, {path: module for module, path in paths.items()}, rows)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return Report(tuple(rows), sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
 
 
-def _row(module: nn.Module, layer: Reported, path: str, paths: dict[nn.Module, str]) -> LayerReport:
-    status = layer.fastpeft_report()
+def _row(
+    module: nn.Module, layer: Reported, path: str, paths: dict[nn.Module, str], passed: dict[str, str]
+) -> LayerReport:
+    status = f"its weight is {passed[path]}" if path in passed else layer.fastpeft_report()
     if status != "fused":
         return LayerReport(path, status, None, (), layer.fastpeft_kind)
     group = module.__dict__.get("fastpeft_shared")
     partners = () if group is None else group.partners(module)
     shares = tuple(paths.get(partner, "a layer elsewhere") for partner in partners)
     return LayerReport(path, status, layer.fastpeft_backend(), shares, layer.fastpeft_kind)
+
+
+def _without_gradient(model: nn.Module, modules: dict[str, nn.Module], rows: list[LayerReport]) -> list[LayerReport]:
+    """The rows, of which those that train but got no gradient say so, where other parameters have got theirs."""
+    if all(parameter.grad is None for parameter in model.parameters() if parameter.requires_grad):
+        return rows
+
+    def missed(row: LayerReport) -> bool:
+        trained = [p for p in modules[row.path].parameters() if p.requires_grad] if row.path in modules else []
+        return row.fused and bool(trained) and all(parameter.grad is None for parameter in trained)
+
+    text = "its adapter got no gradient in the last backward, so nothing was computed with it"
+    return [replace(row, status=text, backend=None, shares_with=()) if missed(row) else row for row in rows]

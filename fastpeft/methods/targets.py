@@ -15,6 +15,7 @@ from ..nn.base_layer import is_conv1d, not_linear_reason
 from ..nn.lora import LoraLinear
 from ..nn.lora_embedding import LoraEmbedding, no_lora_embedding_reason
 from ..nn.protocol import is_added, original_child
+from ..nn.read_past import read_past
 from .embeddings import output_embeddings
 from .lora.config import ALL_LINEAR, Lora
 
@@ -60,20 +61,25 @@ def resolve(op: str, model: nn.Module, config: Lora, strict: bool = True) -> Tar
     Raises:
         ValueError: nothing matches (with the names of linear layers that are there), or a name in modules_to_save or
             a pattern matches nothing, or a named module cannot be copied.
-        TypeError: a module that was named is no plain linear layer and no embedding.
+        TypeError: a module that was named is no plain linear layer and no embedding, or its weight is read past its
+            forward; a checkpoint may name such a layer, which then has as little effect as it has in PEFT.
     """
     modules = dict(walk(model))
+    passed = read_past(model) if strict or config.targets == ALL_LINEAR else {}
     _refuse_foreign_adapters(op, modules)
     copies = _copies(op, modules, config)
     skipped = (*(_head_paths(model, modules) if config.targets == ALL_LINEAR else ()), *copies)
     linears = []
     for path, module in modules.items():
         reason = _not_linear(module)
+        if reason is None or _is_embedding(module):
+            reason = passed.get(path, reason)
         if any(path == skip or path.startswith(f"{skip}.") for skip in skipped) or not _named(path, reason, config):
             continue
-        if reason is not None and not _is_embedding(module):
+        if reason is not None and (path in passed or not _is_embedding(module)):
             given = f"targets names {path or 'the model'}, which is {reason}"
-            raise TypeError(f"{op}: {given}, expected nn.Linear, Conv1D or nn.Embedding")
+            expected = "a layer that is called" if path in passed else "nn.Linear, Conv1D or nn.Embedding"
+            raise TypeError(f"{op}: {given}, expected {expected}")
         if path == "":
             raise ValueError(f"{op}: model is itself the layer to adapt, expected a model around it: use LoraLinear")
         linears.append(path)

@@ -31,29 +31,38 @@ class _Lookup(torch.autograd.Function):
 
 
 class TokenRows(LiveSlice):
-    """``y = weight[ids]`` with a gradient for the rows of chosen tokens alone.
+    """``y = scale · weight[ids]`` with a gradient for the rows of chosen tokens alone; the scale is 1, or the base's.
 
-    The weight is the base's own and stays live, so an output layer tied to it sees what was trained; make that one a
-    ``RowSparseLinear`` with the same ``trained`` for its share of the gradient.
+    The weight is the base's own and stays live, so a layer tied to it sees what was trained; make an output layer a
+    ``RowSparseLinear``, another embedding ``TokenRows``, with the same ``trained`` for its share of the gradient.
 
     Args:
-        base_layer: ``nn.Embedding`` with a weight ``[V, D]``, without ``max_norm`` and ``scale_grad_by_freq``.
+        base_layer: ``nn.Embedding`` with a weight ``[V, D]``, without ``max_norm`` and ``scale_grad_by_freq``, or a
+            subclass that multiplies the rows by its ``embed_scale`` (Gemma, BART).
         tokens: The ids whose rows are trained: distinct, in [0, V), and not the padding's.
         dtype: The trained rows' dtype; None is the weight's, or float32 where that is 16 bits wide.
+        trained: The rows of an embedding that is tied to this one; None for ones of its own.
 
     Raises:
         TypeError: The base is no plain ``nn.Embedding``, or an id no integer.
         ValueError: An id is out of range, there twice, or the padding's.
     """
 
-    def __init__(self, base_layer: Any, tokens: Sequence[int] | Tensor, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        base_layer: Any,
+        tokens: Sequence[int] | Tensor,
+        dtype: torch.dtype | None = None,
+        trained: nn.Parameter | None = None,
+    ):
         reason = no_embedding_reason(base_layer)
         if reason is not None:
             raise TypeError(f"TokenRows: base_layer is {reason}, expected a plain nn.Embedding")
         index = index_of("TokenRows", "tokens", tokens, base_layer.num_embeddings)
         if base_layer.padding_idx in index.tolist():
             raise ValueError(f"TokenRows: tokens has {base_layer.padding_idx}, the padding, which gets no gradient")
-        super().__init__(base_layer, index, dtype=dtype)
+        super().__init__(base_layer, index, dtype=dtype, trained=trained)
+        self.scaled = type(base_layer).forward is not nn.Embedding.forward
         self.stored.requires_grad_(False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -64,8 +73,10 @@ class TokenRows(LiveSlice):
         """
         weight, trained = self.current(), self.trained
         if not (trained.requires_grad and torch.is_grad_enabled()):
-            return F.embedding(ids, weight)
-        return _Lookup.apply(ids, weight, trained, self.index)
+            y = F.embedding(ids, weight)
+        else:
+            y = _Lookup.apply(ids, weight, trained, self.index)
+        return y * _scale(self.__dict__["base_layer"]) if self.scaled else y
 
     def extra_repr(self) -> str:
         rows, width = self.stored.shape
@@ -73,9 +84,25 @@ class TokenRows(LiveSlice):
 
 
 def no_embedding_reason(module: nn.Module) -> str | None:
-    """None for exactly ``nn.Embedding`` whose lookup is no more than that, else what it is instead."""
-    if type(module) is not nn.Embedding:
+    """None for an ``nn.Embedding`` whose lookup is no more than that, or scaled, else what it is instead."""
+    if not isinstance(module, nn.Embedding) or not (type(module) is nn.Embedding or _only_scales(module)):
         return f"a {type(module).__name__}"
     if module.max_norm is not None or module.scale_grad_by_freq:
         return "an Embedding with max_norm or scale_grad_by_freq"
     return None if type(module.weight) is nn.Parameter else f"an Embedding with a {type(module.weight).__name__} weight"
+
+
+def _only_scales(module: nn.Embedding) -> bool:
+    """Whether a subclass looks its rows up and multiplies them by ``embed_scale``; two rows are looked up to see it."""
+    if type(module).forward is nn.Embedding.forward:
+        return True
+    if not isinstance(getattr(module, "embed_scale", None), float | int | Tensor):
+        return False
+    ids = torch.arange(min(2, module.num_embeddings), device=module.weight.device)
+    with torch.no_grad():
+        return torch.equal(type(module).forward(module, ids), F.embedding(ids, module.weight) * _scale(module))
+
+
+def _scale(module: Any) -> float | Tensor:
+    scale = module.embed_scale
+    return scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ...nn.read_past import read_past
 from ..targets import walk
 from .config import Bottleneck
 
@@ -72,7 +73,7 @@ def sites(op: str, model: nn.Module, config: Bottleneck) -> list[Site]:
     """
     modules = dict(walk(model))
     if config.targets is not None:
-        return list(_by_rule(op, modules, config))
+        return list(_by_rule(op, modules, config, read_past(model)))
     found = list(known_sites(model))
     if not found:
         raise ValueError(
@@ -146,7 +147,7 @@ def _old_name(inside: str, children: dict) -> str:
     return re.sub(r"(^|\.)layers\.(\d+)\.$", r"\1encoder.layer.\2.", inside)
 
 
-def _by_rule(op: str, modules: dict[str, nn.Module], config: Bottleneck) -> Iterator[Site]:
+def _by_rule(op: str, modules: dict[str, nn.Module], config: Bottleneck, passed: dict[str, str]) -> Iterator[Site]:
     targets: Any = config.targets
     if callable(targets):
         meant = [path for path, module in modules.items() if path and targets(path, module)]
@@ -162,6 +163,8 @@ def _by_rule(op: str, modules: dict[str, nn.Module], config: Bottleneck) -> Iter
     for path in meant:
         if type(modules[path]).forward is nn.Module.forward:
             raise ValueError(f"{op}: targets names {path}, a {type(modules[path]).__name__}, which is never called")
+        if path in passed:
+            raise ValueError(f"{op}: targets names {path}, which is {passed[path]}, expected a module that is called")
         features = config.features or _width(modules[path])
         if features is None:
             raise ValueError(

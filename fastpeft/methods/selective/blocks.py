@@ -8,15 +8,23 @@ from torch import nn
 
 
 def stacks(model: nn.Module) -> dict[str, list[str]]:
-    """Paths of the blocks of every ModuleList of two or more modules of one type that lies in no other one's block."""
-    found: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or path.startswith(tuple(f"{outer}." for outer in found)):
-            continue
-        kinds = {type(child) for child in module}
-        if len(module) >= 2 and len(kinds) == 1 and next(module[0].parameters(), None) is not None:
-            found[path] = [f"{path}.{i}".lstrip(".") for i in range(len(module))]
-    return found
+    """Paths of the blocks of every ModuleList of modules of one type that lies in no other one's block.
+
+    One of a single block counts where it holds no longer one: it is a stack that was made short, not a way to wrap.
+    """
+    modules = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = {path: len(module) for path, module in modules if _is_stack(module)}
+    found: list[str] = []
+    for path in sorted(lists, key=lambda path: lists[path] < 2):  # the longer ones first
+        inside = path.startswith(tuple(f"{outer}." for outer in found))
+        around = any(inner.startswith(f"{path}.") for inner in found)
+        if not inside and not around:
+            found.append(path)
+    return {path: [f"{path}.{i}".lstrip(".") for i in range(count)] for path, count in lists.items() if path in found}
+
+
+def _is_stack(module: nn.ModuleList) -> bool:
+    return len({type(block) for block in module}) == 1 and next(module[0].parameters(), None) is not None
 
 
 def blocks_of(op: str, model: nn.Module, stack: str | None) -> list[str]:

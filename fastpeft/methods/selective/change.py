@@ -35,7 +35,8 @@ class Change:
         self.rows: dict[str, Tensor] = {}
         for part in plan.slices:
             for path, layer in _slice_layers(modules, part):
-                self.layers[path] = layer.requires_grad_(False)
+                for place in _places(model, modules[path]) or [path]:
+                    self.layers[place] = layer.requires_grad_(False)
             self.rows[part.path] = self._own_rows(part)
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
@@ -103,16 +104,29 @@ class Change:
 def _slice_layers(modules: dict[str, nn.Module], part: Slice):
     base = modules[part.path]
     if part.kind == "tokens":
-        layer = TokenRows(base, part.index)
-        for name in _HOOKS:  # an embedding's hooks go on working
-            if name in base.__dict__:
-                layer.__dict__[name] = base.__dict__[name]
+        layer = _token_rows(base, part.index)
         yield part.path, layer
         for path in part.tied:
-            yield path, RowSparseLinear(modules[path], rows=part.index, trained=layer.trained)
+            if isinstance(modules[path], nn.Embedding):
+                yield path, _token_rows(modules[path], part.index, layer.trained)
+            else:
+                yield path, RowSparseLinear(modules[path], rows=part.index, trained=layer.trained)
     else:
         chosen: dict[str, Any] = {part.kind: part.index}
         yield part.path, RowSparseLinear(base, **chosen)
+
+
+def _places(model: nn.Module, module: nn.Module) -> list[str]:
+    """Every path of a module, which may be a child of several (T5's embedding in older transformers)."""
+    return [path for path, found in model.named_modules(remove_duplicate=False) if found is module]
+
+
+def _token_rows(base: nn.Module, index: Tensor, trained: nn.Parameter | None = None) -> TokenRows:
+    layer = TokenRows(base, index, trained=trained)
+    for name in _HOOKS:  # an embedding's hooks go on working
+        if name in base.__dict__:
+            layer.__dict__[name] = base.__dict__[name]
+    return layer
 
 
 def _zero_bias(linear: Any) -> nn.Parameter:

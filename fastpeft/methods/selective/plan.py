@@ -12,6 +12,7 @@ from ...nn.base_layer import is_conv1d, not_linear_reason
 from ...nn.branch import own_path_reason
 from ...nn.live_slice import LiveSlice, index_of
 from ...nn.protocol import original_child
+from ...nn.read_past import read_past
 from ...nn.token_rows import no_embedding_reason
 from ..attachment import attachment_of, original_names, owners
 from ..embeddings import input_embeddings, output_embeddings
@@ -22,7 +23,7 @@ from .config import Selective
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows or columns of a linear layer, or tokens of an embedding and the output layers tied to it."""
+    """Rows or columns of a linear layer, or tokens of an embedding and of the layers tied to it: heads, embeddings."""
 
     path: str
     kind: str  # rows, columns or tokens
@@ -100,11 +101,12 @@ def resolve(op: str, model: nn.Module, config: Selective) -> Plan:
             raise ValueError(f"{op}: params has {word!r}, {_no_parameter(word, where, parameters)}")
         plan.whole.update((name, word if word in ("bias", "norm") else "params") for name in found)
     _add_modules(op, config, parameters, modules, plan)
-    _add_biases(op, config, model, modules, in_scope, plan)
+    passed = read_past(model) if config.rows or config.columns or config.tokens or config.add_missing_bias else {}
+    _add_biases(op, config, model, modules, passed, in_scope, plan)
     for kind in ("rows", "columns"):
         for pattern, part in getattr(config, kind).items():
-            plan.slices += _slices(op, kind, pattern, part, config.seed, model, modules, in_scope)
-    _add_tokens(op, config, model, modules, plan)
+            plan.slices += _slices(op, kind, pattern, part, config.seed, modules, passed, in_scope)
+    _add_tokens(op, config, model, modules, passed, plan)
     _check_disjoint(op, parameters, modules, plan)
     _note_ties(model, plan)
     return plan
@@ -164,14 +166,15 @@ def _add_modules(op, config, parameters, modules, plan):
         plan.whole.update((n, "modules") for n in found)
 
 
-def _add_biases(op, config, model, modules, in_scope, plan):
+def _add_biases(op, config, model, modules, passed, in_scope, plan):
     if not config.add_missing_bias:
         return
     head = output_embeddings(model)
     linears = {path: _innermost(module) for path, module in modules.items() if path}
     linears = {path: m for path, m in linears.items() if not_linear_reason(m) is None}
     if config.add_missing_bias is True:
-        plan.biases += [p for p, m in linears.items() if m.bias is None and m is not head and in_scope(f"{p}.")]
+        lacking = [p for p, m in linears.items() if m.bias is None and m is not head and p not in passed]
+        plan.biases += [path for path in lacking if in_scope(f"{path}.")]
         if not plan.biases and not plan.whole:
             raise ValueError(f"{op}: add_missing_bias is True, but no linear layer lacks a bias")
         return
@@ -179,12 +182,14 @@ def _add_biases(op, config, model, modules, in_scope, plan):
         if path not in linears or linears[path].bias is not None:
             what = "has a bias" if path in linears else f"is no linear layer{near(path, linears)}"
             raise ValueError(f"{op}: add_missing_bias has {path!r}, which {what}")
+        if path in passed:
+            raise ValueError(f"{op}: add_missing_bias has {path!r}, which is {passed[path]}")
         if not in_scope(f"{path}."):
             raise ValueError(f"{op}: add_missing_bias has {path!r}, which is not in layers={config.layers!r}")
         plan.biases.append(path)
 
 
-def _slices(op, kind, pattern, part, seed, model, modules, in_scope) -> list[Slice]:
+def _slices(op, kind, pattern, part, seed, modules, passed, in_scope) -> list[Slice]:
     found = [path for path in matches(pattern, (p for p in modules if p)) if in_scope(f"{path}.")]
     if not found:
         linears = [path for path, module in modules.items() if not_linear_reason(module) is None]
@@ -192,7 +197,7 @@ def _slices(op, kind, pattern, part, seed, model, modules, in_scope) -> list[Sli
     slices = []
     for path in found:
         module = modules[path]
-        reason = not_linear_reason(module) or own_path_reason(module)
+        reason = not_linear_reason(module) or own_path_reason(module) or passed.get(path)
         if reason is not None:
             raise TypeError(f"{op}: {kind} names {path}, which is {reason}, expected a plain nn.Linear or Conv1D")
         size = module.weight.shape[(kind == "columns") != is_conv1d(module)]
@@ -203,32 +208,36 @@ def _slices(op, kind, pattern, part, seed, model, modules, in_scope) -> list[Sli
     return slices
 
 
-def _add_tokens(op, config, model, modules, plan):
+def _add_tokens(op, config, model, modules, passed, plan):
     tables = config.tokens
     if not isinstance(tables, Mapping):
         tables = {_input_embedding(op, model, modules): tables} if tables else {}
     for name, ids in tables.items():
         embeddings = [path for path, module in modules.items() if isinstance(module, nn.Embedding)]
         paths = matches(name, (path for path in modules if path))
-        if len(paths) != 1:
+        if len({id(getattr(modules[path], "weight", path)) for path in paths}) != 1:
             raise ValueError(f"{op}: tokens names {name!r}, which is {len(paths)} modules{near(name, embeddings)}")
         module = modules[paths[0]]
-        reason = no_embedding_reason(module) or own_path_reason_but_hooks(module)
+        reason = _no_token_rows(module) or passed.get(paths[0])
         if reason is not None:
             raise TypeError(f"{op}: tokens names {paths[0]}, which is {reason}, expected a plain nn.Embedding")
         index = index_of(op, "tokens", ids, module.num_embeddings)
-        if module.padding_idx is not None and module.padding_idx in index.tolist():
-            raise ValueError(f"{op}: tokens has {module.padding_idx}, the padding, which gets no gradient")
         tied = [p for p, m in modules.items() if m is not module and getattr(m, "weight", None) is module.weight]
-        for path in tied:
-            if not_linear_reason(modules[path]) is not None:
-                raise TypeError(f"{op}: {path} is tied to {paths[0]}, expected a plain nn.Linear")
+        for path in (paths[0], *tied):
+            other = modules[path]
+            if _no_token_rows(other) is not None and not_linear_reason(other) is not None:
+                raise TypeError(f"{op}: {path} is tied to {paths[0]}, expected a plain nn.Linear or nn.Embedding")
+            if path in passed:
+                raise TypeError(f"{op}: {path} is tied to {paths[0]}, but {passed[path]}, expected one that is called")
+            if getattr(other, "padding_idx", None) in index.tolist():
+                raise ValueError(f"{op}: tokens has {other.padding_idx}, the padding, which gets no gradient")
         plan.slices.append(Slice(paths[0], "tokens", index, tuple(tied)))
 
 
-def own_path_reason_but_hooks(module: nn.Module) -> str | None:
+def _no_token_rows(module: nn.Module) -> str | None:
     """Hooks move along with an embedding; another forward on the instance cannot."""
-    return "an Embedding with another forward on the instance" if "forward" in module.__dict__ else None
+    own = "an Embedding with another forward on the instance" if "forward" in module.__dict__ else None
+    return no_embedding_reason(module) or own
 
 
 def _input_embedding(op, model, modules) -> str:

@@ -229,3 +229,28 @@ def test_parameters_held_as_attributes(monkeypatch):
     with counted(monkeypatch) as fused:
         assert torch.equal(model(IDS), expected)
     assert len(fused) == 2
+
+
+def _nested(x):
+    return torch.nested.nested_tensor([x, x[:2]])
+
+
+LAYOUTS = {
+    "coo": torch.Tensor.to_sparse,
+    "csr": torch.Tensor.to_sparse_csr,
+    "csc": torch.Tensor.to_sparse_csc,
+    "nested": _nested,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse.*beta:UserWarning", "ignore:The PyTorch API of nested:UserWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_of_other_layouts_are_pefts(layout, monkeypatch):
+    plain = peft_model()
+    ours = fastpeft.accelerate(copy.deepcopy(plain))
+    x = LAYOUTS[layout](torch.eye(3, 12))
+    with counted(monkeypatch) as fused:
+        y, expected = up(ours)(x), up(plain)(x)
+    assert fused == []
+    pairs = zip(y.unbind(), expected.unbind(), strict=True) if layout == "nested" else [(y, expected)]
+    assert all(torch.equal(one, other) for one, other in pairs)

@@ -18,6 +18,7 @@ TRUNK = f"{BACKWARD}::test_no_node_below_the_first_trained_block[llama-reentrant
 ASKED = f"{BACKWARD}::test_what_checkpoints_ask_of_the_embedding_is_taken_back_and_restored"
 HANDED = f"{BACKWARD}::test_blocks_that_are_handed_to_a_reentrant_checkpoint"
 LEFT = f"{FILE}::test_revert_leaves_no_gradients_and_the_mode_the_model_has"
+ONE = "tests/methods/selective/test_shared_embeddings.py::test_a_stack_of_one_block"
 TIED = f"{SELECTION}::test_tokens_of_a_tied_model_train_both_sides"
 GROUPS = f"{SELECTION}::test_param_groups"
 SAVED = f"{FILES}::test_what_is_saved_is_what_is_loaded"
@@ -41,8 +42,11 @@ MUTANTS = {
             "layers that match nothing": ("not found", "False", BAD),
         },
         "stacks": {
-            "experts inside a block are a stack": ('or path.startswith(tuple(f"{outer}." for outer in found)):', ":", STACK),
-            "modules of all sorts are a stack": ("and len(kinds) == 1 and", "and", STACK),
+            "experts inside a block are a stack": ('path.startswith(tuple(f"{outer}." for outer in found))', "False", STACK),
+            "a list of one that wraps a stack is one": ("lists[path] < 2", "0", ONE),
+        },
+        "_is_stack": {
+            "modules of all sorts are a stack": ("len({type(block) for block in module}) == 1 and", "len(module) and", STACK),
         },
         "blocks_of": {
             "the shortest stack": ("max(map(len,", "min(map(len,", STACK),
@@ -63,7 +67,7 @@ MUTANTS = {
             "Conv1D as nn.Linear": ('(kind == "columns") != is_conv1d(module)', 'kind == "columns"', f"{FILE}::test_rows_of_a_conv1d_are_output_features"),
         },
         "_add_biases": {
-            "missing biases everywhere": ('head and in_scope(f"{p}.")', "head", SCOPE),
+            "missing biases everywhere": ('[path for path in lacking if in_scope(f"{path}.")]', "lacking", SCOPE),
             "a named bias outside the layers": ('not in_scope(f"{path}.")', "False", SCOPE),
             "the head gets a bias": ("and m is not head and", "and", MISSING),
             "a bias in place of a bias": ("linears or linears[path].bias is not None", "linears", MISSING),
@@ -134,7 +138,7 @@ MUTANTS = {
             "a sliced layer has no new bias": ('layer._parameters["bias"] = getattr(layer.base_layer, "bias", None)  # perhaps just added', "", f"{BACK}[all]"),
             "slices come back untrained": ("layer._stale = True", "", BESIDE),
         },
-        "_slice_layers": {
+        "_token_rows": {
             "an embedding's hooks stop": ("name in base.__dict__", "False", f"{FILE}::test_hooks_of_an_embedding_go_on_while_its_tokens_train"),
         },
         "Change.weights": {
