@@ -15,6 +15,7 @@ from .attachment import KEY, Attachment, attachment_of, check_module, holder_of,
 from .carried import lift_carried, put_carried
 from .formats.peft_configs import is_peft_config, translated
 from .method import Method
+from .pretrained import put_up, take_down
 from .registry import METHODS, mergeable_of, method_of, methods_of
 from .switch import refuse_merged, set_adapter
 
@@ -79,6 +80,7 @@ def apply_all(model: nn.Module, configs: Sequence[Any], name: str, plans: Plans)
     if state is None:
         state = Attachment(flags={n: p.requires_grad for n, p in model.named_parameters()})
         setattr(model, KEY, state)
+        put_up(model)
         model.requires_grad_(False)
     state.configs[name] = configs[0] if len(configs) == 1 else tuple(configs)
     put_back = lift_carried(model, state)
@@ -116,6 +118,7 @@ def take_back(model: nn.Module, name: str, flags: Flags) -> None:
     del state.configs[name]
     state.carried.pop(name, None)
     if not state.configs:
+        take_down(model)
         delattr(model, KEY)
     else:
         for method in methods_of(state):
@@ -180,6 +183,7 @@ def detach(model: nn.Module, keep_merged: bool = False) -> nn.Module:
         method.lift(holder)
     for method in reversed(methods):
         method.remove(holder, keep_merged)
+    take_down(holder)
     delattr(holder, KEY)
     for name, parameter in holder.named_parameters():
         parameter.requires_grad_(state.flags.get(name, parameter.requires_grad))

@@ -22,6 +22,7 @@ class Attachment:
         records: what each method noted, by the method's name.
         carried: by adapter name, values of the model's own parameters that its checkpoint brought (``carried``).
         replaced: the model's own values of those parameters, while others are in the model.
+        arriving: adapters' values in a state dict that is being loaded (``pretrained``).
     """
 
     configs: dict[str, Any] = field(default_factory=dict)
@@ -30,6 +31,7 @@ class Attachment:
     records: dict[str, Any] = field(default_factory=dict)
     carried: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)
+    arriving: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, kind: type) -> dict[str, Any]:
         """Configs of this class, by adapter name."""
@@ -90,10 +92,11 @@ def holder_of(op: str, model: nn.Module) -> tuple[nn.Module, Attachment]:
 def original_names(model: nn.Module, state: Attachment) -> dict[str, nn.Parameter]:
     """Parameters of the original model by the names they had in it; those that were added keep theirs."""
     wrappers = {path: child for path, module in model.named_modules() if (child := original_child(module)) is not None}
-    return {_original_name(name, wrappers): parameter for name, parameter in model.named_parameters()}
+    return {original_name(name, wrappers): parameter for name, parameter in model.named_parameters()}
 
 
-def _original_name(name: str, wrappers: dict[str, str]) -> str:
+def original_name(name: str, wrappers: dict[str, str]) -> str:
+    """The name that a parameter had before the modules at these paths stood for others, their children named here."""
     kept, path = [], ""
     for part in name.split("."):
         if wrappers.get(path) != part:

@@ -64,7 +64,7 @@ MUTANTS = {
         },
     },
     "fastpeft/methods/attachment.py": {
-        "_original_name": {
+        "original_name": {
             "a wrapper's own parts taken for the original's": (
                 "wrappers.get(path) != part",
                 "True",
