@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..nn.adapter import adapter_name
-from .attachment import KEY, Attachment, attachment_of, check_module, holder_of, state_of
+from .attachment import KEY, Attachment, attachment_of, holder_of, state_of
 from .carried import lift_carried, put_carried
 from .formats.peft_configs import is_peft_config, translated
 from .method import Method
+from .placement import model_inside
 from .pretrained import put_up, take_down
 from .registry import METHODS, mergeable_of, method_of, methods_of
 from .switch import refuse_merged, set_adapter
@@ -26,7 +27,8 @@ Flags = list[tuple[nn.Parameter, bool]]
 def attach(model: nn.Module, config: Any | Sequence[Any], name: str = "default") -> nn.Module:
     """Adapt ``model`` as the config says, in place, and freeze the rest.
 
-    The first adapter is active; another name adds a second adapter, inactive until ``set_adapter``.
+    The first adapter is active; another name adds a second adapter, inactive until ``set_adapter``. Of a wrapper of
+    ``torch.compile`` or DataParallel it is the model inside that is adapted.
 
     Args:
         model: Any module; a model that has adapters already gets another one.
@@ -41,14 +43,15 @@ def attach(model: nn.Module, config: Any | Sequence[Any], name: str = "default")
 
     Raises:
         TypeError: ``model`` is no module, ``config`` no config, or a layer that was named cannot be adapted.
-        ValueError: The config means nothing in this model, or does not go with what is attached already; the error
+        ValueError: The config means nothing in this model, or does not go with what is attached already, or with a
+            wrapper that takes no more parameters (DistributedDataParallel, FSDP), or weights have no values; the error
             names what is wrong. Nothing has been changed then.
     """
-    check_module("attach", model)
+    inner = model_inside("attach", model)
     configs: list[Any] = []
     for part in config if isinstance(config, list | tuple) else (config,):
-        configs += translated("attach", model, part) if is_peft_config(part) else [part]
-    apply_all(model, configs, name, resolve_all("attach", model, configs, name))
+        configs += translated("attach", inner, part) if is_peft_config(part) else [part]
+    apply_all(inner, configs, name, resolve_all("attach", inner, configs, name))
     return model
 
 

@@ -20,6 +20,7 @@ from .formats.files import refuse_meta, safetensors, whole, writes_here
 from .formats.peft_files import CONFIG, add_tensors, warn_of_another_base
 from .formats.verdict import examine
 from .method import Files, Method
+from .placement import in_memory, model_inside
 from .registry import METHODS, method_named, method_of
 from .selective.files import SelectiveFiles, add_to_lora, is_input_tokens, tokens_beside_lora
 from .switch import refuse_merged, set_adapter
@@ -118,7 +119,7 @@ def load(
     """
     safetensors("load")
     attached = isinstance(model, nn.Module) and any(attachment_of(module) is not None for module in model.modules())
-    holder, state = holder_of("load", model) if attached else (model, None)
+    holder, state = holder_of("load", model) if attached else (model_inside("load", model), None)
     parts = _parts(directory)
     read = [(folder, m, *m.files.read("load", holder, folder, fields)) for folder, m, fields in parts]
     if is_trainable and any(part[2].get("ensure_weight_tying") for part in parts) and tied_to_embeddings(holder):
@@ -155,7 +156,7 @@ def load(
     with torch.no_grad():
         for _, method, _, tensors in read:
             for key, destination in method.files.parameters(holder, name).items():
-                destination.copy_(tensors[key])
+                in_memory(destination).copy_(tensors[key])
         carry(holder, state_of(holder), name, carried)
     warn_of_another_base("load", holder, [fields for _, _, fields in parts])
     return model

@@ -47,7 +47,7 @@ def build():
 
 
 def attached(name="default", model=None, **settings):
-    model = model or build()
+    model = build() if model is None else model
     torch.manual_seed(1)
     return fastpeft.attach(model, Lora(**{"r": 4, "init": "random", **settings}), name)
 

@@ -1,17 +1,16 @@
 """Bottleneck adapters, as ``attach`` drives them: holders beside the model's modules, called by hooks."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...nn.base_layer import trained_dtype
 from ...nn.bottleneck import BottleneckAdapter
 from ..attachment import state_of
 from ..bypasses import restore_bypasses, stop_bypasses
 from ..method import Method
+from ..placement import check_values, device_beside
 from .config import Bottleneck
 from .files import BottleneckFiles, adapter_at
 from .holder import Bottlenecks, form_at
@@ -51,6 +50,7 @@ class BottleneckMethod(Method):
                 )
         for site in found:
             config.size_of(site.features, site.layer)
+        check_values(op, model, [site.stream or site.norm or site.path for site in found])
         return config, found
 
     def apply(self, model: nn.Module, plan: Plan, name: str) -> None:
@@ -120,7 +120,6 @@ def _refuse_copies(model: nn.Module, found: list[Site]) -> None:
 def _build(model: nn.Module, site: Site, config: Bottleneck) -> BottleneckAdapter:
     """On the device of the modules it stands beside."""
     module = model.get_submodule(site.stream or site.norm or site.path)
-    parameters = itertools.chain(module.parameters(), model.parameters())
-    near: Tensor = next((p for p in parameters if p.is_floating_point()), torch.empty(0))
-    adapter = adapter_at(site, config, config.dtype or trained_dtype(near.dtype), near.device)
+    device, dtype = device_beside(module, model)
+    adapter = adapter_at(site, config, config.dtype or trained_dtype(dtype), device)
     return adapter.requires_grad_(False).train(model.get_submodule(site.path).training)

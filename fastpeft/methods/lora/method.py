@@ -14,11 +14,12 @@ from ..attachment import original_names, owners, replace_module, state_of
 from ..bypasses import restore_bypasses, stop_bypasses
 from ..layer_report import LayerReport
 from ..method import Mergeable
+from ..placement import check_values, put_beside
 from ..targets import Targets, resolve
 from .config import Lora
 from .experts import frozen_experts
 from .files import LoraFiles
-from .record import LoraRecord, note_biases, switch_biases
+from .record import LoraRecord, is_bias, note_biases, switch_biases
 
 
 class LoraMethod(Mergeable):
@@ -45,6 +46,12 @@ class LoraMethod(Mergeable):
             for inner, module in model.get_submodule(path).named_modules():
                 if is_added(module) and not inner.startswith("fastpeft_"):
                     raise ValueError(f"{op}: modules_to_save names {path}, but an adapter was added to a module inside")
+        check_values(op, model, targets.linears)
+        check_values(op, model, targets.copies, added=False)
+        if config.bias != "none":
+            adapted = tuple(f"{path}.bias" for path in targets.linears)
+            biases = [n for n, _ in model.named_parameters() if is_bias(n) and (config.bias == "all" or n in adapted)]
+            check_values(op, model, biases, added=False)
         return config, targets
 
     def report(self, model: nn.Module) -> Sequence[LayerReport]:
@@ -155,6 +162,13 @@ class LoraMethod(Mergeable):
         for path, layer in self.record(model).layers(model).items():
             if not layer.active:
                 continue
+            if layer.base_layer._parameters.get("weight") is None:
+                raise ValueError(
+                    f"merge: the weight of {path} is computed anew for each call (weight_norm, spectral_norm, "
+                    "parametrize), expected a parameter: remove that first"
+                )
+            if layer.weight.is_meta:
+                raise ValueError(f"merge: the weight of {path} is offloaded or on the meta device, expected values")
             tied = names[id(layer.weight)]
             if len(tied) > 1:
                 raise ValueError(
@@ -189,8 +203,11 @@ def _adapted(module: nn.Module, path: str, config: Lora, name: str) -> LoraLinea
     }
     if isinstance(module, LoraLinear):
         module.add_adapter(name, **settings)
-        return module
-    return (LoraEmbedding if isinstance(module, nn.Embedding) else LoraLinear)(module, name, **settings)
+        layer = module
+    else:
+        layer = (LoraEmbedding if isinstance(module, nn.Embedding) else LoraLinear)(module, name, **settings)
+    put_beside(layer.adapters[name], layer.base_layer)
+    return layer
 
 
 def _copied(module: nn.Module, name: str) -> TrainedCopy:

@@ -16,6 +16,7 @@ from ...nn.read_past import read_past
 from ...nn.token_rows import no_embedding_reason
 from ..attachment import attachment_of, original_names, owners
 from ..embeddings import input_embeddings, output_embeddings
+from ..placement import check_values
 from ..targets import walk
 from .blocks import blocks_of, chosen, near
 from .config import Selective
@@ -109,6 +110,10 @@ def resolve(op: str, model: nn.Module, config: Selective) -> Plan:
     _add_tokens(op, config, model, modules, passed, plan)
     _check_disjoint(op, parameters, modules, plan)
     _note_ties(model, plan)
+    check_values(op, model, [*plan.whole, *plan.biases, *(part.path for part in plan.slices)], added=False)
+    empty = next((name for name in plan.whole if parameters[name].is_meta), None)
+    if empty is not None:
+        raise ValueError(f"{op}: {empty} is on the meta device, without values to start from, expected a filled model")
     return plan
 
 
@@ -197,7 +202,9 @@ def _slices(op, kind, pattern, part, seed, modules, passed, in_scope) -> list[Sl
     slices = []
     for path in found:
         module = modules[path]
-        reason = not_linear_reason(module) or own_path_reason(module) or passed.get(path)
+        own = own_path_reason(module)
+        own = None if own is None else f"one that {own}"
+        reason = not_linear_reason(module) or own or passed.get(path)
         if reason is not None:
             raise TypeError(f"{op}: {kind} names {path}, which is {reason}, expected a plain nn.Linear or Conv1D")
         size = module.weight.shape[(kind == "columns") != is_conv1d(module)]

@@ -7,8 +7,9 @@ from typing import cast
 
 from torch import nn
 
-from ..attachment import attachment_of, check_module
+from ..attachment import attachment_of
 from ..formats.files import whole
+from ..placement import model_inside
 from . import files
 from .change import Change
 from .config import Ids, Selective
@@ -227,7 +228,7 @@ def select(
 
 
 def _select(op: str, model: nn.Module, config: Selective) -> Selection:
-    check_module(op, model)
+    model = model_inside(op, model)
     for path, module in model.named_modules():
         if attachment_of(module) is not None:
             raise ValueError(f"{op}: {path or 'the model'} has adapters; give fastpeft.Selective to attach instead")

@@ -164,7 +164,7 @@ MUTANTS = {
     },
     "fastpeft/methods/bottleneck/method.py": {
         "_build": {
-            "adapters in half precision": ("trained_dtype(near.dtype)", "near.dtype", HALF),
+            "adapters in half precision": ("trained_dtype(dtype)", "dtype", HALF),
         },
         "BottleneckMethod.set_active": {
             "inactive adapters train": (
