@@ -66,32 +66,55 @@ SETTINGS: dict[str, dict] = {
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"]},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
-    "deepseek_v2": {"topk_method": "greedy"},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
-    "nemotron": {"head_dim": 8},
+    "deepseek_v2": {"topk_method": "greedy", "num_experts_per_tok": 2, "qk_head_dim": 16},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 2},
     "ministral": {"head_dim": 8},
     "prophetnet": {"num_hidden_layers": None, "num_decoder_layers": 2},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gemma4_text": {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
     "qwen4_exp_text": {"layer_types": ["full_attention"] * 2},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "xlstm": {"v_dim_factor": 1.0, "qk_dim_factor": 1.0},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "mamba_ngroups": 1, "n_mamba_heads": 8},
-    "zamba": {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 2},
-}
+    "xlstm": {"hidden_size": 128, "num_blocks": 2, "qk_dim_factor": 0.5},
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "layers_block_type": ["mamba", "hybrid"],
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+        "adapter_rank": 8,
+    },
+    "zamba": {
+        "attention_hidden_size": 64,
+        "layers_block_type": ["mamba", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+        "mamba_dt_rank": 4,
+    },
+    "longcat_flash": {
+        "qk_head_dim": 16, "head_dim": 8, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "moe_topk": 2,
+        "zero_expert_num": 2,
+    },
+}  # fmt: skip
 # Families whose name in transformers stands for a class that another name of theirs builds from a smaller config.
 _SAME = ("qwen3_5", "qwen3_5_moe", "qwen4_exp", "llama4", "gemma3", "gemma3n", "gemma4", "gemma4_unified")
 
 
 def families() -> list[str]:
-    """Of several that are served by one class, the first."""
+    """Of several that are served by one class, the one whose config it is."""
     found: dict[str, str] = {}
     for name, head in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        if name not in _SAME:
-            found.setdefault(head, name)
-    return list(found.values())
+        own = getattr(getattr(transformers, head, None), "config_class", None)
+        if name not in _SAME and (head not in found or name == getattr(own, "model_type", None)):
+            found[head] = name
+    return sorted(found.values())
 
 
 def config_of(family: str, **settings) -> Any:

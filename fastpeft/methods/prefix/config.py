@@ -15,6 +15,10 @@ INITS = ("random", "zero", "text")
 class PrefixTuning:
     """Prefix tuning for ``fastpeft.attach``: keys and values trained in front of every layer's own.
 
+    In a layer that attends to a window of W tokens a prefix is part of the window, as in PEFT: the token at position t
+    of its row sees the keys i of the prefix with ``P + t - i < W``. Unlike PEFT's, positions do not count a row's
+    padding in front, so that a row has what it would have alone.
+
     Source: Li & Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation" (2021). Names in [brackets] are
     PEFT's.
 

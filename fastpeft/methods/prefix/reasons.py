@@ -27,8 +27,6 @@ CHANGES = {
     "transpose",
     "indexer",
 }
-# Families that hand keyword arguments on to their attention without saying so (``_supports_attention_backend``).
-HANDS_ON = ("biogpt", "falcon_h1")
 
 
 def sizes_of(op: str, model: nn.Module) -> Sizes:
@@ -38,8 +36,6 @@ def sizes_of(op: str, model: nn.Module) -> Sizes:
         TypeError: not a model that prefixes can be given to; the message says why.
     """
     config: Any = getattr(model, "config", None)
-    parameters = arguments_of(model).values() if isinstance(model, nn.Module) else ()
-    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     if config is None or not hasattr(config, "_attn_implementation"):
         raise TypeError(
             f"{op}: expected for PrefixTuning a transformers model with attention functions, not {type(model).__name__}"
@@ -49,10 +45,8 @@ def sizes_of(op: str, model: nn.Module) -> Sizes:
             f"{op}: {type(model).__name__} is an encoder-decoder, expected for PrefixTuning one stack of layers"
         )
     text, embedding = text_config(model), input_embeddings(model)
-    if getattr(getattr(embedding, "weight", None), "dim", int)() != 2:
-        reason: str | None = "it embeds no tokens"
-    else:
-        reason = _reason(model, text) if hands_on else "its forward hands no keyword arguments on to its attention"
+    embeds = getattr(getattr(embedding, "weight", None), "dim", int)() == 2
+    reason = _reason(model, text) if embeds else "it embeds no tokens"
     sizes = _sizes(text, list(attentions(model))) if reason is None else "unknown"
     reason = sizes if reason is None and isinstance(sizes, str) else reason
     if reason is not None:
@@ -120,11 +114,30 @@ def _reason(model: nn.Module, text: Any) -> str | None:
         return f"a prefix has no meaning in layers of {', '.join(others)}"
     if getattr(text, "num_kv_shared_layers", 0):
         return f"{text.num_kv_shared_layers} of its layers read the keys and values of others"
-    if not getattr(inner, "_supports_attention_backend", True) and getattr(text, "model_type", "") not in HANDS_ON:
-        return "it does not promise to hand keyword arguments on to its attention"
+    stops = next((kind for path in _paths(model) for kind in path if not _hands_on(kind)), None)
+    if stops is not None:
+        return f"{stops.__name__} does not hand keyword arguments on to its attention"
     if text._attn_implementation == "eager" and any(eager_of(module) is None for module in found):
         return "its eager attention is not by itself, expected attn_implementation='sdpa'"
     return None
+
+
+def _paths(model: nn.Module) -> Iterator[list[type]]:
+    """For every attention the classes that a call goes through on its way there, itself among them."""
+    modules, inside = dict(model.named_modules()), {id(module) for module in attentions(model)}
+    for path, module in modules.items():
+        if id(module) in inside:
+            steps = path.split(".")
+            above = [type(modules[".".join(steps[:i])]) for i in range(len(steps) + 1)]
+            yield [kind for kind in above if kind.forward not in (nn.Module.forward, nn.ModuleList.forward)]
+
+
+def _hands_on(kind: type) -> bool:
+    """Whether a class's forward takes any keyword arguments and calls something with what it was given."""
+    forward = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]  # of a module
+    takes = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+    code = getattr(forward, "__code__", None)
+    return takes and (code is None or any(step.opname == "CALL_FUNCTION_EX" for step in dis.get_instructions(code)))
 
 
 def _listed(layers: list[int]) -> str:

@@ -15,6 +15,10 @@ SIDES = (None, "right", "left")
 class PromptTuning:
     """Prompt tuning for ``fastpeft.attach``: embeddings ``[P, D]`` trained in place of a text in front of the input.
 
+    The prompt comes in once a sequence, wherever the model is called: itself, its ``forward``, or its backbone. Logits
+    and the backbone's hidden states hold its positions, ``[B, P + T, ..]``, as PEFT's do; labels are lengthened to
+    match.
+
     Source: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning" (2021). Names in [brackets] are
     PEFT's.
 
