@@ -17,6 +17,7 @@ from .formats.peft_configs import is_peft_config, translated
 from .method import Method
 from .placement import model_inside
 from .pretrained import put_up, take_down
+from .reentrant import close_checkpoints, open_checkpoints
 from .registry import METHODS, mergeable_of, method_of, methods_of
 from .switch import refuse_merged, set_adapter
 
@@ -84,6 +85,7 @@ def apply_all(model: nn.Module, configs: Sequence[Any], name: str, plans: Plans)
         state = Attachment(flags={n: p.requires_grad for n, p in model.named_parameters()})
         setattr(model, KEY, state)
         put_up(model)
+        open_checkpoints(model)
         model.requires_grad_(False)
     state.configs[name] = configs[0] if len(configs) == 1 else tuple(configs)
     put_back = lift_carried(model, state)
@@ -122,6 +124,7 @@ def take_back(model: nn.Module, name: str, flags: Flags) -> None:
     state.carried.pop(name, None)
     if not state.configs:
         take_down(model)
+        close_checkpoints(model)
         delattr(model, KEY)
     else:
         for method in methods_of(state):
@@ -187,6 +190,7 @@ def detach(model: nn.Module, keep_merged: bool = False) -> nn.Module:
     for method in reversed(methods):
         method.remove(holder, keep_merged)
     take_down(holder)
+    close_checkpoints(holder)
     delattr(holder, KEY)
     for name, parameter in holder.named_parameters():
         parameter.requires_grad_(state.flags.get(name, parameter.requires_grad))

@@ -9,25 +9,14 @@ first block that trains is made to require a gradient instead, which is thrown a
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..embeddings import input_embeddings
+from ..reentrant import Checkpoint, is_reentrant, opened
 from .blocks import stacks
 
 _ASK, _FUNCTION = "enable_input_require_grads", "_gradient_checkpointing_func"
 _HOOK = "make_inputs_require_grad"  # as transformers and PEFT call it
-
-
-class _Enter(torch.autograd.Function):
-    """The same tensor, which requires a gradient; the gradient ends here."""
-
-    @staticmethod
-    def forward(ctx, x, ticket):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return None, None
 
 
 class _Checkpoint:
@@ -39,7 +28,7 @@ class _Checkpoint:
     def __call__(self, function, *args, **kwargs):
         block = getattr(function, "__self__", None)
         if isinstance(block, nn.Module) and block in self.entry.blocks and self.entry.first_of(block) is block:
-            args = self.entry.opened(args)
+            args = opened(args)
         return self.function(function, *args, **kwargs)
 
 
@@ -76,31 +65,21 @@ class GradEntry:
             self._silence(asker)
         for owner in self.owners:
             function = owner.__dict__.get(_FUNCTION)
-            if function is not None and not isinstance(function, _Checkpoint) and _reentrant(function):
+            if function is not None and not isinstance(function, _Checkpoint | Checkpoint) and is_reentrant(function):
                 setattr(owner, _FUNCTION, _Checkpoint(function, self))
 
     def before_block(self, block: nn.Module, args: tuple):
         if torch.compiler.is_compiling():
             return None
         checkpointed = block.training and getattr(block, "gradient_checkpointing", False)
-        if checkpointed and _reentrant(getattr(block, _FUNCTION, None)) and self.first_of(block) is block:
-            return self.opened(args)
+        if checkpointed and is_reentrant(getattr(block, _FUNCTION, None)) and self.first_of(block) is block:
+            return opened(args)
         return None
 
     def first_of(self, block: nn.Module) -> nn.Module | None:
         """The first block that trains, in the stack that has this one."""
         blocks = next(blocks for blocks in self.stacks if any(other is block for other in blocks))
         return next((b for b in blocks if any(p.requires_grad for p in b.parameters())), None)
-
-    def opened(self, args: tuple) -> tuple:
-        """The arguments, of which the first tensor of numbers requires a gradient."""
-        for i, x in enumerate(args):
-            if isinstance(x, Tensor) and x.is_floating_point():
-                if x.requires_grad or not torch.is_grad_enabled():
-                    return args
-                ticket = torch.empty(0, device=x.device, requires_grad=True)
-                return (*args[:i], _Enter.apply(x, ticket), *args[i + 1 :])
-        return args
 
     def _silence(self, asker: nn.Module) -> None:
         table = input_embeddings(asker)
@@ -109,10 +88,3 @@ class GradEntry:
         for key, hook in list(table._forward_hooks.items()):
             if getattr(hook, "__name__", "").startswith(_HOOK):
                 self.silenced.append((table, key, table._forward_hooks.pop(key)))
-
-
-def _reentrant(function) -> bool:
-    """Whether a checkpoint function says ``use_reentrant=True``, or leaves it to PyTorch, where it may be."""
-    if isinstance(function, _Checkpoint):
-        function = function.function
-    return function is not None and getattr(function, "keywords", {}).get("use_reentrant") is not False

@@ -19,6 +19,7 @@ ASKED = f"{BACKWARD}::test_what_checkpoints_ask_of_the_embedding_is_taken_back_a
 HANDED = f"{BACKWARD}::test_blocks_that_are_handed_to_a_reentrant_checkpoint"
 LEFT = f"{FILE}::test_revert_leaves_no_gradients_and_the_mode_the_model_has"
 ONE = "tests/methods/selective/test_shared_embeddings.py::test_a_stack_of_one_block"
+REENTRANT = "tests/methods/test_reentrant.py"
 TIED = f"{SELECTION}::test_tokens_of_a_tied_model_train_both_sides"
 GROUPS = f"{SELECTION}::test_param_groups"
 SAVED = f"{FILES}::test_what_is_saved_is_what_is_loaded"
@@ -196,18 +197,28 @@ MUTANTS = {
             "revert leaves a checkpoint function": ("setattr(owner, _FUNCTION, owner.__dict__[_FUNCTION].function)", "pass", HANDED),
         },
         "GradEntry.before_block": {
-            "no gradient enters": ("self.opened(args)", "None", TRUNK),
+            "no gradient enters": ("return opened(args)", "return None", TRUNK),
             "gradients enter at every block": ("(getattr(block, _FUNCTION, None)) and self.first_of(block) is block", "(getattr(block, _FUNCTION, None))", TRUNK),
         },
         "GradEntry.first_of": {
             "the first stack is everybody's": ("next(blocks for blocks in self.stacks if any(other is block for other in blocks))", "self.stacks[0]", f"{BACKWARD}::test_reentrant_checkpoints_of_two_stacks"),
         },
         "_Checkpoint.__call__": {
-            "a block that is handed over gets no gradient": ("args = self.entry.opened(args)", "pass", HANDED),
+            "a block that is handed over gets no gradient": ("args = opened(args)", "pass", HANDED),
             "gradients enter at every block that is handed over": ("blocks and self.entry.first_of(block) is block", "blocks", HANDED),
         },
-        "_reentrant": {
+    },
+    "fastpeft/methods/reentrant.py": {
+        "is_reentrant": {
             "what PyTorch may do is not reentrant": ("not False", "True", HANDED),
+        },
+        "Checkpoint.__call__": {
+            "frozen inputs give adapters no gradient": ("args = opened(args)", "pass", f"{REENTRANT}::test_adapters_get_the_gradients_without_checkpoints"),
+            "gradients enter where nothing trains": ("any(parameter.requires_grad for parameter in module.parameters())", "True", f"{REENTRANT}::test_nothing_enters_where_nothing_trains"),
+        },
+        "close_checkpoints": {
+            "detach leaves a checkpoint function": ("setattr(module, _FUNCTION, function.function)", "pass", f"{REENTRANT}::test_adapters_get_the_gradients_without_checkpoints"),
+            "detach leaves hooks": ("del module._forward_pre_hooks[key]", "pass", f"{REENTRANT}::test_adapters_get_the_gradients_without_checkpoints"),
         },
     },
     "fastpeft/methods/selective/lisa.py": {
