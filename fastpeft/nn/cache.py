@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 # How the arguments are called in which models hand their state on: attention's keys and values; Mamba's and its kin's
@@ -23,7 +22,7 @@ def cache_of(call: Any) -> Any:
 def tokens_in(cache: Any) -> int | Tensor | None:
     """How many tokens it holds; None where only its own kind of state could tell."""
     if not hasattr(cache, "get_seq_length"):
-        return None
+        return cache[0][0].shape[-2] if _pairs(cache) else None
     try:
         return cache.get_seq_length()
     except ValueError:  # no layer of it attends
@@ -76,5 +75,13 @@ def masks_later(attention_mask: Tensor | None = None, **rest: Any) -> Tensor | N
     return attention_mask
 
 
+def _pairs(cache: Any) -> bool:
+    """Whether it is a pair of keys and values for each layer, as transformers had it once."""
+    return isinstance(cache, tuple) and bool(cache) and isinstance(cache[0], tuple) and len(cache[0]) > 1
+
+
 def _carrier(cache: Any) -> Any:
-    return cache[0] if isinstance(cache, list | tuple) and cache and isinstance(cache[0], torch.Tensor) else cache
+    """A list or tuple holds tensors that can be given what it cannot be given itself."""
+    while isinstance(cache, list | tuple) and cache:
+        cache = cache[0]
+    return cache

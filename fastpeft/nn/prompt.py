@@ -79,9 +79,11 @@ class Prompts(RowAdapters):
 
     def after(self, called: Called, given: dict, output: Any) -> None:
         """Leave with the cache, or an encoder's output, what later calls need to know."""
-        done = getattr(given.get("inputs_embeds"), KEY, None)
+        done, before = getattr(given.get("inputs_embeds"), KEY, None), caches.cache_of(given)
+        if done is None and before is not None and not self.encodes:
+            done = caches.found(before, KEY)
         # Some models hand back no cache: the one that they were given goes on.
-        cache = output if self.encodes else caches.cache_of(output) or caches.cache_of(given)
+        cache = output if self.encodes else caches.cache_of(output) or before
         if done is not None and cache is not None and not torch.compiler.is_compiling():
             caches.leave(cache, KEY, done)
 
@@ -163,7 +165,9 @@ class Prompts(RowAdapters):
             raise ValueError(f"{self.op}: attention_mask has shape {list(mask.shape)}, expected [B, T]")
         past = caches.tokens_in(cache)
         found = {**given}
-        found.pop("cache_position", None)
+        places = found.pop("cache_position", None)
+        if places is not None and past is None:  # only the caller knows
+            found["cache_position"] = places + before.shape[1] - done.tokens
         if mask is None and (past is None or (done.alike and given.get("position_ids") is None)):
             return found  # all that there is goes on from what the cache holds
         if mask is None:

@@ -1,6 +1,7 @@
 """What a model must be for its layers to be given keys and values, found out before anything of it is touched."""
 
 import dis
+import importlib.util
 import inspect
 from collections.abc import Iterator
 from typing import Any, cast
@@ -91,6 +92,8 @@ def _names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _reason(model: nn.Module, text: Any) -> str | None:
+    if importlib.util.find_spec("transformers.masking_utils") is None:
+        return "this transformers has no masks by the name of an attention function, expected 4.53 or later"
     inner: Any = list(entered(model).values())[-1]
     if "past_key_values" not in arguments_of(inner):
         return "its layers take no keys and values beside their own (past_key_values)"
