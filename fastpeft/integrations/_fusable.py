@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
 
 from .. import ops
 from .._check import PLAIN
+from ..nn.plain import transform
 from ..nn.sharing import Branch
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -146,11 +146,7 @@ def _transformed() -> str | None:
         return "hooks for all modules are active"
     if torch.compiler.is_compiling():
         return "torch.export" if torch.compiler.is_exporting() else None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode gradients are active"
-    return "torch.jit is tracing" if torch._C._is_tracing() else None
+    return transform()
 
 
 def _intercepted(module: nn.Module) -> bool:

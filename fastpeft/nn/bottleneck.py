@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import _check, ops
 from ..ops.bottleneck_arguments import ACTIVATIONS, NORMS
+from . import plain
 from .backend import serving_backend
 
 INITS = ("bert", "mam", "houlsby")
@@ -161,10 +162,13 @@ class BottleneckAdapter(nn.Module):
         after, gate_weight = self.norm_after_weight is not None, self.gate_weight
         before = self.residual_first and not self.parallel  # where the residual goes if a norm follows
         alone = gate_weight is not None or depth > 0.0 or (after and not before)
-        y = ops.bottleneck(
-            x, self.down_weight, self.down_bias, self.up_weight, self.up_bias, None if alone else residual,
-            self.activation, self.scale, self.norm_weight, self.norm_bias, self.norm or "layer", self.eps, dropout,
-        )  # fmt: skip
+        if plain.is_plain(x):
+            y = plain.bottleneck(self, x, None if alone else residual, dropout)
+        else:
+            y = ops.bottleneck(
+                x, self.down_weight, self.down_bias, self.up_weight, self.up_bias, None if alone else residual,
+                self.activation, self.scale, self.norm_weight, self.norm_bias, self.norm or "layer", self.eps, dropout,
+            )  # fmt: skip
         if depth:
             y = y * _survivors(x, depth)
         if gate_weight is not None:

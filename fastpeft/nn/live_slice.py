@@ -98,6 +98,12 @@ class LiveSlice(nn.Module):
             self._stale = True
         return self._matrix(weight)
 
+    def written(self) -> Tensor:
+        """``[N, K]`` with the trained part, which gets its gradient from here; the weight in memory is left alone."""
+        return self._matrix(self.stored.detach()).index_copy(
+            int(self.columns), self.index, self.trained.to(self.stored.dtype)
+        )
+
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from .base_layer import is_conv1d, not_linear_reason
 from .live_slice import LiveSlice, index_of
+from .plain import is_plain
 
 
 class RowSparseLinear(LiveSlice):
@@ -64,6 +66,8 @@ class RowSparseLinear(LiveSlice):
             x: ``[..., K]``.
         """
         bias = self._parameters["bias"]
+        if is_plain(x):
+            return F.linear(x, self.written(), bias)
         return ops.row_linear(x, self.current(), self.trained, self.index, bias, self.columns)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .live_slice import LiveSlice, index_of
+from .plain import is_plain
 
 
 class _Lookup(torch.autograd.Function):
@@ -71,6 +72,9 @@ class TokenRows(LiveSlice):
         Args:
             ids: ``[...]`` integers in [0, V).
         """
+        if is_plain(ids):
+            y = F.embedding(ids, self.written())
+            return y * _scale(self.__dict__["base_layer"]) if self.scaled else y
         weight, trained = self.current(), self.trained
         if not (trained.requires_grad and torch.is_grad_enabled()):
             y = F.embedding(ids, weight)
