@@ -75,7 +75,10 @@ def test_decoding_goes_on_after_the_prompt(family):
     one, two = ours(ids, use_cache=True, **caches[0]), model(inputs_embeds=x, use_cache=True, **caches[1])
     for step in range(3):
         assert close(one.logits[:, -1], two.logits[:, -1]), step
-        if not handed:
+        if handed:  # with masks, as generate gives them: the caller's do not count the prompt
+            masks = (torch.ones(2, n + step + 1, dtype=torch.int64) for n in (ids.shape[1], x.shape[1]))
+            caches = [{**cache, "attention_mask": mask} for cache, mask in zip(caches, masks, strict=True)]
+        else:
             name = "cache_params" if family == "mamba" else "state"
             caches = [{name: one[name]}, {name: two[name]}]
         more = two.logits[:, -1:].argmax(-1)

@@ -200,7 +200,7 @@ MUTANTS = {
             "padding predicts the first token": (".scatter(1, batch.attention_mask.argmax(1, keepdim=True), -100)", "", P_ROWS),
         },
         "Prompts.after": {
-            "a cache that no output hands back": ("or caches.cache_of(given)", "", f"{P_IN}::test_decoding_goes_on_after_the_prompt"),
+            "a cache that no output hands back": ("or before", "", f"{P_IN}::test_decoding_goes_on_after_the_prompt"),
         },
         "Prompts._side": {
             "padding side of the model": ("if self.padding_side is not None:\n            return self.padding_side", "", P_ROWS),
