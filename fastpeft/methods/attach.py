@@ -12,9 +12,11 @@ from torch import nn
 
 from ..nn.adapter import adapter_name
 from .attachment import KEY, Attachment, attachment_of, holder_of, state_of
-from .carried import lift_carried, put_carried
+from .carried import put_carried
+from .claims import Claims, refuse_shared
 from .formats.peft_configs import is_peft_config, translated
 from .method import Method
+from .originals import disabled, lifted
 from .placement import model_inside
 from .pretrained import put_up, take_down
 from .reentrant import close_checkpoints, open_checkpoints
@@ -70,7 +72,9 @@ def resolve_all(op: str, model: nn.Module, configs: Sequence[Any], name: str, st
         if name in state.configs:
             raise ValueError(f"{op}: adapter {name!r} is attached already")
         refuse_merged(op, model, state)
-    plans = [(m, m.resolve(op, model, config, name, strict)) for m, config in zip(methods, configs, strict=True)]
+    with disabled(model):
+        plans = [(m, m.resolve(op, model, config, name, strict)) for m, config in zip(methods, configs, strict=True)]
+        refuse_shared(op, {method.title: method.claims(model, plan) for method, plan in plans})
     for path, module in model.named_modules():
         if module is not model and attachment_of(module) is not None:
             raise ValueError(f"{op}: {path} has adapters of its own, expected a model without")
@@ -88,33 +92,39 @@ def apply_all(model: nn.Module, configs: Sequence[Any], name: str, plans: Plans)
         open_checkpoints(model)
         model.requires_grad_(False)
     state.configs[name] = configs[0] if len(configs) == 1 else tuple(configs)
-    put_back = lift_carried(model, state)
     try:
-        for method in methods_of(state):
-            method.lift(model)
-        for method, plan in sorted(plans, key=lambda pair: METHODS.index(pair[0])):
-            if method.name not in state.records:
-                state.records[method.name] = method.record_type()
-            method.apply(model, plan, name)
-        for method in methods_of(state):
-            method.settle(model)
-        put_back()
+        with lifted(model):
+            try:
+                state.claims[name] = Claims().union(*(method.claims(model, plan) for method, plan in plans))
+                for method, plan in sorted(plans, key=lambda pair: METHODS.index(pair[0])):
+                    if method.name not in state.records:
+                        state.records[method.name] = method.record_type()
+                    method.apply(model, plan, name)
+            except BaseException:
+                _discard(model, name)  # before anything settles on what is half there
+                raise
         if first:
             set_adapter(model, name)
         else:
             _set_flags(flags)
     except BaseException:
-        put_back()
         take_back(model, name, flags)
         raise
 
 
 def take_back(model: nn.Module, name: str, flags: Flags) -> None:
-    """Take one inactive adapter off, whole or half applied, and give parameters these flags."""
+    """Take one inactive adapter off, if it is there, and give parameters these flags."""
+    state = attachment_of(model)
+    if state is not None and name in state.configs:
+        with lifted(model):
+            _discard(model, name)
+    _set_flags(flags)
+
+
+def _discard(model: nn.Module, name: str) -> None:
+    """Take one inactive adapter off, whole or half applied, while everything is lifted."""
     state = state_of(model)
     parts = [method_of("attach", config) for config in state.parts(name)]
-    for method in methods_of(state):
-        method.lift(model)
     for method in reversed(methods_of(state)):
         if method in parts:
             method.discard(model, name)
@@ -122,14 +132,11 @@ def take_back(model: nn.Module, name: str, flags: Flags) -> None:
                 del state.records[method.name]
     del state.configs[name]
     state.carried.pop(name, None)
+    state.claims.pop(name, None)
     if not state.configs:
         take_down(model)
         close_checkpoints(model)
         delattr(model, KEY)
-    else:
-        for method in methods_of(state):
-            method.settle(model)
-    _set_flags(flags)
 
 
 def _set_flags(flags: Flags) -> None:

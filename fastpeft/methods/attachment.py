@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..nn.protocol import original_child
+from .claims import Claims
 
 KEY = "fastpeft_attachment"
 
@@ -19,6 +20,7 @@ class Attachment:
         configs: by adapter name; a tuple where an adapter has several.
         active: names of the active adapters.
         flags: requires_grad of every parameter of the original model, by name.
+        claims: what each adapter trains of the original model.
         records: what each method noted, by the method's name.
         carried: by adapter name, values of the model's own parameters that its checkpoint brought (``carried``).
         replaced: the model's own values of those parameters, while others are in the model.
@@ -28,6 +30,7 @@ class Attachment:
     configs: dict[str, Any] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     flags: dict[str, bool] = field(default_factory=dict)
+    claims: dict[str, Claims] = field(default_factory=dict)
     records: dict[str, Any] = field(default_factory=dict)
     carried: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     replaced: dict[str, Tensor] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from .formats.files import refuse_meta, safetensors, whole, writes_here
 from .formats.peft_files import CONFIG, add_tensors, warn_of_another_base
 from .formats.verdict import examine
 from .method import Files, Method
+from .originals import disabled
 from .placement import in_memory, model_inside
 from .registry import METHODS, method_named, method_of
 from .selective.files import SelectiveFiles, add_to_lora, is_input_tokens, tokens_beside_lora
@@ -129,9 +130,10 @@ def load(
     if state is None or new:
         configs = tuple(config for _, _, config, _ in read)
         plans = resolve_all("load", holder, configs, name, strict=False)
-        expected = [
-            method.files.expected(holder, config, plan) for (_, method, config, _), (_, plan) in zip(read, plans)
-        ]
+        with disabled(holder):
+            expected = [
+                method.files.expected(holder, config, plan) for (_, method, config, _), (_, plan) in zip(read, plans)
+            ]
     else:
         refuse_merged("load", holder, state)
         _same_methods(state, name, [method for _, method, _, _ in read])
@@ -157,6 +159,7 @@ def load(
         for _, method, _, tensors in read:
             for key, destination in method.files.parameters(holder, name).items():
                 in_memory(destination).copy_(tensors[key])
+    with disabled(holder):
         carry(holder, state_of(holder), name, carried)
     warn_of_another_base("load", holder, [fields for _, _, fields in parts])
     return model

@@ -4,11 +4,14 @@ A method is one object, the same for all models: a subclass of ``Method`` listed
 a model it notes in ``record(model)``, a value of its own kind, and nowhere else, so that models can be copied and
 pickled. An adapter name stands for one config of each of some methods. The order of calls in an ``attach``:
 
-1. ``resolve`` of every config: finds and checks everything, raises whatever can be wrong, touches nothing.
-2. ``lift`` of every method in use, then ``apply`` of every plan: adds what belongs to the name, frozen and inactive.
+1. ``disable`` of every method in use, and ``resolve`` of every config: finds and checks everything, raises whatever can
+   be wrong, touches nothing.
+2. ``lift`` of every method in use, disabled, then ``apply`` of every plan: adds what belongs to the name, frozen and
+   inactive.
    The model's own parameters are frozen by then, and the name's config is among ``configs(model)``. If anything raises
    from here on, ``discard`` is called on the methods that have a record, and leaves the model as it was.
 3. ``settle`` of every method in use: modules may have been replaced by others' wrappers since.
+   ``originals`` is where it is done, for whoever takes adapters off too.
 4. ``set_active``, if the adapter is the model's first, and whenever the user calls ``set_adapter``.
 
 ``model`` is always the module that was attached to. Paths and names of parameters are those of the model as it was
@@ -24,6 +27,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .attachment import attachment_of
+from .claims import Claims
 from .layer_report import LayerReport
 
 
@@ -69,6 +73,17 @@ class Method(ABC):
                 nothing).
         """
 
+    def claims(self, model: nn.Module, plan: Any) -> Claims:
+        """The names of the model's own weights that the plan trains, in place or as copies.
+
+        No two adapters that act together may have one in common.
+
+        Args:
+            model: The model, as ``resolve`` was given it.
+            plan: What ``resolve`` gave.
+        """
+        return frozenset()
+
     @abstractmethod
     def apply(self, model: nn.Module, plan: Any, name: str) -> None:
         """Add what has been resolved, inactive and frozen. ``record(model)`` and ``configs(model)[name]`` are there."""
@@ -93,10 +108,11 @@ class Method(ABC):
     # What most methods have no need of.
 
     def lift(self, model: nn.Module) -> None:  # noqa: B027  it may be left as it is
-        """Take off for a while what must not be there when modules are copied or replaced (hooks)."""
+        """Take off for a while what must not be there when modules are copied or replaced: hooks, and what is trained
+        in the model's own parameters."""
 
     def settle(self, model: nn.Module) -> None:  # noqa: B027
-        """Put right what depends on which module now stands at a path (hooks)."""
+        """Put it back, on the modules that now stand at the paths."""
 
     def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:  # noqa: B027
         """Raise if these cannot be active together; names of adapters without a part in this method are passed too."""

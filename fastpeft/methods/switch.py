@@ -1,14 +1,16 @@
 """Which adapters of an attached model act: active, disabled, merged into the frozen weights."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from torch import nn
 
 from .. import _check
 from .attachment import Attachment, holder_of
-from .carried import lift_carried, put_carried
+from .carried import put_carried
+from .claims import refuse_shared
 from .method import Mergeable
+from .originals import disabled
 from .registry import mergeable_of, method_of, methods_of
 
 
@@ -37,10 +39,12 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], trainable: bool = 
     refuse_merged("set_adapter", holder, state)
     for method in methods_of(state):
         method.check_active("set_adapter", holder, wanted)
-    if state.carried:  # what checkpoints brought lies under what the methods change
-        for method in methods_of(state):
-            method.set_active(holder, ())
-        put_carried(holder, state, wanted)
+    refuse_shared("set_adapter", {repr(name): state.claims[name] | {*state.carried.get(name, ())} for name in wanted})
+    # What leaves gives weights back before others take them; what checkpoints brought lies under all of it.
+    staying = [name for name in wanted if name in state.active and not state.carried]
+    for method in methods_of(state):
+        method.set_active(holder, staying, trainable)
+    put_carried(holder, state, wanted)
     for method in methods_of(state):
         method.set_active(holder, wanted, trainable)
     state.active = wanted
@@ -62,17 +66,16 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the ``with`` block the model computes what it did before it was attached to, trained biases included.
 
+    Gradients stay, and a backward whose forward was before the block may come after it.
+
     Args:
         model: A model that adapters are attached to, or a wrapper around it; it is what the block is given.
 
     Raises:
         ValueError: Nothing is attached to the model.
     """
-    holder, state = holder_of("disable_adapter", model)
-    with ExitStack() as stack:
-        for method in methods_of(state):
-            stack.callback(method.disable(holder))
-        stack.callback(lift_carried(holder, state))  # last, so that what is merged again is merged into what it was
+    holder, _ = holder_of("disable_adapter", model)
+    with disabled(holder):
         yield model
 
 

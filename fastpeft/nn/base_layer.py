@@ -9,14 +9,14 @@ from .. import _check
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D, whose weight is ``[K, N]``.
 
-    Known by its name and ``nf``, so that transformers need not be there.
+    Known by its name and ``nf``, so that transformers need not be there. A layer that trains rows of one is one too.
     """
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return _is_named_conv1d(module.__dict__.get("base_layer", module))
 
 
 def not_linear_reason(module: nn.Module) -> str | None:
     """None for exactly ``nn.Linear`` or ``Conv1D`` with a plain floating-point weight, else what it is instead."""
-    if type(module) is not nn.Linear and not is_conv1d(module):
+    if type(module) is not nn.Linear and not _is_named_conv1d(module):
         return f"a {type(module).__name__}"
     weight = module.weight
     if type(weight) not in _check.PLAIN:  # quantised by torchao, sharded by fully_shard
@@ -34,3 +34,7 @@ def trained_dtype(weight: torch.dtype) -> torch.dtype:
 def served_dtype(adapter: torch.dtype | None, weight: torch.dtype) -> torch.dtype:
     """The adapter's dtype where the op takes it beside this weight, else the one it is cast to."""
     return weight if adapter == weight else torch.promote_types(weight, torch.float32)
+
+
+def _is_named_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -63,4 +63,7 @@ def own_path_reason(module: nn.Module) -> str | None:
         return "has hooks"
     if "forward" in module.__dict__:
         return "has its forward overridden on the instance"
+    trains = getattr(type(module), "fastpeft_trains", None)
+    if trains is not None:
+        return trains
     return "is parametrised" if "parametrizations" in module._modules else None

@@ -1,11 +1,10 @@
 """Chosen rows or columns of a frozen weight as a small trained parameter, and the weight that always holds them.
 
-The optimizer sees the small parameter ``trained``. The weight stays one dense tensor: before it is used, what has been
-trained is written into it, so forward is the plain computation, and whoever else holds the weight (a tied output layer,
-``state_dict``, a merge) finds it up to date.
-
-When to write: when the parameter's version counter has moved, and, since optimizers may write through ``.data``, which
-moves no counter, once after every forward that recorded gradients. Where nothing is trained, nothing is written.
+The optimizer sees the small parameter ``trained``. The weight stays one dense tensor: whenever it is read, what has
+been trained is written into it, so forward is the plain computation, and whoever else holds the weight (a tied output
+layer, ``state_dict``, a merge) finds it up to date. It is written every time, in training and in evaluation, since
+nothing tells reliably that nothing has changed: no counter moves where somebody writes through ``.data`` or into the
+memory, and copies, pickles and parameters that are put in another's place have counters of their own.
 """
 
 from typing import Any, cast
@@ -34,6 +33,7 @@ class LiveSlice(nn.Module):
 
     index: Tensor
     trained: nn.Parameter
+    fastpeft_trains = "trains rows or columns of its weight"
     _written: int | None  # the version of the slice that the weight holds
 
     def __init__(
@@ -48,7 +48,6 @@ class LiveSlice(nn.Module):
         super().__init__()
         self.__dict__["base_layer"] = base_layer  # no submodule: the parameters keep the names they had
         self.columns, self.transposed = columns, transposed
-        self._stale = False
         weight = base_layer.weight
         self._parameters["weight"] = weight
         self._parameters["bias"] = getattr(base_layer, "bias", None)
@@ -72,31 +71,40 @@ class LiveSlice(nn.Module):
         """The weight as it lies in memory, whether or not it is up to date."""
         return cast(nn.Parameter, self._parameters["weight"])
 
+    def stand_for(self, base_layer: nn.Module) -> None:
+        """Take the place of this module, with the parameters and the mode that it has now."""
+        self.__dict__["base_layer"] = base_layer
+        self._parameters |= {name: base_layer._parameters.get(name) for name in ("weight", "bias")}
+        weight = self.stored
+        self.trained.data, self.index = self.trained.data.to(weight.device), self.index.to(weight.device)
+        self._written = None
+        self.train(base_layer.training)
+
+    def give_back(self) -> nn.Module:
+        """The module that this stood for, with the parameters and the mode that this has: they may be others by now."""
+        base = self.__dict__["base_layer"]
+        base._parameters |= {name: self._parameters[name] for name in ("weight", "bias") if name in base._parameters}
+        return base.train(self.training)
+
     @torch.no_grad()
     def write(self) -> None:
-        """Bring the weight up to date if the trained part may have changed."""
-        weight, trained = self.stored, self.trained
-        version = None if trained.is_inference() else trained._version
-        moved = version is None or version != self._written
-        if weight.is_meta or not (moved or self._stale):
+        """Bring the weight up to date."""
+        parameters = self._parameters  # past nn.Module's slow __getattr__
+        weight, trained = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["trained"])
+        if weight.is_meta or trained.is_meta:
             return
         # A counted write, so that a backward that needs the old weight raises. Not where the counter stands: the value
         # is most likely the same then, as between the micro-batches of a pipeline, whose backwards are still to come.
-        target = self._matrix(weight if moved else weight.data)
+        compiling = torch.compiler.is_compiling()
+        version = None if compiling or trained.is_inference() else trained._version
+        target = self._matrix(weight if version is None or version != self._written else weight.data)
         target.index_copy_(int(self.columns), self.index, trained.detach().to(weight.dtype))
-        self._written, self._stale = version, False
+        if not compiling:
+            self._written = version
 
     def current(self) -> Tensor:
-        """``[N, K]`` for a forward. The optimizer may change the slice after one that records gradients."""
-        if torch.compiler.is_compiling():
-            stored, trained = self.stored, self.trained.detach()
-            with torch.no_grad():
-                self._matrix(stored).index_copy_(int(self.columns), self.index, trained.to(stored.dtype))
-            return self._matrix(stored)
-        weight = self.weight
-        if torch.is_grad_enabled() and self.trained.requires_grad:
-            self._stale = True
-        return self._matrix(weight)
+        """``[N, K]`` for a forward."""
+        return self._matrix(self.weight)
 
     def written(self) -> Tensor:
         """``[N, K]`` with the trained part, which gets its gradient from here; the weight in memory is left alone."""
@@ -116,8 +124,8 @@ class LiveSlice(nn.Module):
             return getattr(self.__dict__["base_layer"], name)
 
     def __getstate__(self):
-        self.write()  # a copy starts with counters of its own
-        return self.__dict__
+        self.write()
+        return {**self.__dict__, "_written": None}  # a copy's counter is its own
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.write()
@@ -134,9 +142,11 @@ class LiveSlice(nn.Module):
         if key in missing_keys:
             missing_keys.remove(key)
         if f"{prefix}weight" in state_dict:
+            rows = self._matrix(self.stored.detach()).index_select(int(self.columns), self.index)
+            if self.trained.is_meta:  # the weight has been assigned to a model without memory
+                self.trained = nn.Parameter(rows.to(self.trained.dtype), self.trained.requires_grad)
             with torch.no_grad():
-                weight = self._matrix(self.stored)
-                self.trained.copy_(weight.index_select(int(self.columns), self.index))
+                self.trained.copy_(rows)
 
 
 def index_of(op: str, name: str, numbers, size: int) -> Tensor:

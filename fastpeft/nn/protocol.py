@@ -69,6 +69,16 @@ class StandsFor(Protocol):
     fastpeft_original: ClassVar[str]
 
 
+class Trains(Protocol):
+    """A layer that trains parts of its weight, so that nobody may compute with that weight in the layer's place.
+
+    Attributes:
+        fastpeft_trains: what it does, as the end of a sentence about it.
+    """
+
+    fastpeft_trains: ClassVar[str]
+
+
 class Added(Protocol):
     """A module that was added to a model, so that no method takes it for a part of the model itself.
 

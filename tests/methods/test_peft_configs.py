@@ -86,7 +86,7 @@ def test_other_methods(config):
 
 def test_token_rows_alone():
     ours = fastpeft.attach(llama(), peft.TrainableTokensConfig(token_indices=[2, 9], target_modules=["embed_tokens"]))
-    (part,) = ours.fastpeft_attachment.records["selective"].changes["default"].plan.slices
+    (part,) = ours.fastpeft_attachment.records["selective"].changes.of["default"].plan.slices
     assert (part.path, part.index.tolist()) == ("model.embed_tokens", [2, 9])
     assert names(fastpeft.select(llama(), tokens=[2, 9])) == {"model.embed_tokens.tokens"}  # the same by our own word
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ...nn.base_layer import trained_dtype
 from ...nn.bottleneck import BottleneckAdapter
-from ..attachment import state_of
+from ..attachment import attachment_of, state_of
 from ..bypasses import restore_bypasses, stop_bypasses
 from ..method import Method
 from ..placement import check_values, device_beside
@@ -41,6 +41,8 @@ class BottleneckMethod(Method):
 
     def resolve(self, op: str, model: nn.Module, config: Bottleneck, name: str, strict: bool = True) -> Plan:
         found = sites(op, model, config)
+        if attachment_of(model) is not None:
+            _refuse_copies(op, model, found)
         if config.residual_before_norm == "post_add" and not config.parallel and config.original_norm_before:
             early = next((site for site in found if site.norm is None and site.place != "rule"), None)
             if early is not None:
@@ -56,7 +58,7 @@ class BottleneckMethod(Method):
     def apply(self, model: nn.Module, plan: Plan, name: str) -> None:
         config, found = plan
         holders = self.record(model).holders
-        _refuse_copies(model, found)
+        _refuse_copies("attach", model, found)
         built = []
         for site in found:
             kind, form = form_at(site, config)
@@ -109,12 +111,12 @@ class BottleneckMethod(Method):
         return lambda: switch(False)
 
 
-def _refuse_copies(model: nn.Module, found: list[Site]) -> None:
+def _refuse_copies(op: str, model: nn.Module, found: list[Site]) -> None:
     inside = tuple(f"{path}." for path in state_of(model).copies)
     for site in found:
         for path in (site.path, site.stream, site.norm):
             if path is not None and path.startswith(inside or ("\0",)):
-                raise ValueError(f"attach: {path} is inside a module of modules_to_save, expected one or the other")
+                raise ValueError(f"{op}: {path} is inside a module of modules_to_save, expected one or the other")
 
 
 def _build(model: nn.Module, site: Site, config: Bottleneck) -> BottleneckAdapter:

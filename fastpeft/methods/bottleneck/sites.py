@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ...nn.read_past import read_past
-from ..targets import walk
+from ..own import own_modules
 from .config import Bottleneck
 
 
@@ -71,7 +71,7 @@ def sites(op: str, model: nn.Module, config: Bottleneck) -> list[Site]:
     Raises:
         ValueError: nothing is meant, with what would be; or a width cannot be read off.
     """
-    modules = dict(walk(model))
+    modules = own_modules(model)
     if config.targets is not None:
         return list(_by_rule(op, modules, config, read_past(model)))
     found = list(known_sites(model))
@@ -97,7 +97,7 @@ def sites(op: str, model: nn.Module, config: Bottleneck) -> list[Site]:
 
 def known_sites(model: nn.Module) -> Iterator[Site]:
     """All sites in layers of the known families."""
-    modules = dict(walk(model))
+    modules = own_modules(model)
     layers: dict[str, int] = {}
     for path, module in modules.items():
         children = module._modules

@@ -12,15 +12,15 @@ from ...nn.base_layer import is_conv1d
 from ...nn.lora import LoraLinear
 from ...nn.lora_embedding import LoraEmbedding
 from ...nn.trained_copy import TrainedCopy
-from ..attachment import attachment_of, original_names, state_of
 from ..embeddings import tied_to_embeddings
 from ..formats.files import write_json, write_tensors
 from ..formats.peft_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from ..formats.peft_format import from_peft, to_peft
 from ..method import Files
+from ..own import own_parameters
 from ..targets import Targets, walk
 from .config import Lora
-from .record import bias_key, is_bias
+from .record import bias_key, trained_biases
 
 
 class LoraFiles(Files):
@@ -44,7 +44,7 @@ class LoraFiles(Files):
         write_json(directory / CONFIG, fields)
 
     def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        record, config = self.method.record(model), self.method.configs(model)[name]
+        record = self.method.record(model)
         tensors: dict[str, Tensor] = {}
         for path, layer in record.layers(model).items():
             if name in layer.adapters:
@@ -57,9 +57,9 @@ class LoraFiles(Files):
             if name in wrapper.copies:
                 state = wrapper.copies[name].state_dict(keep_vars=True)
                 tensors.update((f"{path}.{key}", value) for key, value in state.items())
-        if config.bias != "none":
-            names = original_names(model, state_of(model))
-            tensors.update((bias_key(original, record.linears), names[original]) for original in record.biases)
+        if name in record.biases.of:
+            biases = record.biases.of[name].parameters(model)
+            tensors.update((bias_key(original, record.linears), bias) for original, bias in biases.items())
         return tensors
 
     def expected(self, model: nn.Module, config: Lora, plan: tuple[Lora, Targets]) -> dict[str, tuple[int, ...]]:
@@ -74,22 +74,14 @@ class LoraFiles(Files):
             shapes.update(zip(_keys(path, module), ((r, k), (n, r)), strict=True))
             if config.lora_bias:
                 shapes[f"{path}.lora_B.bias"] = (n,)
-            if config.bias == "lora_only" and getattr(base, "bias", None) is not None:
-                shapes[f"{path}.base_layer.bias"] = (n,)
         for path in targets.copies:
             module = model.get_submodule(path)
             original = module.original_module if isinstance(module, TrainedCopy) else module
             own = {key: value for key, value in original.state_dict().items() if not key.startswith("fastpeft_")}
             shapes.update((f"{path}.{key}", tuple(value.shape)) for key, value in own.items())
-        if config.bias == "all":
-            state = attachment_of(model)
-            names = dict(model.named_parameters()) if state is None else original_names(model, state)
-            copied = tuple(f"{path}." for path in targets.copies)
-            for bias, parameter in names.items():
-                if state is not None and bias not in state.flags:
-                    continue  # of another adapter
-                if is_bias(bias) and not bias.startswith(copied):
-                    shapes[bias_key(bias, targets.linears)] = tuple(parameter.shape)
+        own = own_parameters(model)
+        for bias in trained_biases(model, config, targets):
+            shapes[bias_key(bias, targets.linears)] = tuple(own[bias].shape)
         return shapes
 
     def key(self, key: str) -> str:

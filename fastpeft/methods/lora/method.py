@@ -5,21 +5,28 @@ from typing import Any
 
 from torch import nn
 
+from ...nn.base_layer import not_linear_reason
+from ...nn.live_slice import LiveSlice
 from ...nn.lora import LoraLinear
 from ...nn.lora_embedding import LoraEmbedding
 from ...nn.protocol import is_added
 from ...nn.sharing import share_inputs, unshare_inputs
 from ...nn.trained_copy import TrainedCopy
-from ..attachment import original_names, owners, replace_module, state_of
+from ..attachment import owners, replace_module
 from ..bypasses import restore_bypasses, stop_bypasses
+from ..claims import Claims
 from ..layer_report import LayerReport
 from ..method import Mergeable
+from ..own import own_modules
 from ..placement import check_values, put_beside
+from ..selective.change import Change
+from ..selective.plan import Plan
 from ..targets import Targets, resolve
-from .config import Lora
+from ..targets import names as named
+from .config import ALL_LINEAR, Lora
 from .experts import frozen_experts
 from .files import LoraFiles
-from .record import LoraRecord, is_bias, note_biases, switch_biases
+from .record import LoraRecord, trained_biases
 
 
 class LoraMethod(Mergeable):
@@ -46,13 +53,15 @@ class LoraMethod(Mergeable):
             for inner, module in model.get_submodule(path).named_modules():
                 if is_added(module) and not inner.startswith("fastpeft_"):
                     raise ValueError(f"{op}: modules_to_save names {path}, but an adapter was added to a module inside")
+                if isinstance(module, LiveSlice):
+                    raise ValueError(f"{op}: modules_to_save names {path}, but select trains rows of a layer inside")
+        _refuse_copied(op, model, config, targets, record.copies if record else ())
         check_values(op, model, targets.linears)
-        check_values(op, model, targets.copies, added=False)
-        if config.bias != "none":
-            adapted = tuple(f"{path}.bias" for path in targets.linears)
-            biases = [n for n, _ in model.named_parameters() if is_bias(n) and (config.bias == "all" or n in adapted)]
-            check_values(op, model, biases, added=False)
+        check_values(op, model, (*targets.copies, *trained_biases(model, config, targets)), added=False)
         return config, targets
+
+    def claims(self, model: nn.Module, plan: tuple[Lora, Targets]) -> Claims:
+        return frozenset({*trained_biases(model, *plan), *(f"{path}." for path in plan[1].copies)})
 
     def report(self, model: nn.Module) -> Sequence[LayerReport]:
         return frozen_experts(model)
@@ -62,6 +71,7 @@ class LoraMethod(Mergeable):
         modules = {path: model.get_submodule(path) for path in (*targets.linears, *targets.copies)}
         try:
             # Memory may run out up to here; only then is the model changed.
+            biases = Change(model, Plan(whole=dict.fromkeys(trained_biases(model, config, targets), "bias")))
             layers = {path: _adapted(modules[path], path, config, name) for path in targets.linears}
             wrappers = {path: _copied(modules[path], name) for path in targets.copies}
         except BaseException:
@@ -76,15 +86,21 @@ class LoraMethod(Mergeable):
             if wrapper is not modules[path]:
                 replace_module(model, path, wrapper)
                 record.copies.append(path)
-        note_biases(model, record, config)
+        if biases.plan.whole:
+            record.biases.of[name] = biases
         stop_bypasses(model, record.attributes, lambda module: isinstance(module, LoraLinear))
         _share_inputs(model, self.configs(model))
 
+    def lift(self, model: nn.Module) -> None:
+        if not self.merged(model):  # merged biases are not where they were
+            self.record(model).biases.lift(model)
+
+    def settle(self, model: nn.Module) -> None:
+        self.record(model).biases.settle(model)
+
     def discard(self, model: nn.Module, name: str) -> None:
         record = self.record(model)
-        if self.configs(model)[name].bias != "none":  # no other adapter trains biases
-            switch_biases(model, record, trained=False)
-            record.biases, record.trained = {}, None
+        record.biases.drop(model, name)
         layers, wrappers = record.layers(model), record.wrappers(model)
         _take_back([*layers.values(), *wrappers.values()], name)
         for path, layer in layers.items():
@@ -104,7 +120,7 @@ class LoraMethod(Mergeable):
         record = self.record(model)
         if not keep_merged:
             self.unmerge(model)
-            switch_biases(model, record, trained=False)
+            record.biases.set_active(model, [])
         for path, layer in record.layers(model).items():
             replace_module(model, path, layer.base_layer)
         for path, wrapper in record.wrappers(model).items():
@@ -124,31 +140,23 @@ class LoraMethod(Mergeable):
             layer.set_adapter([name for name in names if name in layer.adapters], trainable)
         for wrapper in record.wrappers(model).values():
             wrapper.set_active(next((name for name in names if name in wrapper.copies), None), trainable)
-        if record.biases:
-            active = any(c.bias != "none" for name, c in self.configs(model).items() if name in names)
-            switch_biases(model, record, trained=active)
-            parameters = original_names(model, state_of(model))
-            for bias in record.biases:
-                parameters[bias].requires_grad_(active and trainable)
+        record.biases.set_active(model, names, trainable)
 
     def disable(self, model: nn.Module) -> Callable[[], None]:
         record = self.record(model)
         layers = record.layers(model).values()
         modules: list[Any] = [m for m in (*layers, *record.wrappers(model).values()) if not m.disabled]
         merged = [layer for layer in layers if layer.merged]
-        trained = bool(record.biases) and record.trained is None
         for layer in merged:
             layer.unmerge()
-        if trained:
-            switch_biases(model, record, trained=False)
+        enable_biases = record.biases.disable(model)
         for module in modules:
             module.disabled = True
 
         def enable() -> None:
             for module in modules:
                 module.disabled = False
-            if trained:
-                switch_biases(model, record, trained=True)
+            enable_biases()
             for layer in merged:
                 layer.merge()
 
@@ -189,6 +197,18 @@ class LoraMethod(Mergeable):
         for layer in self.record(model).layers(model).values():
             if layer.merged:
                 layer.unmerge()
+
+
+def _refuse_copied(op: str, model: nn.Module, config: Lora, targets: Targets, copies: Iterable[str]) -> None:
+    """Raise if the config names a layer that another adapter has a copy of: it would be left out without a word."""
+    others, own = tuple(f"{path}." for path in copies), tuple(f"{path}." for path in targets.copies)
+    if config.targets == ALL_LINEAR or not others:
+        return
+    for path, module in own_modules(model).items():
+        inside = f"{path}."
+        if inside.startswith(others) and not (own and inside.startswith(own)) and named(path, config):
+            if not_linear_reason(module) is None:
+                raise ValueError(f"{op}: targets names {path}, but another adapter has a copy of it (modules_to_save)")
 
 
 def _adapted(module: nn.Module, path: str, config: Lora, name: str) -> LoraLinear:

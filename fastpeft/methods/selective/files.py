@@ -16,8 +16,9 @@ from ..embeddings import input_embeddings
 from ..formats.files import refuse_meta, write_json, write_tensors, writes_here
 from ..formats.peft_files import CONFIG, PREFIX, WEIGHTS, Unserved, of_model, read_config, read_tensors
 from ..method import Files
+from ..own import innermost, own_at, own_modules
 from .config import Selective
-from .plan import Plan, is_norm, original_at, own_modules
+from .plan import Plan, is_norm
 
 OWN, TOKENS, NORMS = "FASTPEFT_SELECTIVE", "TRAINABLE_TOKENS", "LN_TUNING"
 DELTA, NORM = "trainable_tokens_delta", "ln_tuning_layers"
@@ -43,12 +44,12 @@ class SelectiveFiles(Files):
         write(op, model, self.plan(model, name), tensors, directory)
 
     def parameters(self, model: nn.Module, name: str) -> dict[str, Tensor]:
-        change = self.method.record(model).changes.get(name)
+        change = self.method.record(model).changes.of.get(name)
         return {} if change is None else change.parameters(model)
 
     def plan(self, model: nn.Module, name: str) -> Plan:
         """What the adapter trains."""
-        return self.method.record(model).changes[name].plan
+        return self.method.record(model).changes.of[name].plan
 
 
 def write(op: str, model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], directory: str | os.PathLike) -> None:
@@ -116,8 +117,7 @@ def is_input_tokens(model: nn.Module, plan: Plan) -> bool:
     """Whether the plan is rows of the model's input embedding and nothing else, as PEFT has them beside LoRA."""
     if plan.whole or plan.biases or [part.kind for part in plan.slices] != ["tokens"]:
         return False
-    table = input_embeddings(model)
-    return original_at(model, plan.slices[0].path) is getattr(table, "base_layer", table)
+    return own_at(model, plan.slices[0].path) is innermost(input_embeddings(model))
 
 
 def add_to_lora(op: str, plan: Plan, tensors: Mapping[str, Tensor], directory: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ... import _check
+from ..attachment import attachment_of
 from ..embeddings import input_embeddings, output_embeddings
 from .blocks import blocks_of
 from .grad_entry import GradEntry
@@ -42,8 +43,8 @@ class LisaSchedule:
 
     Raises:
         TypeError: ``model`` is neither a module nor a selection.
-        ValueError: There are fewer blocks than are to be active, or no stack of blocks to choose from. Nothing has been
-            changed then.
+        ValueError: There are fewer blocks than are to be active, or no stack of blocks to choose from, or the model has
+            adapters. Nothing has been changed then.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class LisaSchedule:
         self.keep_state = keep_state
         selected = dict(model.named_parameters()) if isinstance(model, Selection) else None
         self.model = model.model if isinstance(model, Selection) else model
+        self._refuse_adapters("a model without: it trains the model itself, which is their base")
         if selected is None and selection_of(self.model) is not None:
             raise ValueError("LisaSchedule: model has a selection, expected that Selection, or a model without")
         prefixes = [f"{path}." for path in blocks_of("LisaSchedule", self.model, blocks)]
@@ -100,7 +102,11 @@ class LisaSchedule:
 
         Returns:
             The numbers of the blocks that train in it.
+
+        Raises:
+            ValueError: Adapters have been attached since.
         """
+        self._refuse_adapters("a model without; detach them first")
         active = self.drawn(self.steps)
         if active != self.active:
             self._activate(active, optimizer)
@@ -129,7 +135,12 @@ class LisaSchedule:
         self.steps = state["steps"]
 
     def close(self) -> None:
-        """Give every parameter the requires_grad it had."""
+        """Give every parameter the requires_grad it had.
+
+        Raises:
+            ValueError: Adapters have been attached since; nothing has been changed then.
+        """
+        self._refuse_adapters("a model without; detach them first")
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
         if self._entry is not None:
@@ -153,6 +164,11 @@ class LisaSchedule:
         if name.startswith("on_"):  # the other events of a TrainerCallback
             return lambda args, state, control, **_: control
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _refuse_adapters(self, expected: str) -> None:
+        for path, module in self.model.named_modules():
+            if attachment_of(module) is not None:
+                raise ValueError(f"LisaSchedule: {path or 'the model'} has adapters, expected {expected}")
 
     def _activate(self, active: tuple[int, ...], optimizer) -> None:
         for number, block in enumerate(self.blocks):

@@ -5,19 +5,22 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..claims import Claims
 from ..method import Method
 from .change import Change
+from .changes import Changes
 from .config import Selective
 from .files import SelectiveFiles
 from .grad_entry import GradEntry
 from .plan import Plan, resolve
+from .selection import selection_of
 
 
 @dataclass
 class SelectiveRecord:
     """What was done to a model: a change for each adapter, and the hooks where gradients enter."""
 
-    changes: dict[str, Change] = field(default_factory=dict)
+    changes: Changes = field(default_factory=Changes)
     entry: GradEntry | None = None
 
 
@@ -31,60 +34,46 @@ class SelectiveMethod(Method):
         self.files = SelectiveFiles(self)
 
     def resolve(self, op: str, model: nn.Module, config: Selective, name: str, strict: bool = True) -> Plan:
+        refuse_selection(op, model)
         return resolve(op, model, config)
 
+    def claims(self, model: nn.Module, plan: Plan) -> Claims:
+        return plan.claims()
+
     def apply(self, model: nn.Module, plan: Plan, name: str) -> None:
-        self.record(model).changes[name] = Change(model, plan)
+        self.record(model).changes.of[name] = Change(model, plan)
 
-    def discard(self, model: nn.Module, name: str) -> None:
-        change = self.record(model).changes.pop(name, None)
-        if change is not None and change.active:
-            change.leave(model)
-
-    def settle(self, model: nn.Module) -> None:
+    def lift(self, model: nn.Module) -> None:
         record = self.record(model)
-        if record.entry is not None:
-            record.entry.remove()
-        record.entry = GradEntry(model)
-
-    def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
-        record = self.record(model)
-        for name in list(record.changes):
-            self.discard(model, name)
+        record.changes.lift(model)
         if record.entry is not None:
             record.entry.remove()
             record.entry = None
 
-    def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:
+    def settle(self, model: nn.Module) -> None:
+        record = self.record(model)
+        record.changes.settle(model)
+        if record.entry is None:
+            record.entry = GradEntry(model)
+
+    def discard(self, model: nn.Module, name: str) -> None:
+        self.record(model).changes.drop(model, name)
+
+    def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
         changes = self.record(model).changes
-        taken: dict[str, str] = {}
-        for name in (name for name in names if name in changes):
-            for weight in changes[name].weights():
-                if weight in taken:
-                    raise ValueError(f"{op}: {taken[weight]!r} and {name!r} both train {weight}, expected one of them")
-                taken[weight] = name
+        for name in list(changes.of):
+            changes.drop(model, name)
 
     def set_active(self, model: nn.Module, names: Sequence[str], trainable: bool = True) -> None:
-        changes = self.record(model).changes
-        for name, change in changes.items():
-            if change.active and name not in names:
-                change.train(model, False)
-                change.leave(model)
-        for name in (name for name in names if name in changes):
-            if not changes[name].active:
-                changes[name].enter(model)
-            changes[name].train(model, trainable)
+        self.record(model).changes.set_active(model, names, trainable)
 
     def disable(self, model: nn.Module) -> Callable[[], None]:
-        acting = [change for change in self.record(model).changes.values() if change.active]
-        trained = [[(t, t.requires_grad) for t in change.parameters(model).values()] for change in acting]
-        for change in acting:
-            change.leave(model)
+        return self.record(model).changes.disable(model)
 
-        def put_back() -> None:
-            for change, flags in zip(acting, trained, strict=True):
-                change.enter(model)
-                for tensor, flag in flags:
-                    tensor.requires_grad_(flag)
 
-        return put_back
+def refuse_selection(op: str, model: nn.Module) -> None:
+    """Raise if ``select`` has put something into the model, or into a part of it, that is still there."""
+    for path, module in model.named_modules():
+        if selection_of(module) is not None:
+            where = path or "the model"
+            raise ValueError(f"{op}: {where} has a selection of fastpeft.select; revert it first")

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ...nn.base_layer import is_conv1d, not_linear_reason
 from ...nn.branch import own_path_reason
-from ...nn.live_slice import LiveSlice, index_of
-from ...nn.protocol import original_child
+from ...nn.live_slice import index_of
 from ...nn.read_past import read_past
 from ...nn.token_rows import no_embedding_reason
-from ..attachment import attachment_of, original_names, owners
+from ..attachment import owners
+from ..claims import Claims
 from ..embeddings import input_embeddings, output_embeddings
+from ..own import innermost, own_modules, own_parameters
 from ..placement import check_values
-from ..targets import walk
 from .blocks import blocks_of, chosen, near
 from .config import Selective
 
@@ -52,29 +52,9 @@ class Plan:
         }
         return Selective(params=list(self.whole), add_missing_bias=self.biases or False, **by_kind)
 
-
-def own_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The model's own parameters, by the names they had before anything was attached."""
-    state = attachment_of(model)
-    if state is None:
-        return dict(model.named_parameters())
-    return {name: p for name, p in original_names(model, state).items() if name in state.flags}
-
-
-def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's own modules, by path; a LoRA layer stands for its linear layer."""
-    return {p: m.base_layer if isinstance(m, LiveSlice) else m for p, m in walk(model)}
-
-
-def original_at(model: nn.Module, path: str) -> Any:
-    """The model's own module at a path, also where another stands for it."""
-    return _innermost(own_modules(model)[path])
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    while (child := original_child(module)) is not None:
-        module = getattr(module, child)
-    return module
+    def claims(self) -> Claims:
+        """The weights that it trains, or rows of them."""
+        return frozenset({*self.whole, *(f"{p}.bias" for p in self.biases), *(f"{s.path}.weight" for s in self.slices)})
 
 
 def resolve(op: str, model: nn.Module, config: Selective) -> Plan:
@@ -174,9 +154,8 @@ def _add_modules(op, config, parameters, modules, plan):
 def _add_biases(op, config, model, modules, passed, in_scope, plan):
     if not config.add_missing_bias:
         return
-    head = output_embeddings(model)
-    linears = {path: _innermost(module) for path, module in modules.items() if path}
-    linears = {path: m for path, m in linears.items() if not_linear_reason(m) is None}
+    head = innermost(output_embeddings(model))
+    linears: dict[str, Any] = {path: m for path, m in modules.items() if path and not_linear_reason(m) is None}
     if config.add_missing_bias is True:
         lacking = [p for p, m in linears.items() if m.bias is None and m is not head and p not in passed]
         plan.biases += [path for path in lacking if in_scope(f"{path}.")]
@@ -248,7 +227,7 @@ def _no_token_rows(module: nn.Module) -> str | None:
 
 
 def _input_embedding(op, model, modules) -> str:
-    table = input_embeddings(model)
+    table = innermost(input_embeddings(model))
     for path, module in modules.items():
         if table is not None and module is table:
             return path

@@ -9,12 +9,13 @@ from torch import nn
 
 from ..attachment import attachment_of
 from ..formats.files import whole
+from ..own import own_modules
 from ..placement import model_inside
 from . import files
 from .change import Change
 from .config import Ids, Selective
 from .grad_entry import GradEntry
-from .plan import Plan, is_norm, own_modules, resolve
+from .plan import Plan, is_norm, resolve
 
 KEY = "fastpeft_selection"
 
@@ -110,6 +111,7 @@ class Selection:
         names = {name for name, _ in self.model.named_parameters()}
         if since or not names.issuperset(self._flags):  # the latter: to a model around this one
             raise ValueError("Selection: revert, but adapters have been attached since; detach them first")
+        self._change.rest(self.model)
         self._change.leave(self.model)
         self._entry.remove()
         for name, parameter in self.model.named_parameters():

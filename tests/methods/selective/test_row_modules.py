@@ -123,27 +123,6 @@ def test_the_state_dict_is_the_base_layers(form):
     assert torch.equal(again.weight, half.weight)
 
 
-def test_nothing_is_written_where_nothing_changed():
-    ours = layer("rows")
-    with torch.no_grad():
-        ours(torch.ones(1, 10, device=DEVICE))
-    version = ours.weight._version
-    ours._parameters["weight"].data[ROWS[0]] = 5.0  # would be overwritten
-    with torch.no_grad():
-        ours(torch.ones(1, 10, device=DEVICE))
-    assert (ours.weight[ROWS[0]] == 5.0).all()
-    assert ours.weight._version == version
-
-
-def test_nothing_is_forgotten_between_evaluations():
-    """A change without a forward that records gradients in between is seen by the counter alone."""
-    ours = layer("rows")
-    with torch.no_grad():
-        ours(torch.ones(1, 10, device=DEVICE))
-        ours.trained.add_(1)
-        assert torch.equal(ours.weight[ROWS], ours.trained)
-
-
 def test_micro_batches_may_interleave():
     """Forward 1, forward 2, backward 1, forward 3, backward 2, backward 3, as a pipeline does."""
     ours = layer("rows")

@@ -12,6 +12,7 @@ TOGETHER = "tests/methods/test_attach_together.py::test_together[prompt, LoRA an
 FAILURE = f"{BESIDE}::TestTogether::test_nothing_half_attached"
 SAVED = f"{FAMILIES}::TestFamilies::test_save_and_load"
 INSPECT, CONVERT = "tests/methods/test_inspect.py::TestInspect", "tests/methods/test_inspect.py::TestConvert"
+IN_PLACE = "tests/methods/test_in_place.py"
 HALF = f"{SETTINGS}::TestOtherSettings::test_half_precision"
 
 TESTS = (BEFORE, AFTER, RULE, FAILURE, f"{SAVED}[double_seq_bn-llama]")
@@ -25,13 +26,13 @@ MUTANTS = {
                 "tests/methods/test_attach_together.py::test_a_second_adapter_leaves_what_the_first_trains",
             ),
             "hooks stay while modules are replaced": (
-                "for method in methods_of(state):\n            method.lift(model)\n        for",
-                "for",
+                "with lifted(model)",
+                "if True",
                 f"{SETTINGS}::TestOtherSettings::test_a_norm_that_is_copied_for_training",
             ),
         },
         "take_back": {
-            "flags stay frozen after a failure": ("(model)\n    _set_flags(flags)", "(model)", FAILURE),
+            "flags stay frozen after a failure": ("_set_flags(flags)", "pass", FAILURE),
         },
         "resolve_all": {
             "the same method twice": ("(method) > 1", "(method) > 2", f"{BESIDE}::TestTogether::test_bad_lists"),
@@ -51,9 +52,6 @@ MUTANTS = {
                 "False",
                 f"{BESIDE}::TestTogether::test_merging_names_what_cannot_be",
             ),
-        },
-        "disable_adapter": {
-            "disabled for good": ("stack.callback(method.disable(holder))", "method.disable(holder)", TOGETHER),
         },
         "set_adapter": {
             "merged adapters are switched": (
@@ -81,21 +79,51 @@ MUTANTS = {
             ),
         },
     },
-    "fastpeft/methods/lora/record.py": {
-        "switch_biases": {
-            "biases of an inactive adapter act": (
-                "trained == (record.trained is None)",
-                "True",
-                "tests/methods/test_attach_together.py::test_biases_are_those_of_the_active_adapter",
+    "fastpeft/methods/originals.py": {
+        "disabled": {
+            "disabled for good": ("stack.callback(method.disable(model))", "method.disable(model)", TOGETHER),
+        },
+    },
+    "fastpeft/methods/claims.py": {
+        "_shared": {
+            "what is inside a copy is another's": (
+                "claim in mine or (insides and claim.startswith(insides))",
+                "claim in mine",
+                f"{IN_PLACE}::test_one_adapter_trains_no_weight_twice",
             ),
         },
     },
-    "fastpeft/methods/lora/files.py": {
-        "LoraFiles.expected": {
-            "others' biases are LoRA's": (
-                "state is not None and bias not in state.flags",
-                "False",
-                "tests/methods/test_attach_together.py::test_lora_is_loaded_beside_others",
+    "fastpeft/methods/own.py": {
+        "own_modules": {
+            "what was added is the model's own": (
+                "or is_added(standing)",
+                "",
+                "tests/methods/test_attach_together.py::test_what_one_adds_is_none_of_another_s_targets",
+            ),
+        },
+        "place_of": {
+            "rows stand in the place of what copies": (
+                "original_child(module)",
+                "None",
+                f"{IN_PLACE}::test_tokens_of_an_embedding_that_another_adapter_copies",
+            ),
+        },
+    },
+    "fastpeft/methods/lora/record.py": {
+        "trained_biases": {
+            "biases of copies are trained twice": (
+                "not name.startswith(copied) and",
+                "",
+                "tests/methods/test_attach.py::TestAttachAndDetach",
+            ),
+        },
+    },
+    "fastpeft/methods/lora/method.py": {
+        "LoraMethod.set_active": {
+            "biases of an inactive adapter act": (
+                "record.biases.set_active(model, names, trainable)",
+                "record.biases.set_active(model, list(record.biases.of), trainable)",
+                "tests/methods/test_attach_together.py::test_biases_are_those_of_the_active_adapter",
             ),
         },
     },

@@ -15,6 +15,7 @@ DEFINITION = "tests/ops/row_linear/test_row_linear.py::test_the_definition_is_th
 NO_ROW = "tests/ops/row_linear/test_memory.py::test_an_index_that_does_not_exist_reads_nothing"
 
 MODULE = "tests/methods/selective/test_row_modules.py::"
+KEPT = "tests/methods/selective/test_kept_rows.py::"
 
 TESTS = (
     GUARDS,
@@ -99,26 +100,14 @@ MUTANTS = {
         },
     },
     "fastpeft/nn/live_slice.py": {
-        "LiveSlice.current": {
-            "what optimizers write through .data is not seen": (
-                "self._stale = True",
-                "pass",
-                MODULE + "test_everybody_sees_the_trained_weight",
-            ),
-        },
         "LiveSlice.write": {
-            "the counter is not looked at": (
-                "version is None or version != self._written",
-                "False",
-                MODULE + "test_nothing_is_forgotten_between_evaluations",
-            ),
-            "always written": (
-                "is_meta or not (moved or self._stale)",
-                "is_meta",
-                MODULE + "test_nothing_is_written_where_nothing_changed",
+            "written where the counter moves": (
+                "target.index_copy_(",
+                "version == self._written or target.index_copy_(",
+                KEPT + "test_rows_follow",
             ),
             "every write is counted": (
-                "weight if moved else weight.data",
+                "weight if version is None or version != self._written else weight.data",
                 "weight",
                 MODULE + "test_micro_batches_may_interleave",
             ),

@@ -5,6 +5,7 @@ FILES, LISA = "tests/methods/selective/test_files.py", "tests/methods/selective/
 BACKWARD = "tests/methods/selective/test_backward.py"
 ERRORS = "tests/methods/selective/test_errors.py"
 FILE = "tests/methods/selective/test_selective.py"
+PAIRS, INPLACE = "tests/methods/test_pairs.py", "tests/methods/test_in_place.py"
 SELECTION = "tests/methods/selective/test_selection.py"
 BACK = f"{FILE}::test_trains_what_was_chosen_and_reverts_bit_for_bit"
 BLOCKS = f"{FILE}::test_exactly_the_blocks_that_were_named"
@@ -130,41 +131,47 @@ MUTANTS = {
             "what was there is no copy": (", copy=True", "", BACK),
         },
         "Change.leave": {
-            "missing biases stay": ("original_at(model, path).bias = None", "pass", f"{BACK}[bitfit]"),
-            "rows stay as trained": ("weight.index_copy_", "", BACK),
-            "gradients stay": ("own[name].grad = None", "", LEFT),
-            "modules come back in an old mode": (".train(layer.training)", "", LEFT),
+            "missing biases stay": ("_set_bias(model, path, None)", "pass", f"{BACK}[bitfit]"),
+            "rows stay as trained": ("_put_rows(layer, self.rows[part.path])", "pass", BACK),
+        },
+        "Change.rest": {
+            "gradients stay": ("own[name].grad = None", "pass", LEFT),
+        },
+        "Change.__init__": {
+            "what is loaded overwrites the originals": ("value.clone()", "value", f"{PAIRS}::test_every_other_adapter_after_this_one[params]"),
         },
         "Change.enter": {
-            "a sliced layer has no new bias": ('layer._parameters["bias"] = getattr(layer.base_layer, "bias", None)  # perhaps just added', "", f"{BACK}[all]"),
-            "slices come back untrained": ("layer._stale = True", "", BESIDE),
+            "slices come back untrained": ("layer.write()", "pass", BESIDE),
+            "a backward of before the block raises": ("again and self._before", "False and self._before", f"{INPLACE}::test_a_backward_may_come_after_a_block_that_disables"),
         },
-        "_token_rows": {
-            "an embedding's hooks stop": ("name in base.__dict__", "False", f"{FILE}::test_hooks_of_an_embedding_go_on_while_its_tokens_train"),
+        "_set_bias": {
+            "a sliced layer has no new bias": ('standing._parameters["bias"] = bias', "pass", f"{INPLACE}::test_a_bias_is_added_where_another_adapter_trains_rows"),
         },
-        "Change.weights": {
-            "slices clash with nothing": (', *(f"{p}.weight" for p in self.layers)', "", SHARED),
+        "_slice_layers": {
+            "an embedding's hooks stop": ("for name in _SHARED", "for name in ()", f"{FILE}::test_hooks_of_an_embedding_go_on_while_its_tokens_train"),
+        },
+    },
+    "fastpeft/methods/selective/changes.py": {
+        "Changes.set_active": {
+            "what is inactive is trained": ("self.of[name].rest(model)", "pass", TWO),
+        },
+        "Changes._sync": {
+            "what is inactive acts": ("change.leave(model, for_a_while=name in self.wanted)", "pass", TWO),
+            "disabled and yet there": ("self.lifted or self.disabled", "self.lifted", BESIDE),
+        },
+        "Changes.disable": {
+            "disabled for good": ("self.disabled -= 1", "pass", BESIDE),
+        },
+        "Changes.drop": {
+            "detach leaves what was trained": ("name in self.wanted:", "False:", BESIDE),
         },
     },
     "fastpeft/methods/selective/method.py": {
-        "SelectiveMethod.set_active": {
-            "what is inactive acts": ("(model, False)\n                change.leave(model)", "(model, False)", TWO),
-            "what is inactive is trained": ("change.train(model, False)", "", TWO),
-        },
-        "SelectiveMethod.check_active": {
-            "two train one weight": ("taken[weight] = name", "pass", TWO),
-        },
-        "SelectiveMethod.settle": {
+        "SelectiveMethod.lift": {
             "hooks pile up": ("record.entry.remove()", "pass", SHARED),
         },
-        "SelectiveMethod.remove": {
-            "detach leaves hooks": (".remove()\n            record.entry", "", SHARED),
-        },
-        "SelectiveMethod.discard": {
-            "detach leaves what was trained": ("change is not None and change.active", "False", BESIDE),
-        },
-        "SelectiveMethod.disable": {
-            "disabled for good": ("change.enter(model)\n                for", "for", BESIDE),
+        "SelectiveMethod.claims": {
+            "two train one weight": ("plan.claims()", "Claims()", TWO),
         },
     },
     "fastpeft/methods/selective/files.py": {
