@@ -5,13 +5,16 @@ and keeps the others' until they are asked for, with the very same tensor object
 parameters, grad mode and autocast. Whatever differs is computed by itself, so sharing never changes what a layer
 computes, only how often x is read.
 
-Siblings are found by the names of their modules (``SIBLINGS``). Names are a guess: when a sibling turns out to receive
+Nothing is kept for longer than one call of the module that holds the siblings, which two hooks on it delimit: between
+two calls anybody may write through ``.data`` or into the memory, which no version counter shows. A sibling that is
+called by others than that module computes alone.
+
+Siblings are found by the names of their modules (``siblings``). Names are a guess: when a sibling turns out to receive
 another tensor (cross-attention), those that were served stay together and the rest form a group of their own, for good.
 """
 
-import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -21,24 +24,7 @@ from .. import ops
 from .._check import PLAIN
 from .branch import Branch, own_path_reason
 from .protocol import Sharing
-
-# Names of children of one parent that are usually called with one tensor.
-SIBLINGS = (
-    ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT, BART, Whisper, CLIP
-    ("query", "key", "value"),  # BERT, RoBERTa, ELECTRA, ViT
-    ("q", "k", "v"),  # T5, MPNet
-    ("q_lin", "k_lin", "v_lin"),  # DistilBERT, XLM
-    ("query_proj", "key_proj", "value_proj"),  # DeBERTa
-    ("wq", "wk", "wv"),  # Llama as published
-    ("to_q", "to_k", "to_v"),  # diffusers
-    ("linear_q", "linear_k", "linear_v"),  # Conformer
-    ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek
-    ("gate_proj", "up_proj"),  # Llama, Mistral, Qwen, Gemma
-    ("w1", "w3"),  # Llama as published
-    ("wi_0", "wi_1"),  # T5 v1.1
-)
-# A parent with such a name feeds its first sibling, the query, from elsewhere: the others share without it.
-_CROSS = re.compile(r"cross|encoder_attn|encdec|(^|\.)attn2(\.|$)", re.IGNORECASE)
+from .siblings import families
 
 
 class _Round(NamedTuple):
@@ -52,8 +38,9 @@ class _Round(NamedTuple):
 class SharedInput:
     """Siblings that may receive the same tensor.
 
-    ``forward(module, x)`` returns the module's output, or None where the module must compute it itself. Pending outputs
-    belong to one thread; they are neither copied nor pickled, and an output is let go when it is handed out.
+    ``forward(module, x)`` returns the module's output, or None where the module must compute it itself, as it must
+    outside of ``begin`` and ``end``. Pending outputs belong to one thread; they are neither copied nor pickled, and an
+    output is let go when it is handed out.
 
     Recomputation under gradient checkpointing repeats what forward did: once a group has computed under saved-tensor
     hooks or inside a backward pass, who shares with whom stays as it is; and where dropout is active, nothing is shared
@@ -78,6 +65,25 @@ class SharedInput:
     def __setstate__(self, state):
         self.__dict__.update(state, _thread=threading.local())
 
+    def begin(self, *_: object) -> None:
+        """A call of the module that holds the members begins; its forward pre-hook.
+
+        Args:
+            _: What such a hook is given.
+        """
+        if not torch.compiler.is_compiling():
+            self._thread.rounds = {}
+
+    def end(self, *_: object) -> None:
+        """The call is over, and nothing is kept; the forward hook.
+
+        Args:
+            _: What such a hook is given.
+        """
+        if not torch.compiler.is_compiling():
+            for last in (self._thread.__dict__.pop("rounds", None) or {}).values():
+                self._learn(None, last)
+
     def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """The module's output from a shared call, or None: then the module computes alone.
 
@@ -87,11 +93,13 @@ class SharedInput:
         """
         if torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_inference():
             return None
+        rounds = self._thread.__dict__.get("rounds")
+        if rounds is None:
+            return None
         me = next((i for i, member in enumerate(self.members) if member is module), None)
         if me is None or self._parts.count(self._parts[me]) < 2:  # None: a replica, or a copy of one layer
             return None
         conditions = _conditions(x)
-        rounds = self._thread.__dict__.setdefault("rounds", {})
         part = self._parts[me]
         last = rounds.get(part)
         if last is not None and last.x is x and last.conditions == conditions:
@@ -101,6 +109,8 @@ class SharedInput:
                 self._unclaimed = 0
             return None if kept is None else self._still_valid(me, *kept)
         if last is not None:
+            if isinstance(branch_of(module), str):  # a sibling that keeps to itself says nothing about the others
+                return None
             del rounds[part]
             self._learn(me, last)
         return self._lead(me, x, conditions, rounds)
@@ -122,11 +132,11 @@ class SharedInput:
         now = branch_of(self.members[me])
         return output if isinstance(now, Branch) and now.unchanged(versions, branch) else None
 
-    def _learn(self, me: int, last: _Round) -> None:
-        """A new tensor came while outputs of the last one were left: who shares with whom was guessed wrong."""
+    def _learn(self, me: int | None, last: _Round) -> None:
+        """A new tensor, or the end, came while outputs of the last one were left: who shares was guessed wrong."""
         if self._settled:
             return
-        if me in last.outputs:
+        if me is not None and me in last.outputs:
             self._split({me, *last.outputs})
             return
         # Once may be an exception between two calls; twice in a row is a model that calls some siblings on their own.
@@ -170,17 +180,6 @@ class SharedInput:
         return output
 
 
-def siblings(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> Iterator[list[nn.Module]]:
-    """Groups of two or more modules in ``model`` that take part and, by their names, receive the same tensor."""
-    for path, parent in model.named_modules():
-        for names in SIBLINGS:
-            names = names[1:] if len(names) == 3 and _CROSS.search(path) else names
-            members = [child for child in (getattr(parent, name, None) for name in names) if child is not None]
-            members = [child for child in members if isinstance(child, nn.Module) and takes_part(child)]
-            if len(members) > 1 and len({id(child) for child in members}) == len(members):
-                yield members
-
-
 def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> list[SharedInput]:
     """Group the siblings in ``model`` that take part (see ``siblings``).
 
@@ -189,12 +188,18 @@ def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> l
         takes_part: Whether a module, which then has what ``protocol.Sharing`` declares, is to be in a group.
 
     Returns:
-        The groups. Each of their members has its group as the attribute ``fastpeft_shared``.
+        The groups. Each of their members has its group as the attribute ``fastpeft_shared``; the module that calls them
+        has hooks.
     """
-    groups = [SharedInput(members) for members in siblings(model, takes_part)]
-    for group in groups:
-        for member in group.members:
+    groups = []
+    for caller, members in families(model, takes_part):
+        group = SharedInput(members)
+        groups.append(group)
+        for member in members:
             cast(Sharing, member).fastpeft_shared = group
+        if caller is not None:
+            caller.register_forward_pre_hook(group.begin)
+            caller.register_forward_hook(group.end, always_call=True)
     return groups
 
 
@@ -206,6 +211,10 @@ def unshare_inputs(model: nn.Module) -> None:
     """
     for module in model.modules():
         module.__dict__.pop("fastpeft_shared", None)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), SharedInput)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def branch_of(module: nn.Module) -> Branch | str:

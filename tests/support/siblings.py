@@ -1,6 +1,7 @@
 """An attention whose three projections may read one tensor."""
 
 import copy
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -38,6 +39,16 @@ class Attention(nn.Module):
     @property
     def group(self):
         return self.q_proj.fastpeft_shared
+
+
+@contextmanager
+def calling(group):
+    """Inside the block siblings are called as by the module that holds them."""
+    group.begin()
+    try:
+        yield
+    finally:
+        group.end()
 
 
 def build(shared=True, **settings):

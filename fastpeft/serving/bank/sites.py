@@ -16,7 +16,7 @@ from ...methods.lora.config import Lora
 from ...methods.targets import ALL_LINEAR, names
 from ...nn.base_layer import is_conv1d
 from ...nn.lora import LoraLinear
-from ...nn.sharing import siblings
+from ...nn.siblings import siblings
 from ...ops.routing import Routing
 from .batch import Batch, Running
 

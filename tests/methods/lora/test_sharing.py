@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastpeft.nn import LoraLinear, SharedInput, share_inputs, sharing, unshare_inputs
-from tests.support.siblings import NAMES, TOLERANCE, K, M, alone_is, assert_same, build, input_, step
+from fastpeft.nn import LoraLinear, SharedInput, share_inputs, siblings, unshare_inputs
+from tests.support.siblings import NAMES, TOLERANCE, K, M, alone_is, assert_same, build, calling, input_, step
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -44,7 +44,7 @@ def test_siblings_have_their_own_masks():
     assert torch.equal(q(x), v(x))
 
 
-@pytest.mark.parametrize("names", sharing.SIBLINGS)
+@pytest.mark.parametrize("names", siblings.SIBLINGS)
 def test_every_name_in_the_table(names, calls):
     parent = nn.Module()
     for name in names:
@@ -52,8 +52,9 @@ def test_every_name_in_the_table(names, calls):
     model = nn.ModuleDict({"self_attn": parent})
     (group,) = share_inputs(model, lambda module: isinstance(module, LoraLinear))
     x = torch.randn(M, K)
-    for name in names:
-        getattr(parent, name)(x)
+    with calling(group):
+        for name in names:
+            getattr(parent, name)(x)
     assert calls == [len(names)]
     assert group.partners(getattr(parent, names[0])) == [getattr(parent, name) for name in names[1:]]
     unshare_inputs(model)
@@ -85,13 +86,16 @@ class TestWrongGuess:
         """k and v get their tensor before q gets another."""
         model, x, other = build(), input_(seed=1), input_(seed=2)
         for _ in range(3):
-            model.k_proj(other), model.v_proj(other), model.q_proj(x)
+            with calling(model.group):
+                model.k_proj(other), model.v_proj(other), model.q_proj(x)
         assert calls == [3, 2, 2]
         assert model.group.partners(model.k_proj) == [model.v_proj]
 
     def test_one_exception_teaches_nothing(self, calls):
         model, x = build(), input_()
-        model.q_proj(x)  # and then something raised
+        with pytest.raises(RuntimeError), calling(model.group):
+            model.q_proj(x)
+            raise RuntimeError("something else")
         for i in range(3):
             step(model, input_(seed=i))
         assert calls == [3] * 4
@@ -99,15 +103,17 @@ class TestWrongGuess:
     def test_a_sibling_always_called_on_its_own(self, calls):
         model = build()
         for i in range(5):
-            model.q_proj(input_(seed=i))
+            with calling(model.group):
+                model.q_proj(input_(seed=i))
         assert calls == [3, 3]
         assert model.group.partners(model.q_proj) == []
 
     def test_same_sibling_twice_with_one_tensor(self, calls):
         model, x = build(), input_()
-        one, two = model.q_proj(x), model.q_proj(x)
-        assert torch.equal(one, two) or (one - two).abs().max() <= TOLERANCE
-        model.k_proj(x), model.v_proj(x)
+        with calling(model.group):
+            one, two = model.q_proj(x), model.q_proj(x)
+            assert torch.equal(one, two) or (one - two).abs().max() <= TOLERANCE
+            model.k_proj(x), model.v_proj(x)
         assert calls == [3]
 
 
@@ -125,33 +131,44 @@ class TestMemory:
     def test_nothing_is_kept_after_use(self):
         model = build()
         x = input_().detach()
-        q, k, v = model.q_proj(x), model.k_proj(x), model.v_proj(x)
-        refs = [weakref.ref(t) for t in (x, q, k, v)]
-        del x, q, k, v
-        gc.collect()
-        assert [ref() for ref in refs] == [None] * 4
+        with calling(model.group):
+            q, k, v = model.q_proj(x), model.k_proj(x), model.v_proj(x)
+            refs = [weakref.ref(t) for t in (x, q, k, v)]
+            del x, q, k, v
+            gc.collect()
+            assert [ref() for ref in refs] == [None] * 4
 
-    def test_what_nobody_asked_for_goes_with_the_next_tensor(self):
+    @pytest.mark.parametrize("ended", [False, True])
+    def test_what_nobody_asked_for_goes_with_the_next_tensor_or_the_end(self, ended):
         model = build()
         x = input_().detach()
         ref = weakref.ref(x)
-        model.q_proj(x)
-        del x
-        model.q_proj(input_(seed=2))
+        with calling(model.group):
+            model.q_proj(x)
+            del x
+            if not ended:
+                model.q_proj(input_(seed=2))
+                gc.collect()
+                assert ref() is None
         gc.collect()
         assert ref() is None
 
     def test_copies_and_pickles_leave_it_behind(self, calls):
         model, x = build(), input_().detach()
-        model.q_proj(x)
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with calling(model.group):
+            model.q_proj(x)
+            others = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for other in others:
             assert other.group is other.k_proj.fastpeft_shared is not model.group
             assert other.group.members == (other.q_proj, other.k_proj, other.v_proj)
             assert vars(other.group._thread) == {}
             calls.clear()
-            expected = [alone_is(model, name, x) for name in NAMES]
-            assert_same([getattr(other, name)(x) for name in NAMES], expected)
+            with calling(other.group):
+                expected = [alone_is(model, name, x) for name in NAMES]
+                assert_same([getattr(other, name)(x) for name in NAMES], expected)
             assert calls == [3]
+            step(other, input_())
+            assert calls == [3, 3]  # the copy's hooks are the copy's
 
 
 def test_threads_do_not_see_each_other():
@@ -195,7 +212,31 @@ def test_group_of_your_own():
     layers = [LoraLinear(nn.Linear(K, 4), r=2, init="random") for _ in range(2)]
     group = SharedInput(layers)
     x = torch.randn(M, K)
-    assert torch.allclose(group.forward(layers[0], x), layers[0](x), atol=1e-5)
-    assert group.forward(LoraLinear(nn.Linear(K, 4), r=2), x) is None
-    assert torch.allclose(group.forward(layers[1], x), layers[1](x), atol=1e-5)
+    assert group.forward(layers[0], x) is None
+    with calling(group):
+        assert torch.allclose(group.forward(layers[0], x), layers[0](x), atol=1e-5)
+        assert group.forward(LoraLinear(nn.Linear(K, 4), r=2), x) is None
+        assert torch.allclose(group.forward(layers[1], x), layers[1](x), atol=1e-5)
     assert group.rounds == 1
+
+
+def test_the_hooks_are_on_whoever_calls_the_siblings():
+    """Their parent, or where that is a mere container what is around it; they go with the groups."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.ModuleDict({name: LoraLinear(nn.Linear(K, 4), r=2) for name in NAMES})
+
+        def forward(self, x):
+            return sum(layer(x) for layer in self.proj.values())
+
+    model = nn.ModuleDict({"inner": build(shared=False).float(), "outer": Outer()})
+    groups = share_inputs(model, lambda module: isinstance(module, LoraLinear))
+    hooked = {path for path, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks}
+    assert hooked == {"inner", "outer"}
+    for path in hooked:
+        model[path](torch.randn(M, K))
+    assert [group.rounds for group in groups] == [1, 1]
+    unshare_inputs(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._forward_hooks_always_called for m in model.modules())

@@ -1,19 +1,22 @@
 """When siblings do not share: nothing stale is handed out, and who computes alone."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from fastpeft.nn import sharing
-from tests.support.siblings import TOLERANCE, K, M, alone_is, assert_same, build, input_, step
+from tests.support.siblings import TOLERANCE, K, M, alone_is, assert_same, build, calling, input_, step
 
 
 class TestNothingStale:
     def check(self, model, name, x, change):
-        model.q_proj(x)
-        change()
-        y = getattr(model, name)(x)
-        expected = alone_is(model, name, x)
+        with calling(model.group):
+            model.q_proj(x)
+            change()
+            y = getattr(model, name)(x)
+            expected = alone_is(model, name, x)
         assert (y - expected).abs().max() <= TOLERANCE * expected.abs().max()
         return y
 
@@ -42,27 +45,100 @@ class TestNothingStale:
 
     def test_grad_mode_changed(self):
         model, x = build(), input_()
-        with torch.no_grad():
-            model.q_proj(x)
-        assert model.k_proj(x).requires_grad
+        with calling(model.group):
+            with torch.no_grad():
+                model.q_proj(x)
+            assert model.k_proj(x).requires_grad
         model, x = build(), input_()
-        model.q_proj(x)
-        with torch.no_grad():
-            assert not model.k_proj(x).requires_grad
+        with calling(model.group):
+            model.q_proj(x)
+            with torch.no_grad():
+                assert not model.k_proj(x).requires_grad
 
     def test_autocast_changed(self):
         model, x = build().float(), input_().detach().float()
-        model.q_proj(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert model.k_proj(x).dtype == torch.bfloat16
-            model.v_proj(x)
-        assert model.v_proj(x).dtype == torch.float32
+        with calling(model.group):
+            model.q_proj(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert model.k_proj(x).dtype == torch.bfloat16
+                model.v_proj(x)
+            assert model.v_proj(x).dtype == torch.float32
 
     def test_equal_tensors_are_not_the_same(self, calls):
         model, x = build(), input_()
-        model.q_proj(x), model.k_proj(x.view_as(x)), model.v_proj(x.view_as(x))
+        with calling(model.group):
+            model.q_proj(x), model.k_proj(x.view_as(x)), model.v_proj(x.view_as(x))
         assert calls[0] == 3
         assert len(calls) > 1
+
+
+def _data(tensor):
+    tensor.data.mul_(2)
+
+
+def _memory(tensor):
+    tensor.detach().numpy()[...] *= 2
+
+
+def _swap(tensor):
+    torch.utils.swap_tensors(tensor, nn.Parameter(2 * tensor.detach()))
+
+
+class TestBetweenTwoCalls:
+    """What no version counter shows: nothing is kept for a sibling that is called from elsewhere, or next time."""
+
+    PARTS = ("base_layer.weight", "base_layer.bias", "adapters.default.lora_A", "adapters.default.lora_B")
+
+    @pytest.mark.parametrize("grad", [False, True])
+    @pytest.mark.parametrize("write", [_data, _memory, _swap])
+    @pytest.mark.parametrize("name", PARTS)
+    def test_a_parameter_is_written(self, name, write, grad):
+        model, x = build(), input_()
+        with torch.set_grad_enabled(grad):
+            model(x)
+            model.q_proj(x)
+            write(model.k_proj.get_parameter(name))
+            assert_same([model.k_proj(x)], [alone_is(model, "k_proj", x)])
+            write(model.k_proj.get_parameter(name))
+            assert_same([model(x)], [copy.deepcopy(model)(x)])
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_the_input_is_written(self, grad):
+        model, x = build(), input_()
+        with torch.set_grad_enabled(grad):
+            model.q_proj(x)
+            x.data.mul_(2)
+            assert_same([model.k_proj(x)], [alone_is(model, "k_proj", x)])
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_a_call_that_ends_early(self, grad):
+        """Its leftovers are none of the next call's."""
+        model, x = build(), input_()
+
+        def stop(module, args, output):
+            raise RuntimeError("stop")
+
+        handle = model.q_proj.base_layer.register_forward_hook(stop)
+        other = model.k_proj.register_forward_pre_hook(lambda *_: None)
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="stop"):
+                    model(x)
+                _data(model.v_proj.base_layer.weight)
+                assert_same([model.v_proj(x)], [alone_is(model, "v_proj", x)])
+            handle.remove(), other.remove()
+            assert_same([model(x)], [copy.deepcopy(model)(x)])
+
+    def test_copies_of_one_another(self):
+        model, x = build(), input_()
+        model.q_proj(x)
+        other = copy.deepcopy(model)
+        other.q_proj(x)
+        for one in (model, other):
+            _data(one.k_proj.base_layer.weight)
+            assert_same([one.k_proj(x)], [alone_is(one, "k_proj", x)])
+            _data(one.k_proj.adapters["default"].lora_A)
+        assert_same([model(x)], [other(x)])
 
 
 class TestAlone:
@@ -137,9 +213,10 @@ class TestAlone:
         model, x = build(), input_()
         replica = model.k_proj._replicate_for_data_parallel()
         replica.base_layer, replica.adapters = model.k_proj.base_layer, model.k_proj.adapters
-        expected = model.k_proj(x)
-        assert calls == [3]
-        assert (replica(x) - expected).abs().max() <= TOLERANCE
+        with calling(model.group):
+            expected = model.k_proj(x)
+            assert calls == [3]
+            assert (replica(x) - expected).abs().max() <= TOLERANCE
         assert calls == [3]
 
     def test_tensor_subclass_and_inference(self, calls):
