@@ -15,7 +15,7 @@ DEFINITION = "tests/ops/row_linear/test_row_linear.py::test_the_definition_is_th
 NO_ROW = "tests/ops/row_linear/test_memory.py::test_an_index_that_does_not_exist_reads_nothing"
 
 MODULE = "tests/methods/selective/test_row_modules.py::"
-KEPT = "tests/methods/selective/test_kept_rows.py::"
+FOLLOW = "tests/methods/selective/test_kept_rows.py::"
 
 TESTS = (
     GUARDS,
@@ -104,7 +104,7 @@ MUTANTS = {
             "written where the counter moves": (
                 "target.index_copy_(",
                 "version == self._written or target.index_copy_(",
-                KEPT + "test_rows_follow",
+                FOLLOW + "test_rows_follow",
             ),
             "every write is counted": (
                 "weight if version is None or version != self._written else weight.data",
