@@ -21,6 +21,7 @@ from .placement import model_inside
 from .pretrained import put_up, take_down
 from .reentrant import close_checkpoints, open_checkpoints
 from .registry import METHODS, mergeable_of, method_of, methods_of
+from .resizing import unwatch_sizes, watch_sizes
 from .switch import refuse_merged, set_adapter
 
 Plans = list[tuple[Method, Any]]
@@ -90,6 +91,7 @@ def apply_all(model: nn.Module, configs: Sequence[Any], name: str, plans: Plans)
         setattr(model, KEY, state)
         put_up(model)
         open_checkpoints(model)
+        watch_sizes(model)
         model.requires_grad_(False)
     state.configs[name] = configs[0] if len(configs) == 1 else tuple(configs)
     try:
@@ -136,6 +138,7 @@ def _discard(model: nn.Module, name: str) -> None:
     if not state.configs:
         take_down(model)
         close_checkpoints(model)
+        unwatch_sizes(model)
         delattr(model, KEY)
 
 
@@ -198,6 +201,7 @@ def detach(model: nn.Module, keep_merged: bool = False) -> nn.Module:
         method.remove(holder, keep_merged)
     take_down(holder)
     close_checkpoints(holder)
+    unwatch_sizes(holder)
     delattr(holder, KEY)
     for name, parameter in holder.named_parameters():
         parameter.requires_grad_(state.flags.get(name, parameter.requires_grad))

@@ -20,6 +20,10 @@ MUTANTS = {
         "put_beside": {"adapters stay on meta": ('device.type != "meta" and', "False and", f"{TRAINS}[lora-cpu]")},
         "in_memory": {"a checkpoint's values are lost": ("if tensor.is_meta:", "if False:", EMPTY)},
     },
+    "fastpeft/methods/resizing.py": {
+        "_Resize.__call__": {"token rows do not mind another size": (" or isinstance(end, LiveSlice)", "", "tests/methods/test_resizing.py::test_adapters_in_the_way_are_named")},
+        "unwatch_sizes": {"detach leaves the watch": ("del module.__dict__[_ATTRIBUTE]", "pass", "tests/methods/test_resizing.py::test_others_do_not_mind")},
+    },
     "fastpeft/methods/bottleneck/method.py": {
         "_build": {"bottleneck adapters stay on meta": ("= device_beside(module, model)", "= next(module.parameters()).device, next(module.parameters()).dtype", f"{TRAINS}[bottleneck-cpu]")},
     },
