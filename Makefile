@@ -1,11 +1,12 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal
+PEERS := tests/integrations/peer_suites/run.py
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .PHONY: demo demo-methods demo-serve docs test test-all test-thorough test-oldest test-adapters \
-	test-nullgpu mutants peft-suite bench gpu check
+	test-nullgpu mutants peft-suite adapters-suite bench gpu check
 
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
@@ -22,7 +23,7 @@ docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict
 
 # What is promised, and the style: minutes on two cores. `make test-all` runs everything.
-test: .venv/ready
+test: .venv/ready .venv/peft-suite
 	$(PYTEST) -m "not thorough"
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
@@ -49,10 +50,17 @@ test-nullgpu: .venv-nullgpu/ready
 mutants: .venv/ready
 	$(PY) tests/tools/mutants/run.py
 
-# PEFT's own tests with our layer in place of theirs: make peft-suite PEFT=folder of a PEFT source tree.
-peft-suite: .venv/ready
-	$(if $(PEFT),,$(error peft-suite: PEFT is not given, expected the folder of a PEFT source tree))
-	$(PY) tests/integrations/peft_suite/run.py $(PEFT)
+# PEFT's own tests with our layer in place of theirs, every call compared with theirs: the installed version's, or those
+# of PEFT=folder of a PEFT source tree. Then again with our low-rank term too large, which must be noticed.
+peft-suite: .venv/peft-suite
+	PYTHONPATH=$(CURDIR)/$< $(PY) $(PEERS) peft $(or $(PEFT),$</source)
+	PYTHONPATH=$(CURDIR)/$< $(PY) $(PEERS) peft $(or $(PEFT),$</source) --self-test -k "MLP-LoraConfig"
+
+# The same for AdapterHub's library, whose sdist has no tests: make adapters-suite ADAPTERS=folder of its source tree.
+adapters-suite: .venv/adapters
+	$(if $(ADAPTERS),,$(error adapters-suite: ADAPTERS is not given, expected a source tree of AdapterHub's library))
+	PYTHONPATH=$(CURDIR)/$< $(PY) $(PEERS) adapters $(ADAPTERS)
+	PYTHONPATH=$(CURDIR)/$< $(PY) $(PEERS) adapters $(ADAPTERS) --self-test -k Bottleneck
 
 bench: .venv/ready
 	$(PY) -m pytest bench --benchmark-autosave --benchmark-compare --benchmark-group-by=group \
@@ -70,6 +78,13 @@ check: .venv/ready
 
 .venv/oldest: constraints-oldest.txt | .venv/ready
 	PIP_CONSTRAINT= $(PY) -m pip install --target $@ --upgrade --no-deps -r $< && touch $@
+
+# The sources of PEFT as installed, which have its tests, and what these need beside.
+.venv/peft-suite: constraints.txt | .venv/ready
+	rm -rf $@ && $(PY) -m pip install --target $@ --no-deps parameterized==0.9.0
+	$(PY) -m pip download --no-deps --no-binary peft --dest $@ \
+		peft==$$($(PY) -c "import importlib.metadata; print(importlib.metadata.version('peft'))")
+	mkdir $@/source && tar xzf $@/peft-*.tar.gz --strip-components=1 --directory $@/source && touch $@
 
 .venv/adapters: constraints-adapters.txt | .venv/ready
 	PIP_CONSTRAINT= $(PY) -m pip install --target $@ --upgrade --no-deps -r $< && touch $@

@@ -178,9 +178,13 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_make_peft_suite_wants_a_source_tree():
-    assert "peft-suite: PEFT is not given, expected the folder of a PEFT source tree" in make("peft-suite").stderr
-    assert make("peft-suite", "PEFT=/tmp/peft").stdout.endswith("tests/integrations/peft_suite/run.py /tmp/peft\n")
+def test_make_takes_source_trees_of_peers():
+    own, given = make("peft-suite").stdout, make("peft-suite", "PEFT=/tmp/peft").stdout
+    assert "peer_suites/run.py peft .venv/peft-suite/source\n" in own
+    assert "peer_suites/run.py peft /tmp/peft\n" in given
+    assert all("--self-test" in text for text in (own, given))
+    assert "adapters-suite: ADAPTERS is not given, expected a source tree" in make("adapters-suite").stderr
+    assert "peer_suites/run.py adapters /tmp/hub\n" in make("adapters-suite", "ADAPTERS=/tmp/hub").stdout
 
 
 def test_make_bench_shows_columns_that_one_slow_round_does_not_decide():
