@@ -84,12 +84,10 @@ def _compare(layer, x, branches, forward):
 
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     modules = [module for name in active for module in (layer.lora_A[name], layer.lora_B[name])]
-    places = [
-        (module, key) for module in modules for key in ("weight", "bias") if module._parameters.get(key) is not None
-    ]
+    places = [(module, key) for module in modules for key in ("weight", "bias") if getattr(module, key) is not None]
     base = layer.base_layer
-    places += [(base, "bias")] if base._parameters.get("bias") is not None and base.bias.requires_grad else []
-    kept = [module._parameters[key] for module, key in places]
+    places += [(base, "bias")] if base.bias is not None and base.bias.requires_grad else []
+    kept = [getattr(module, key) for module, key in places]
     drops = [(module, module.training) for module in layer.lora_dropout.modules()]
     group, rounds = layer.fastpeft_shared, None
     if group is not None:
@@ -101,7 +99,7 @@ def _compare(layer, x, branches, forward):
     def run(function):
         def computed(leaves):
             for (module, key), leaf in zip(places, leaves[1:], strict=True):
-                module._parameters[key] = leaf
+                _home(module, key)[key] = leaf
             return function(leaves[0])
 
         return computed
@@ -131,16 +129,22 @@ def _compare(layer, x, branches, forward):
             fused = run(lambda x: forward(layer, x))
             what = os.environ.get("PYTEST_CURRENT_TEST", "")
             _COMPARED.compare(what, fused, own, [x, *values], length, magnitude)
-            _COMPARED.counts["compared through siblings"] += bool(rounds is not None and rounds.rounds)
+            if rounds is not None and rounds.rounds:
+                _COMPARED.counts["compared through siblings"] += 1
     finally:
         layer.__dict__.pop("fastpeft_shared", None)
         if group is not None:
             layer.__dict__["fastpeft_shared"] = group
         for (module, key), value in zip(places, kept, strict=True):
-            module._parameters[key] = value
+            _home(module, key)[key] = value
         for module, mode in drops:
             module.training = mode
         assert layer.training == frozen
+
+
+def _home(module, key):
+    """Where the module has it: FSDP's views hide parameters."""
+    return module.__dict__ if key in module.__dict__ else module._parameters
 
 
 def _nonzero(value):
