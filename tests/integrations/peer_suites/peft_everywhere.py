@@ -104,18 +104,18 @@ def _compare(layer, x, branches, forward):
 
         return computed
 
-    def magnitude(leaves):
+    def formula(leaves, sign):
         at = dict(zip([(id(module), key) for module, key in places], leaves[1:], strict=True))
-        weight = branches[0].weight.detach().abs().double()
+        weight = sign(branches[0].weight.detach().double())
         bias = at.get(
-            (id(base), "bias"), None if branches[0].bias is None else branches[0].bias.detach().abs().double()
+            (id(base), "bias"), None if branches[0].bias is None else sign(branches[0].bias.detach().double())
         )
         y = torch.nn.functional.linear(leaves[0], weight, bias)
         for name, branch in zip(active, branches, strict=True):
             down, up = layer.lora_A[name], layer.lora_B[name]
             term = leaves[0] @ at[id(down), "weight"].T @ at[id(up), "weight"].T
             lora_bias = at.get((id(up), "bias"))
-            y = y + abs(float(branch.scale)) * (term if lora_bias is None else term + lora_bias)
+            y = y + sign(torch.tensor(float(branch.scale))) * (term if lora_bias is None else term + lora_bias)
         return y
 
     n, k = branches[0].weight.shape
@@ -128,7 +128,7 @@ def _compare(layer, x, branches, forward):
             own = run(lambda x: Linear.forward(layer, x))
             fused = run(lambda x: forward(layer, x))
             what = os.environ.get("PYTEST_CURRENT_TEST", "")
-            _COMPARED.compare(what, fused, own, [x, *values], length, magnitude)
+            _COMPARED.compare(what, fused, own, [x, *values], length, formula)
             if rounds is not None and rounds.rounds:
                 _COMPARED.counts["compared through siblings"] += 1
     finally:

@@ -80,6 +80,8 @@ def _self_test(mode: str, options: argparse.Namespace) -> int:
     counts = compared["counts"]
     share = counts["noticed"] / max(counts["compared"], 1)
     print(f"{mode:12}5 % too large: {counts['noticed']} of {counts['compared']} comparisons noticed ({share:.1%})")
+    for missed in compared["problems"]:
+        print(f"  {missed}")
     return 0 if share >= NOTICED else 1
 
 
