@@ -88,6 +88,9 @@ def _compare(layer, x, branches, forward):
     base = layer.base_layer
     places += [(base, "bias")] if base.bias is not None and base.bias.requires_grad else []
     kept = [getattr(module, key) for module, key in places]
+    if not all(isinstance(value, torch.nn.Parameter) for value in kept):
+        _COMPARED.counts["not compared: FSDP has put views in place of parameters"] += 1
+        return
     drops = [(module, module.training) for module in layer.lora_dropout.modules()]
     group, rounds = layer.fastpeft_shared, None
     if group is not None:
@@ -99,7 +102,7 @@ def _compare(layer, x, branches, forward):
     def run(function):
         def computed(leaves):
             for (module, key), leaf in zip(places, leaves[1:], strict=True):
-                _home(module, key)[key] = leaf
+                module._parameters[key] = leaf
             return function(leaves[0])
 
         return computed
@@ -136,15 +139,10 @@ def _compare(layer, x, branches, forward):
         if group is not None:
             layer.__dict__["fastpeft_shared"] = group
         for (module, key), value in zip(places, kept, strict=True):
-            _home(module, key)[key] = value
+            module._parameters[key] = value
         for module, mode in drops:
             module.training = mode
         assert layer.training == frozen
-
-
-def _home(module, key):
-    """Where the module has it: FSDP's views hide parameters."""
-    return module.__dict__ if key in module.__dict__ else module._parameters
 
 
 def _nonzero(value):
