@@ -1,6 +1,7 @@
 """What a model must be for its layers to be given keys and values, found out before anything of it is touched."""
 
 import dis
+import functools
 import importlib.util
 import inspect
 from collections.abc import Iterator
@@ -78,14 +79,17 @@ def text_config(model: Any) -> Any:
 def attentions(model: nn.Module) -> Iterator[Any]:
     """Every self-attention over tokens that calls transformers' attention functions and knows its layer."""
     for path, module in list(entered(model).values())[-1].named_modules():
-        known = "ALL_ATTENTION_FUNCTIONS" in _names(module) and isinstance(getattr(module, "layer_idx", None), int)
+        known = "ALL_ATTENTION_FUNCTIONS" in _names(type(module)) and isinstance(
+            getattr(module, "layer_idx", None), int
+        )
         if known and not getattr(module, "is_cross_attention", False) and "crossattention" not in path:
             yield module
 
 
-def _names(module: nn.Module) -> tuple[str, ...]:
-    """What the module's forward names, in its order."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+@functools.cache
+def _names(kind: type) -> tuple[str, ...]:
+    """What the forward of a class of modules names, in its order."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)  # type: ignore[attr-defined]
     if code is None:
         return ()
     return tuple(step.argval for step in dis.get_instructions(code) if isinstance(step.argval, str))
@@ -104,14 +108,9 @@ def _reason(model: nn.Module, text: Any) -> str | None:
         missing = [] if count is None else sorted(set(range(count)) - set(layers))
         which = f"layers {_listed(missing)} of {count}" if missing else "its layers"
         return f"{which} do not attend by transformers' attention functions, once each"
-    for module in found:
-        kind, names = type(module).__name__, _names(module)
-        if getattr(module, "kv_lora_rank", None):
-            return f"{kind} makes keys and values of a latent vector, which differ in width"
-        after = names[names.index("update") :] if "update" in names else ()
-        changed = sorted(set(after) & CHANGES)
-        if changed:
-            return f"{kind} goes on to change the keys, values or masks that it has cached ({', '.join(changed)})"
+    own = next(filter(None, map(_own_reason, found)), None)
+    if own is not None:
+        return own
     others = sorted({str(kind) for kind in getattr(text, "layer_types", None) or ()} - set(KINDS))
     if others:
         return f"a prefix has no meaning in layers of {', '.join(others)}"
@@ -125,6 +124,18 @@ def _reason(model: nn.Module, text: Any) -> str | None:
     return None
 
 
+def _own_reason(module: Any) -> str | None:
+    kind: Any = type(module)
+    names = _names(kind)
+    if getattr(module, "kv_lora_rank", None):
+        return f"{kind.__name__} makes keys and values of a latent vector, which differ in width"
+    after = names[names.index("update") :] if "update" in names else ()
+    changed = ", ".join(sorted(set(after) & CHANGES))
+    return (
+        f"{kind.__name__} goes on to change keys, values or masks that it has cached ({changed})" if changed else None
+    )
+
+
 def _paths(model: nn.Module) -> Iterator[list[type]]:
     """For every attention the classes that a call goes through on its way there, itself among them."""
     modules, inside = dict(model.named_modules()), {id(module) for module in attentions(model)}
@@ -135,6 +146,7 @@ def _paths(model: nn.Module) -> Iterator[list[type]]:
             yield [kind for kind in above if kind.forward not in (nn.Module.forward, nn.ModuleList.forward)]
 
 
+@functools.cache
 def _hands_on(kind: type) -> bool:
     """Whether a class's forward takes any keyword arguments and calls something with what it was given."""
     forward = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]  # of a module

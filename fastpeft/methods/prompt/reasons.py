@@ -11,7 +11,10 @@ from ..embeddings import input_embeddings
 # Fields of configs by which a layer reads the token ids beside their embeddings; a prompt has no ids.
 READS_IDS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 # What transformers' families do that their forward's arguments do not tell, by model_type.
-UNSUITED = {"ctrl": "it changes its embeddings in place"}
+UNSUITED = {
+    "ctrl": "it changes its embeddings in place",
+    "ibert": "its embedding gives a scale beside the vectors",
+}
 
 
 def embedding_of(op: str, method: str, model: Any) -> Any:

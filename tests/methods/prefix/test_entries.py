@@ -124,7 +124,7 @@ def test_models_without_tokens(make):
         ("llama4_text", "chunked_attention"),
         ("gemma4_text", "differ in their heads"),
         ("mimo_v2_flash", "layer 1 has heads of another number"),
-        ("diffllama", "goes on to change the keys"),
+        ("diffllama", "goes on to change keys"),
         ("stablelm", "StableLmDecoderLayer does not hand keyword arguments on"),
         ("nemotron", "does not hand keyword arguments on"),
         ("bamba", "layers 0 of 2 do not attend"),
