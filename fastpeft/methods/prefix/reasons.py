@@ -125,7 +125,7 @@ def _reason(model: nn.Module, text: Any) -> str | None:
 
 
 def _own_reason(module: Any) -> str | None:
-    kind: Any = type(module)
+    kind = cast(Any, type(module))
     names = _names(kind)
     if getattr(module, "kv_lora_rank", None):
         return f"{kind.__name__} makes keys and values of a latent vector, which differ in width"
