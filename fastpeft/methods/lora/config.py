@@ -22,11 +22,12 @@ class Lora:
         alpha: The numerator of the scale, which is ``alpha / r`` [lora_alpha]. Both defaults are PEFT's.
         dropout: The probability of dropping an element of x in the low-rank branch, in [0, 1) [lora_dropout].
         targets: Which linear layers to adapt [target_modules]. "all-linear" is all but the output head; another string
-            is a regular expression for whole paths; a list holds paths or their ends, ``["q_proj", "v_proj"]``.
+            is a regular expression for whole paths; a list holds paths or their ends, ``["q_proj", "v_proj"]``. An
+            embedding is adapted where it is named.
         exclude: A regular expression for whole paths, or a list of paths and their ends, that are left out
             [exclude_modules].
-        layers: Only in these layers of the stack: their numbers, or a single one, with ``targets`` as a list only
-            [layers_to_transform].
+        layers: Only in these layers of the stack: their numbers, or a single one, with ``targets`` as a list only; a
+            whole path in it is adapted whatever its layer [layers_to_transform].
         layers_pattern: Names of the stack, if the first number in a path is not the one meant.
         rank_pattern: r for the paths that a regular expression matches at their end.
         alpha_pattern: alpha for the paths that a regular expression matches at their end.
