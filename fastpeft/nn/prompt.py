@@ -105,9 +105,8 @@ class Prompts(RowAdapters):
         kinds = list(dict.fromkeys(member for member in members if member))
         prompts = [torch.cat([self.prompts[name] for name in kind]) for kind in kinds]
         places = [kinds.index(member) if member else None for member in members]
-        mask = (
-            None if mask is None else as_integers(mask[:, : tokens.shape[1]])
-        )  # what is beyond is a static cache's room
+        if mask is not None:
+            mask = as_integers(mask[:, : tokens.shape[1]])  # beyond is a static cache's room
         return Plan(prompts, places, mask, labels, self._side(mask, labels))
 
     def _prefilled(self, called: Called, given: dict, rows: Sequence[str | None] | None) -> dict:
@@ -128,10 +127,9 @@ class Prompts(RowAdapters):
         numbered = positions is not None or (not alike and plan.side == "left")
         if numbered and "position_ids" in called.arguments:
             first = self.first if positions is None else 0
-            flat_ones = batch.position_ids + first if first else batch.position_ids
-            found["position_ids"] = (
-                flat_ones if positions is None or flat is not None else plan.planes(tokens, positions)
-            )
+            found["position_ids"] = batch.position_ids + first if first else batch.position_ids
+            if positions is not None and flat is None:
+                found["position_ids"] = plan.planes(tokens, positions)
         found.pop("cache_position", None)
         for name, fill in _PER_TOKEN.items():
             if given.get(name) is not None:

@@ -79,9 +79,8 @@ def text_config(model: Any) -> Any:
 def attentions(model: nn.Module) -> Iterator[Any]:
     """Every self-attention over tokens that calls transformers' attention functions and knows its layer."""
     for path, module in list(entered(model).values())[-1].named_modules():
-        known = "ALL_ATTENTION_FUNCTIONS" in _names(type(module)) and isinstance(
-            getattr(module, "layer_idx", None), int
-        )
+        attends = "ALL_ATTENTION_FUNCTIONS" in _names(cast(Any, type(module)))
+        known = attends and isinstance(getattr(module, "layer_idx", None), int)
         if known and not getattr(module, "is_cross_attention", False) and "crossattention" not in path:
             yield module
 
