@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _plan
 from ._check import PLAIN
 
 _LIBRARY = torch.library.Library("fastpeft", "DEF")
@@ -47,7 +48,7 @@ def register_op(
     if backward is not None and definition is not None:
         backward = _differentiable(backward, definition)
     _LIBRARY.define(name + schema)
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _unaliased(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastpeft::{name}", fake, lib=_LIBRARY)
     if backward is not None and setup_context is not None:
         torch.library.register_autograd(f"fastpeft::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
@@ -100,6 +101,7 @@ def _eager_function(
             ctx.mark_non_differentiable(saved)
             setup_context(ctx, args, (outputs, saved))
             ctx.counts = [_count(args[place]) for place in places]
+            _plan.node(ctx, tensors, outputs, Eager.backward)
             return (*outputs, saved)
 
         @staticmethod
@@ -188,6 +190,21 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def cast(value, dtype: torch.dtype, kept: torch.dtype | None = None):
     """A tensor in ``dtype``, except one of the dtype ``kept``; anything else as it is, for a check to refuse."""
     return value.to(dtype) if isinstance(value, Tensor) and value.dtype != kept else value
+
+
+def _unaliased(run: Callable) -> Callable:
+    """torch.library allows no two outputs in one storage; eager calls may hand out parts of one."""
+
+    def registered(*args):
+        found, seen = run(*args), set()
+        outputs = found if isinstance(found, list) else found[0]
+        for i, output in enumerate(outputs):
+            storage = output.untyped_storage()._cdata
+            outputs[i] = output.clone() if storage in seen else output
+            seen.add(storage)
+        return found
+
+    return registered
 
 
 def _without_autocast(implementation: Callable) -> Callable:

@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("env", help="versions, devices, backends, variables: paste it into a bug report")
     check = commands.add_parser("check", help="run every op on your device against the reference; exit code 1 on error")
     check.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    build = commands.add_parser("build", help="compile the extension that saves host time, for the torch that is here")
+    build.add_argument("--verbose", action="store_true", help="show what the compiler is told")
     _add_checkpoints(commands)
     _add_serve(commands)
     demo = "fine-tune a small encoder with LoRA; --methods: with every method; --serve: serve several adapters"
@@ -45,7 +47,20 @@ def main(argv: list[str] | None = None) -> int:
         return _serve(arguments)
     if arguments.command in ("inspect", "convert"):
         return _inspect(arguments.directory) if arguments.command == "inspect" else _convert(arguments)
+    if arguments.command == "build":
+        return _build(arguments.verbose)
     return _env() if arguments.command == "env" else _check(arguments.device)
+
+
+def _build(verbose: bool) -> int:
+    from . import _host
+
+    try:
+        print(f"fastpeft: built {_host.build(verbose)}")
+    except (OSError, RuntimeError) as error:
+        print(f"fastpeft build: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _from_checkout(part: str, *command: str) -> int:

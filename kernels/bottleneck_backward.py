@@ -21,7 +21,8 @@ from .bottleneck_launch import (
 )
 from .bottleneck_tiles import activate, add_bias, column_sum, dot, normalised, project, rows_of, slope, slot_of
 from .dropout import keep_tile
-from .launch import capability, launch, math, reduce_partials, split
+from .launch import capability, launch, math, split
+from .partials import reduce_partials
 
 
 @triton.jit

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._mask import threshold
-from .launch import math, on_device
+from .launch import math, run
 from .multi_lora_backward import outer
 from .multi_lora_products import add_expanded, planes, write_shrunk
+from .partials import reduce_partials
 
 _Slots = namedtuple("_Slots", ("scales", "ranks", "thresholds", "seeds"))
 
@@ -70,7 +71,7 @@ def shrink(x: Tensor, lora_a: Tensor, routing, scale: float, dropout: float, see
     parts = planes(x.shape[1], routing.tile)
     s = x.new_empty(parts, len(x), lora_a.shape[1], dtype=math(x, lora_a).torch)
     write_shrunk(x, [lora_a], s, routing, _slots(lora_a, s.dtype, scale, dropout, seeds))
-    return s[0] if parts == 1 else s.sum(0)
+    return reduce_partials(s, s.dtype)
 
 
 def expand_(y: Tensor, s: Tensor, lora_b: Tensor, routing, dropout: float, seeds: Tensor | None) -> None:
@@ -103,12 +104,12 @@ def combine(rows: Tensor, weights: Tensor | None, routing, dtype: torch.dtype) -
     if 0 in grid:
         return y
     strides = (0, 0) if weights is None else weights.stride()
-    with on_device(rows):
-        _combine_kernel[grid](
-            rows, weights, places, starts, y, tokens, columns, len(starts) - 1, choices,
-            *rows.stride(), *strides, *places.stride(),
-            WEIGHTS=weights is not None, ACC=math(rows, rows).triton, BLOCK_M=c.block_m, BLOCK_K=c.block_k, **c.options,
-        )  # fmt: skip
+    run(
+        _combine_kernel, grid,
+        rows, weights, places, starts, y, tokens, columns, len(starts) - 1, choices,
+        *rows.stride(), *strides, *places.stride(),
+        WEIGHTS=weights is not None, ACC=math(rows, rows).triton, BLOCK_M=c.block_m, BLOCK_K=c.block_k, **c.options,
+    )  # fmt: skip
     return y
 
 

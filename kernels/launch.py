@@ -1,6 +1,5 @@
-"""What every launcher needs: configurations, launch options, and the fixed-order sum of partial results."""
+"""What every launcher needs: configurations, launch options, and how a loop is cut for more programs."""
 
-import contextlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _device
+from .. import _device, _tape
 
 # Enough programs to fill a large GPU twice. A constant, not the device's count: bits must not depend on the board.
 TARGET_PROGRAMS = 264
@@ -24,11 +23,6 @@ def split(size: int, block: int, programs: int, least: int = 4) -> tuple[int, in
     parts = max(1, min(TARGET_PROGRAMS // max(programs, 1), steps // least))
     span = triton.cdiv(steps, parts)
     return triton.cdiv(steps, span), span * block
-
-
-def reduce_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the first dimension in a fixed order: deterministic, unlike atomics."""
-    return (partials[0] if partials.shape[0] == 1 else partials.sum(0)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -62,13 +56,6 @@ def capability(tensor: Tensor) -> int:
     return _device.capability(tensor.device)
 
 
-@contextlib.contextmanager
-def on_device(tensor: Tensor):
-    """Makes the tensor's device, which need not be the current one, that of the launches inside."""
-    with torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext():
-        yield
-
-
 def launch(kernel, grid: tuple[int, ...], config, acc: Math, *args, **constants) -> None:
     """Launch on the tensors' device, which need not be the current one. An empty grid launches nothing."""
     if 0 in grid:
@@ -76,5 +63,15 @@ def launch(kernel, grid: tuple[int, ...], config, acc: Math, *args, **constants)
     # Contracted multiply-adds, stated because Triton's default differs between versions and changes bits.
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     blocks = {"BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "BLOCK_R": config.block_r}
-    with on_device(args[0]):
-        kernel[grid](*args, ACC=acc.triton, PRECISION=acc.precision, **blocks, **constants, **options)
+    run(kernel, grid, *args, ACC=acc.triton, PRECISION=acc.precision, **blocks, **constants, **options)
+
+
+def run(kernel, grid: tuple[int, ...], *args, **constants) -> None:
+    """Launch on the first argument's device, which need not be the current one; every launch goes through here."""
+    index = args[0].device.index if args[0].is_cuda else None
+    if index is None or index == torch.cuda.current_device():
+        compiled = kernel[grid](*args, **constants)
+    else:
+        with torch.cuda.device(index):
+            compiled = kernel[grid](*args, **constants)
+    _tape.launched(kernel, compiled, grid, args)

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._mask import threshold
 from .dropout import keep_tile
-from .launch import capability, launch, math, reduce_partials, split
+from .launch import capability, launch, math, split
 from .lora_linear_products import (
     FIELDS,
     INVERSE_KEEP,
@@ -24,6 +23,7 @@ from .lora_linear_products import (
     ranks_of,
     stacked,
 )
+from .partials import reduce_partials, sum_into
 
 # Above these ranks the partial results of up_backward outweigh a second read of dY (and float32 ones spill).
 ONE_PASS_RANK, ONE_PASS_RANK_WIDE = 64, 32
@@ -130,36 +130,43 @@ def ups_backward(
     need_db: bool,
 ) -> tuple[Tensor | None, list[Tensor] | None]:
     """``up_backward`` of every projection: the dS side by side, ``[M, R]``, and each dB."""
-    parts = s.split([b.shape[1] for b in lora_bs], 1) if need_db else [None] * len(dys)
-    steps = [up_backward(*operands, need_ds, need_db) for operands in zip(dys, parts, lora_bs, scales, strict=True)]
-    ds = None
+    ranks, ds = [b.shape[1] for b in lora_bs], None
+    parts = s.split(ranks, 1) if need_db else [None] * len(dys)
     if need_ds:
-        ds = steps[0][0] if len(steps) == 1 else torch.cat([ds for ds, _ in steps], 1)
-    return ds, [db for _, db in steps] if need_db else None
+        ds = dys[0].new_empty(dys[0].shape[0], sum(ranks), dtype=lora_bs[0].dtype)
+    columns = [None] * len(dys) if ds is None else ds.split(ranks, 1)
+    steps = zip(dys, parts, lora_bs, scales, columns, strict=True)
+    dbs = [up_backward(*operands, need_db) for operands in steps]
+    return ds, dbs if need_db else None
 
 
 def up_backward(
-    dy: Tensor, s: Tensor | None, b: Tensor, scale: float, need_ds: bool, need_db: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """``dS = scale · dY B`` ``[M, r]`` and ``dB = dYᵀ S`` ``[N, r]``, in B's dtype."""
+    dy: Tensor, s: Tensor | None, b: Tensor, scale: float, ds: Tensor | None, need_db: bool
+) -> Tensor | None:
+    """Writes ``scale · dY B`` into ds ``[M, r]``, columns of a tensor, unless it is None; ``dB = dYᵀ S`` ``[N, r]``."""
     rank = b.shape[1]
-    if rank > (ONE_PASS_RANK_WIDE if b.dtype.itemsize > 2 else ONE_PASS_RANK) or not (need_ds and need_db):
-        ds = project(dy, b.T, [rank], [scale], [0.0], None) if need_ds else None
-        db = _outer(s, dy, [rank], [0.0], None).T.contiguous() if need_db else None
-        return ds, db
+    if rank > (ONE_PASS_RANK_WIDE if b.dtype.itemsize > 2 else ONE_PASS_RANK) or ds is None or not need_db:
+        if ds is not None:
+            project(dy, b.T, [rank], [scale], [0.0], None, ds)
+        return _outer(s, dy, [rank], [0.0], None).T.contiguous() if need_db else None
     (m, n), c = dy.shape, config("up_backward", rank, b.dtype, capability(dy))
     blocks = triton.cdiv(n, c.block_k)
     parts, span = split(m, c.block_m, blocks)
     acc = math(dy, b)
-    ds = dy.new_empty(blocks, m, rank, dtype=acc.torch)
-    db = dy.new_empty(parts, n, rank, dtype=acc.torch)
+    several = blocks > 1 or parts > 1
+    ds_parts = dy.new_empty(blocks, m, rank, dtype=acc.torch) if several else ds[None]
+    db_parts = dy.new_empty(parts, n, rank, dtype=acc.torch if several else b.dtype)
     table = branch_table((rank,), (scale,), (0.0,), acc.torch, dy.device)
     launch(
         _up_backward_kernel, (blocks, parts), c, acc,
-        dy, s, b, ds, db, table, m, n, rank, span,
-        *dy.stride(), *s.stride(), *b.stride(), *ds.stride(), *db.stride(),
+        dy, s, b, ds_parts, db_parts, table, m, n, rank, span,
+        *dy.stride(), *s.stride(), *b.stride(), *ds_parts.stride(), *db_parts.stride(),
     )  # fmt: skip
-    return reduce_partials(ds, b.dtype), reduce_partials(db, b.dtype)
+    if not several:
+        return db_parts[0]
+    db = dy.new_empty(n, rank, dtype=b.dtype)
+    sum_into(ds_parts, ds, db_parts, db)
+    return db
 
 
 def down_backward(
@@ -176,7 +183,7 @@ def down_backward(
     if need_dx:
         dx = expand(ds, stacked(lora_as).T, None, x.dtype, ranks, dropouts, seeds)
     if need_da:
-        das = [da.clone() if len(ranks) > 1 else da for da in _outer(ds, x, ranks, dropouts, seeds).split(ranks)]
+        das = list(_outer(ds, x, ranks, dropouts, seeds).split(ranks))
     return dx, das
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .._mask import inverse_keep, threshold
 from .dropout import keep_tile
-from .launch import Config, capability, launch, math, reduce_partials, split
+from .launch import Config, capability, launch, math, split
+from .partials import sum_into
 
 STEPS = ("down", "up", "up_backward", "down_backward")
 
@@ -162,20 +163,25 @@ def project(
     scales: Sequence[float],
     dropouts: Sequence[float],
     seeds: Tensor | None,
+    s: Tensor | None = None,
 ) -> Tensor:
-    """``scale_p · drop_p(x) A_pᵀ`` of the branches side by side: ``[M, R]`` in A's dtype."""
+    """``scale_p · drop_p(x) A_pᵀ`` of the branches side by side: ``[M, R]`` in A's dtype, in s where it is given."""
     (m, k), rank, c = x.shape, a.shape[0], config("down", a.shape[0], a.dtype, capability(x))
     acc = math(x, a)
     grid = triton.cdiv(m, c.block_m), triton.cdiv(rank, c.block_r)
     parts, span = split(k, c.block_k, grid[0] * grid[1])
-    s = x.new_empty(parts, m, rank, dtype=acc.torch if parts > 1 else a.dtype)
+    if s is None:
+        s = x.new_empty(m, rank, dtype=a.dtype)
+    partials = x.new_empty(parts, m, rank, dtype=acc.torch) if parts > 1 else s[None]
     table = branch_table(tuple(ranks), tuple(scales), tuple(dropouts), acc.torch, x.device)
     launch(
         _down_kernel, (*grid, parts), c, acc,
-        x, a, s, table, seeds, m, k, rank, span, *x.stride(), *a.stride(), *s.stride(),
+        x, a, partials, table, seeds, m, k, rank, span, *x.stride(), *a.stride(), *partials.stride(),
         BRANCHES=len(ranks), DROPOUT=any(map(threshold, dropouts)),
     )  # fmt: skip
-    return reduce_partials(s, a.dtype)
+    if parts > 1:
+        sum_into(partials, s)
+    return s
 
 
 def expand(

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device, reduce_partials, split
+from .launch import run, split
+from .partials import reduce_partials
 
 BLOCK_T = 1024  # positions of the mask read at a time
 # What ``rows`` holds of every row of the batch, in this order, and how much that is.
@@ -203,19 +204,19 @@ def forward(
     rows = source.new_empty(b, FIELDS.value, dtype=torch.int64)
     grid = b, max(1, triton.cdiv(width, c.block_m))  # without places, still the rows
     strides = [(0, 0) if o is None else o.stride() for o in (ids, attention_mask, position_ids, labels)]
-    with on_device(source):
-        if b:
-            _gather_kernel[grid](
-                prompts, source, ids, prompt_ids, _starts(tuple(lengths), source.device),
-                attention_mask, position_ids, labels, y, mask, positions, y_labels, rows,
-                t, width, d, source.shape[0], len(lengths), ignore_index,
-                *prompts.stride(), *(source.stride() if ids is None else (0, *source.stride())), *strides[0],
-                prompt_ids.stride(0), *strides[1], *strides[2], *strides[3],
-                IDS=ids is not None, MASK=attention_mask is not None, POSITIONS=position_ids is not None,
-                LABELS=labels is not None, LEFT=left,
-                BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_T=min(BLOCK_T, triton.next_power_of_2(max(t, 16))),
-                **c.options,
-            )  # fmt: skip
+    if b:
+        run(
+            _gather_kernel, grid,
+            prompts, source, ids, prompt_ids, _starts(tuple(lengths), source.device),
+            attention_mask, position_ids, labels, y, mask, positions, y_labels, rows,
+            t, width, d, source.shape[0], len(lengths), ignore_index,
+            *prompts.stride(), *(source.stride() if ids is None else (0, *source.stride())), *strides[0],
+            prompt_ids.stride(0), *strides[1], *strides[2], *strides[3],
+            IDS=ids is not None, MASK=attention_mask is not None, POSITIONS=position_ids is not None,
+            LABELS=labels is not None, LEFT=left,
+            BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_T=min(BLOCK_T, triton.next_power_of_2(max(t, 16))),
+            **c.options,
+        )  # fmt: skip
     return y, mask, positions, y_labels, rows
 
 
@@ -242,12 +243,11 @@ def prompt_backward(dy: Tensor, rows: Tensor, lengths: Sequence[int], dtype: tor
     parts, span = split(b, 1, grid[0] * grid[1], least=16)
     partials = dy.new_empty(parts, s, d, dtype=torch.float64 if wide else torch.float32)
     if 0 not in grid:
-        with on_device(dy):
-            _prompt_backward_kernel[(*grid, parts)](
-                dy, rows, _starts(tuple(lengths), dy.device), partials, b, s, d, tiles, span, *dy.stride(),
-                ACC=tl.float64 if wide else tl.float32, BLOCK_M=c.block_m, BLOCK_K=c.block_k,
-                **c.options,
-            )  # fmt: skip
+        run(
+            _prompt_backward_kernel, (*grid, parts),
+            dy, rows, _starts(tuple(lengths), dy.device), partials, b, s, d, tiles, span, *dy.stride(),
+            ACC=tl.float64 if wide else tl.float32, BLOCK_M=c.block_m, BLOCK_K=c.block_k, **c.options,
+        )  # fmt: skip
     return reduce_partials(partials, dtype)
 
 
@@ -257,11 +257,11 @@ def source_backward(dy: Tensor, rows: Tensor, lengths: Sequence[int], tokens: in
     dx = dy.new_empty(b, tokens, d)
     grid = b, triton.cdiv(tokens, c.block_m), triton.cdiv(d, c.block_k)
     if 0 not in grid:
-        with on_device(dy):
-            _source_backward_kernel[grid](
-                dy, rows, _starts(tuple(lengths), dy.device), dx, tokens, d, *dy.stride(),
-                BLOCK_M=c.block_m, BLOCK_K=c.block_k, **c.options,
-            )  # fmt: skip
+        run(
+            _source_backward_kernel, grid,
+            dy, rows, _starts(tuple(lengths), dy.device), dx, tokens, d, *dy.stride(),
+            BLOCK_M=c.block_m, BLOCK_K=c.block_k, **c.options,
+        )  # fmt: skip
     return dx
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .launch import run
 
 BLOCK_M, BLOCK_K = 64, 64
 
@@ -72,10 +72,9 @@ def forward(token_slots: Tensor, slots: int, tile: int, tiles: int) -> tuple[Ten
         torch.empty(shape, dtype=torch.int32, device=token_slots.device) for shape in ((t,), (slots + 1,), (2, tiles))
     )
     stride, blocks = token_slots.stride(0), {"BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K}
-    with on_device(token_slots):
-        grid = (triton.cdiv(t + slots + 1, BLOCK_M),)
-        _sort_kernel[grid](token_slots, order, starts, table, t, slots, tiles, stride, **blocks)
-        if t:
-            grid = (triton.cdiv(t, BLOCK_M),)
-            _tile_kernel[grid](token_slots, order, starts, table, t, slots, tiles, tile, stride, **blocks)
+    grid = (triton.cdiv(t + slots + 1, BLOCK_M),)
+    run(_sort_kernel, grid, token_slots, order, starts, table, t, slots, tiles, stride, **blocks)
+    if t:
+        grid = (triton.cdiv(t, BLOCK_M),)
+        run(_tile_kernel, grid, token_slots, order, starts, table, t, slots, tiles, tile, stride, **blocks)
     return order, starts, table

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Config, capability, launch, math, reduce_partials, split
+from .launch import Config, capability, launch, math, split
+from .partials import reduce_partials
 
 
 def config(rows: int, dtype: torch.dtype, capability: int) -> Config:

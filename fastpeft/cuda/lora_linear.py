@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _tape
 from .._mask import inverse_keep, threshold
 
 DTYPES = (torch.bfloat16, torch.float16)  # in the order of csrc's numbers
@@ -201,6 +202,7 @@ def describe(x: Tensor, lora_as: Sequence[Tensor], weights: Sequence[Tensor | No
 def _extension():
     import fastpeft._C
 
+    _tape.unrecorded("the launchers of fastpeft._C")
     return fastpeft._C
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import _tape
+
 MAX_TOKENS = 256
 MAX_COLUMNS = 512  # of S, every slice's R rounded up to 16
 DTYPES = (torch.bfloat16, torch.float16)  # in the order of csrc's numbers
@@ -124,6 +126,7 @@ def describe(x: Tensor, lora_as: Sequence[Tensor], *_) -> list[str]:
 def _extension():
     import fastpeft._C
 
+    _tape.unrecorded("the launchers of fastpeft._C")
     return fastpeft._C
 
 

@@ -14,6 +14,7 @@ import functools
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import _check
@@ -56,9 +57,12 @@ class FastLoraLinear(Linear):
     def _get_name(self):  # for repr, and for PEFT's status of layers, which reads it
         return "Linear"
 
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "fastpeft_kept"}
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not args and not kwargs:
-            plan = _fusable.plan(self, x)
+            plan = _fusable.plan(self, x) if torch.compiler.is_compiling() else _fusable.kept_plan(self, x)
             if type(plan) is list:
                 shared = self.fastpeft_shared
                 y = None if shared is None else shared.forward(self, x)
@@ -67,7 +71,7 @@ class FastLoraLinear(Linear):
 
     def fastpeft_branch(self) -> sharing.Branch | str:
         """This layer for ``fastpeft.nn.sharing``, or why it computes alone."""
-        plan = _fusable.plan(self)
+        plan = _fusable.kept_plan(self)
         if isinstance(plan, str):
             return plan
         if len(plan) > 1:
@@ -130,6 +134,7 @@ def restore(model: nn.Module) -> nn.Module:
             raise ValueError(f"restore: {name} is {type(layer).__name__}, expected {ours.__name__}")
     sharing.unshare_inputs(model)
     for layer in layers.values():
+        layer.__dict__.pop("fastpeft_kept", None)
         layer.__class__ = _THEIRS.get(type(layer), type(layer))
     return model
 

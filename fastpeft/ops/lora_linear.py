@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import _backend, _check, reference
 from .._library import autocast_dtype, cast, register_op
+from .._plan import planned
 from . import lora_linear_arguments as arguments
 from .lora_linear_backends import MAX_RANK, REASONS, facts
 
@@ -231,6 +232,12 @@ def _call(op, shared, x, weights, lists, backend):
     if wanted is not None:
         x, weights, biases = x.to(wanted), [cast(t, wanted) for t in weights], [cast(t, wanted) for t in biases]
         lora_as, lora_bs = ([cast(t, wanted, torch.float32) for t in ts] for ts in (lora_as, lora_bs))
+    return _planned(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend)
+
+
+@planned
+def _planned(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
+    """All that is left to do once autocast has cast, which a plan stands for."""
     arguments.branches(op, shared, x, weights, lora_as, lora_bs, biases)
     scales, dropouts = arguments.numbers(op, shared, scales, dropouts)
     shape = x.shape

@@ -145,7 +145,7 @@ def lora_linear(x_dtype, dtype, ranks, dropout, m, k, n) -> None:
     s = kernels.down(x, lora_as, [2.0] * len(ranks), dropouts, seeds)
     s_0 = s.split(list(ranks), 1)[0]
     kernels.up(s_0, new(n, ranks[0]), new(n, dtype=x_dtype), x_dtype)
-    kernels.up_backward(dy, s_0, new(n, ranks[0]), 2.0, True, True)
+    kernels.up_backward(dy, s_0, new(n, ranks[0]), 2.0, torch.empty_like(s).split(list(ranks), 1)[0], True)
     kernels.down_backward(s, x, lora_as, dropouts, seeds, True, True)
 
 

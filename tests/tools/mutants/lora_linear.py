@@ -162,15 +162,22 @@ MUTANTS = {
             "dS's scale dropped for large ranks": (", [scale]", ", [1.0]"),
         },
         "down_backward": {
-            "dA's are views of one buffer's rows, in the wrong order": (".split(ranks)]", ".split(ranks)[::-1]]"),
+            "dA's are views of one buffer's rows, in the wrong order": (".split(ranks))", ".split(ranks)[::-1])"),
         },
     },
     "kernels/launch.py": {
         "split": {
             "last part lost": ("return triton.cdiv(steps, span)", "return max(1, steps // span)", PARTS),
         },
-        "reduce_partials": {
-            "only the first partial result": ("partials.sum(0)", "partials[0]"),
+    },
+    "kernels/partials.py": {
+        "_plane_sum": {
+            "only the first partial results": ("range(0, parts, PARTS)", "range(0, 1, PARTS)"),
+            "one partial result too many": ("(p < parts)", "(p <= parts)"),
+        },
+        "_sum_kernel": {
+            "rows without their stride": ("(i // columns) * stride_y", "(i // columns) * columns"),
+            "the second sum with the first's planes": ("q_ptr, j, q_parts", "q_ptr, j, parts"),
         },
     },
     "fastpeft/reference/lora_linear.py": {

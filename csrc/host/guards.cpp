@@ -1,0 +1,111 @@
+#include "guards.h"
+
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "key.h"
+
+namespace py = pybind11;
+
+namespace fastpeft {
+namespace {
+
+bool nothing_in(PyObject* container) {
+  if (PyDict_Check(container)) return PyDict_GET_SIZE(container) == 0;
+  if (PyList_Check(container)) return PyList_GET_SIZE(container) == 0;
+  return PyAnySet_Check(container) && PySet_GET_SIZE(container) == 0;
+}
+
+Py_ssize_t length(PyObject* sequence) {
+  return PyList_Check(sequence) ? PyList_GET_SIZE(sequence) : PyTuple_GET_SIZE(sequence);
+}
+
+PyObject* item(PyObject* sequence, Py_ssize_t i) {
+  return PyList_Check(sequence) ? PyList_GET_ITEM(sequence, i) : PyTuple_GET_ITEM(sequence, i);
+}
+
+}  // namespace
+
+void Guards::is(py::dict dictionary, py::object key, py::object value) {
+  entries_.push_back({std::move(dictionary), std::move(key), std::move(value)});
+}
+
+void Guards::absent(py::dict dictionary, py::object key) {
+  entries_.push_back({std::move(dictionary), std::move(key), py::object()});
+}
+
+void Guards::empty(py::object container) { empty_.push_back(std::move(container)); }
+
+void Guards::items(py::object sequence) {
+  if (!PyList_Check(sequence.ptr()) && !PyTuple_Check(sequence.ptr()))
+    throw py::type_error("Guards.items: expected a list or a tuple");
+  Items found{sequence, {}};
+  for (Py_ssize_t i = 0; i < length(sequence.ptr()); ++i)
+    found.objects.push_back(py::reinterpret_borrow<py::object>(item(sequence.ptr(), i)));
+  items_.push_back(std::move(found));
+}
+
+void Guards::type(py::object object) {
+  PyTypeObject* const type = Py_TYPE(object.ptr());
+  kinds_.push_back({std::move(object), type});
+}
+
+void Guards::tensor(py::object tensor) {
+  type(tensor);
+  const at::Tensor& found = THPVariable_Unpack(tensor.ptr());
+  tensors_.push_back({tensor, found.scalar_type(), found.device()});
+}
+
+void Guards::input(py::object like) {
+  const at::Tensor& found = THPVariable_Unpack(like.ptr());
+  dtype_ = found.scalar_type();
+  device_ = found.device();
+  autocast_ = at::autocast::is_autocast_enabled(device_.type());
+  made_ = true;
+}
+
+int Guards::visit(visitproc visit, void* arg) const {
+  for (const Entry& entry : entries_) {
+    Py_VISIT(entry.dictionary.ptr());
+    Py_VISIT(entry.value.ptr());
+  }
+  for (const py::object& container : empty_) Py_VISIT(container.ptr());
+  for (const Items& items : items_) {
+    Py_VISIT(items.sequence.ptr());
+    for (const py::object& object : items.objects) Py_VISIT(object.ptr());
+  }
+  for (const Kind& kind : kinds_) Py_VISIT(kind.object.ptr());
+  for (const Facts& facts : tensors_) Py_VISIT(facts.tensor.ptr());
+  return 0;
+}
+
+bool Guards::holds(py::handle x) const {
+  if (!made_ || !thread_is_plain() || at::autocast::is_autocast_enabled(device_.type()) != autocast_) return false;
+  if (!x.is_none()) {
+    if (!THPVariable_CheckExact(x.ptr())) return false;
+    const at::Tensor& given = THPVariable_Unpack(x.ptr());
+    if (given.scalar_type() != dtype_ || given.device() != device_ || given.layout() != at::kStrided) return false;
+  }
+  for (const Entry& entry : entries_) {
+    PyObject* const found = PyDict_GetItemWithError(entry.dictionary.ptr(), entry.key.ptr());
+    if (!found && PyErr_Occurred()) throw py::error_already_set();
+    if (found != entry.value.ptr()) return false;
+  }
+  for (const py::object& container : empty_)
+    if (!nothing_in(container.ptr())) return false;
+  for (const Items& items : items_) {
+    const auto count = static_cast<Py_ssize_t>(items.objects.size());
+    if (length(items.sequence.ptr()) != count) return false;
+    for (Py_ssize_t i = 0; i < count; ++i)
+      if (item(items.sequence.ptr(), i) != items.objects[i].ptr()) return false;
+  }
+  for (const Kind& kind : kinds_)
+    if (Py_TYPE(kind.object.ptr()) != kind.type) return false;
+  for (const Facts& facts : tensors_) {
+    const at::Tensor& tensor = THPVariable_Unpack(facts.tensor.ptr());
+    if (tensor.scalar_type() != facts.dtype || tensor.device() != facts.device) return false;
+  }
+  return true;
+}
+
+}  // namespace fastpeft

@@ -1,0 +1,87 @@
+"""``fastpeft._host_<torch's version>``: the C++ extension that runs calls that repeat without Python. See ``_plan.py``.
+
+It is compiled against one version of torch and serves that one alone, so it comes in no wheel: ``fastpeft build``
+compiles it where it will run, in about a minute, and several versions lie side by side. Without it every call takes
+Python's way, with the same results.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent
+_SOURCES = (_PACKAGE / "csrc", _PACKAGE.parent / "csrc/host")  # in an installed package; in a checkout
+
+
+def name() -> str:
+    """The extension's module for this torch, without the package."""
+    return "_host_" + re.sub(r"\W", "_", torch.__version__)
+
+
+@functools.cache
+def missing() -> str | None:
+    """None when the extension serves, else the reason."""
+    if os.environ.get("FASTPEFT_HOST") == "0":
+        return "FASTPEFT_HOST=0"
+    if importlib.util.find_spec(f"fastpeft.{name()}") is None:
+        return f"not built for torch {torch.__version__} (fastpeft build, which needs ninja and a C++ compiler)"
+    try:
+        importlib.import_module(f"fastpeft.{name()}")
+    except ImportError as error:
+        return f"built, but does not load: {error}"
+    return None
+
+
+def load() -> ModuleType | None:
+    """The extension, or None where it does not serve."""
+    return importlib.import_module(f"fastpeft.{name()}") if missing() is None else None
+
+
+def guards() -> Any:
+    """The extension's ``Guards``, of nothing yet, or None where it does not serve."""
+    extension = load()
+    return None if extension is None else extension.Guards()
+
+
+def build(verbose: bool = False) -> Path:
+    """Compile the extension for the torch that is installed and return its file, in the package's folder.
+
+    Args:
+        verbose: whether to show what the compiler is told.
+
+    Raises:
+        RuntimeError: the sources, ninja or a C++ compiler are missing, or it does not compile; the error says which.
+    """
+    from torch.utils import cpp_extension
+
+    sources = next((sorted(map(str, folder.glob("*.cpp"))) for folder in _SOURCES if folder.is_dir()), [])
+    if not sources:
+        raise RuntimeError(f"fastpeft build: no sources in {' or '.join(map(str, _SOURCES))}")
+    target = _PACKAGE / f"{name()}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with tempfile.TemporaryDirectory() as folder:
+        built = cpp_extension.load(
+            name(),
+            sources,
+            build_directory=folder,
+            extra_cflags=["-O2"],
+            with_cuda=False,
+            is_python_module=False,
+            verbose=verbose,
+        )
+        del built
+        part = target.with_suffix(".part")
+        shutil.copyfile(Path(folder, f"{name()}.so"), part)
+        part.replace(target)  # whoever imports meanwhile finds the old one or the new one
+    importlib.invalidate_caches()
+    missing.cache_clear()
+    return target

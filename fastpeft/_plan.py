@@ -1,0 +1,155 @@
+"""Plans: calls that repeat take one call into the extension of ``_host.py`` instead of Python's way.
+
+What a call does is decided by what ``csrc/host/key.cpp`` looks at: shapes, strides, dtypes, devices and alignment of
+its tensors, who asks for gradients, its numbers, grad and autocast mode, ``FASTPEFT_BACKEND``. The second call that
+looks alike is recorded (``_tape.py``) on its way through Python; those after it run the recorded steps, in C++, as the
+only node of autograd. Whatever does not look plain (subclasses, modes, transforms, tracing, forward-mode gradients)
+goes through Python, as does every call where the extension is not there.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _host
+from ._tape import Refused, Tape, recording
+
+__all__ = ["node", "planned", "refusals"]
+
+refusals: Counter[str] = Counter()  # why calls that were seen twice have no plan
+
+
+def planned(function: Callable) -> Callable:
+    """``function`` with plans for the calls that repeat.
+
+    Args:
+        function: takes tensors, numbers, strings, None, and lists and tuples of those, by position; returns a list of
+            tensors that are no arguments. What it does may depend on nothing but what the key holds.
+    """
+    found = _host.load()
+    if found is None:
+        return function
+    table = found.Planned(function, functools.partial(_record, found, function))
+
+    @functools.wraps(function)
+    def call(*args):
+        if torch.compiler.is_compiling() or recording() is not None:
+            return function(*args)
+        return table(*args)
+
+    call.plans = table  # type: ignore[attr-defined]
+    return call
+
+
+def node(ctx: Any, tensors: Sequence[Tensor], outputs: Sequence[Tensor], backward: Callable) -> None:
+    """To be called by an ``autograd.Function`` once it has saved what it needs: a tape notes it.
+
+    Args:
+        ctx: the function's context. What it holds beside tensors is the same for all calls that look alike.
+        tensors: those that get gradients; outputs: those that gradients come for.
+        backward: of the function: ``(ctx, *gradients, None)``, a gradient for each tensor behind one that is None.
+    """
+    tape = recording()
+    if tape is None:
+        return
+    if tape.node is not None:
+        tape.refuse("more than one node of autograd")
+    tape.node = ctx, list(ctx.to_save or ()), list(tensors), list(outputs), backward
+
+
+def _record(found: ModuleType, function: Callable, args: tuple, tensors: list[Tensor]) -> tuple[list, Any]:
+    """The outputs of a call, and a plan for those that look like it, or None."""
+    with Tape(tensors) as tape:
+        outputs = function(*args)
+    asks = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    try:
+        if tape.refused is not None:
+            raise Refused(tape.refused)
+        if asks and tape.node is None:
+            raise Refused("autograd knows of no node")
+        saved, backward = _backward(found, tape, outputs) if asks else ([], None)
+        if any(tape.place(output).slot[0] != "created" for output in outputs):
+            raise Refused("an output is an argument")
+        program = tape.program(found, [*outputs, *saved], tensors[0].device)
+    except Refused as error:
+        refusals[str(error)] += 1
+        return outputs, None
+    return outputs, found.Plan(program, len(outputs), backward)
+
+
+def _backward(found: ModuleType, tape: Tape, outputs: Sequence[Tensor]) -> tuple[list[Tensor], Callable]:
+    """What a plan has to keep, and the function that computes gradients from it and may record doing so."""
+    ctx, to_save, tensors, inner, backward = tape.node
+    inputs = tape.inputs
+    owners = [_owner(tape, tensor) for tensor in tensors]
+    asked = [owner for owner, tensor in zip(owners, tensors, strict=True) if owner is not None]
+    if len(asked) != len(set(asked)):
+        raise Refused("an argument was given twice")
+    matches = [next((i for i, o in enumerate(outputs) if _same(o, t)), None) for t in inner]
+    if None in matches or len(set(matches)) != len(outputs):
+        raise Refused("an output is not the node's")
+    # Arguments are kept as they were given, which autograd can follow further; constants need not be kept at all.
+    kept: list[Tensor] = []
+    restore: list[tuple[int | None, Any]] = []
+    for tensor in to_save:
+        owner, kind = _owner(tape, tensor), tape.place(tensor).slot[0]
+        if kind == "constant":
+            restore.append((None, tensor.detach()))
+            continue
+        restore.append((len(kept), tuple(tensor.shape)))
+        kept.append(tensor if owner is None else inputs[owner])
+    facts, shapes = vars(ctx) | {"counts": ctx.counts}, [tuple(tensor.shape) for tensor in inner]
+    wanted = [tuple(tensor.shape) for tensor in inputs]
+
+    def run(saved: list[Tensor], gradients: list[Tensor | None], record: bool) -> tuple[list, Any]:
+        tape = Tape([*saved, *(g for g in gradients if g is not None)]) if record else None
+        with tape or nullcontext():
+            own = [what if i is None else saved[i].reshape(what) for i, what in restore]
+            given = [
+                None if (g := gradients[m]) is None else g.reshape(s) for m, s in zip(matches, shapes, strict=True)
+            ]
+            _, *computed = backward(SimpleNamespace(saved_tensors=own, **facts), *given, None)
+            result: list[Tensor | None] = [None] * len(wanted)
+            for owner, gradient in zip(owners, computed, strict=True):
+                if owner is not None and gradient is not None:
+                    result[owner] = gradient.reshape(wanted[owner])
+        if tape is None:
+            return result, None
+        try:
+            return result, tape.program(found, result, saved[0].device)
+        except Refused as error:
+            refusals[f"backward: {error}"] += 1
+            return result, None
+
+    return kept, run
+
+
+def _owner(tape: Tape, tensor: Tensor) -> int | None:
+    """Which argument this is, perhaps in another shape; None for none of them."""
+    kind, number = tape.place(tensor).slot
+    if kind != "input":
+        if tensor.requires_grad:
+            raise Refused("a gradient for a copy of an argument")
+        return None
+    argument = tape.inputs[number].detach()
+    if argument.shape != tensor.shape and (
+        argument.numel() != tensor.numel() or not _same(argument.reshape(tensor.shape), tensor)
+    ):
+        raise Refused("a gradient for a part of an argument")
+    if argument.shape == tensor.shape and argument.stride() != tensor.stride():
+        raise Refused("a gradient for an argument in another order")
+    return number
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether these are the same elements in the same order, perhaps in different shapes."""
+    if one.data_ptr() != other.data_ptr() or one.numel() != other.numel():
+        return False
+    alike = one.shape == other.shape and one.stride() == other.stride()
+    return alike or (one.is_contiguous() and other.is_contiguous())
