@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .. import _backend, _check, reference
 from .._library import autocast_dtype, cast, register_op
+from .._plan import planned
 from ..reference import Routing
 from ..reference.bottleneck_terms import Settings, Weights
 from . import bottleneck_arguments as arguments
@@ -192,6 +193,13 @@ def bottleneck(
     if wanted is not None:
         own, x = own and x.dtype == wanted, x.to(wanted)
         weights = Weights._make(cast(t, wanted, torch.float32) for t in weights)
+    number = _check.finite("bottleneck", "scale", scale) if learned is None else 1.0
+    settings = activation, norm, eps, number, dropout, seed, backend
+    return _planned(x, weights, residual, own, slots, *settings)[0]
+
+
+@planned
+def _planned(x, weights, residual, own, slots, activation, norm, eps, number, dropout, seed, backend):
     rows = x.numel() // max(x.shape[-1], 1)
     if slots is not None:
         check_slots("bottleneck", "slots", slots, rows)
@@ -199,9 +207,8 @@ def bottleneck(
     if residual is not None:
         arguments.residual(residual, x, sizes)
     eps = arguments.settings(activation, norm, eps)
-    number = 1.0 if isinstance(scale, Tensor) else _check.finite("bottleneck", "scale", scale)
     dropout = _check.probability("bottleneck", "dropout", dropout)
-    backend = _backend.choose("bottleneck", backend, REASONS, x, down_weight)
+    backend = _backend.choose("bottleneck", backend, REASONS, x, weights.down)
     order = starts = tiles = None
     tile = 0
     if slots is not None:
@@ -213,7 +220,7 @@ def bottleneck(
         residual = residual if residual is None or own else residual.reshape(-1, sizes["N"])
     settings = activation, number, norm, eps, dropout, own, tile, backend
     (y,), _ = _bottleneck(x, *weights, None if own else residual, seed, order, starts, tiles, *settings)
-    return y if len(shape) == 2 else y.view(*shape[:-1], sizes["N"])
+    return [y if len(shape) == 2 else y.view(*shape[:-1], sizes["N"])]
 
 
 def _triton_reason(x, down):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import _backend, _check
 from .._library import autocast_dtype, cast
+from .._plan import planned
 from ..reference import Routing
 from . import multi_lora_arguments as arguments
 from . import multi_lora_registered as registered
@@ -160,12 +161,17 @@ def multi_lora_(
 def _call(
     op, names, x, lora_as, lora_bs, token_slots, scales, ranks, ys, backend, dropouts=None, seeds=None, inplace=False
 ):
-    """Check everything, route the tokens if nobody has, flatten x's leading dimensions once and restore them."""
     _check.floating(op, "x", x)
     wanted = autocast_dtype(x)
     if wanted is not None:
         x = x.to(wanted)
         ys = ys if inplace else [cast(y, wanted) for y in ys]
+    return _planned(op, names, x, lora_as, lora_bs, token_slots, scales, ranks, ys, backend, dropouts, seeds, inplace)
+
+
+@planned
+def _planned(op, names, x, lora_as, lora_bs, token_slots, scales, ranks, ys, backend, dropouts, seeds, inplace):
+    """Check everything, route the tokens if nobody has, flatten x's leading dimensions once and restore them."""
     shape = x.shape
     flat = x.reshape(-1, shape[-1])
     sizes = {"T": flat.shape[0], "K": shape[-1]}
@@ -182,7 +188,7 @@ def _call(
         arguments.inplace(op, x, lora_as, lora_bs, ys)
         views = [y.view(-1, y.shape[-1]) for y in ys]
         registered.multi_lora_(views, flat, list(lora_as), list(lora_bs), *tables, routing.tile, backend)
-        return ys
+        return []
     dropout = arguments.dropout(op, dropouts, seeds, count, slots, x)
     flat_ys = [absent if y is None else y.reshape(-1, y.shape[-1]) for y in ys]
     outs, _ = registered.multi_lora(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _backend, _check
 from .._library import autocast_dtype, cast, register_op
+from .._plan import planned
 
 
 def _implementation(x, weight, trained, index, bias, columns, backend):
@@ -136,17 +137,23 @@ def row_linear(
             Every message names the op, the argument, what it is and what was expected.
     """
     _check.floating("row_linear", "x", x)
-    shape, wanted = x.shape, autocast_dtype(x)
+    wanted = autocast_dtype(x)
     if wanted is not None:
         x, weight, bias = x.to(wanted), cast(weight, wanted), cast(bias, wanted)
         trained = cast(trained, wanted, torch.float32)
+    return _planned(x, weight, trained, index, bias, columns, backend)[0]
+
+
+@planned
+def _planned(x, weight, trained, index, bias, columns, backend):
+    shape = x.shape
     _check_operands(x, weight, trained, index, bias, columns)
     backend = _backend.choose("row_linear", backend, REASONS, x, trained, columns)
     if not (trained.requires_grad and torch.is_grad_enabled()):
-        return F.linear(x, weight, bias)
+        return [F.linear(x, weight, bias)]
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     (y,), _ = _row_linear(flat, weight, trained, index, x.new_empty(0) if bias is None else bias, columns, backend)
-    return y if len(shape) == 2 else y.reshape(*shape[:-1], y.shape[-1])
+    return [y if len(shape) == 2 else y.reshape(*shape[:-1], y.shape[-1])]
 
 
 def _check_operands(x, weight, trained, index, bias, columns):
