@@ -227,16 +227,19 @@ class Tape(TorchDispatchMode):
         asks = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
         if any(getattr(data, name, 0) for name in asks) or data.num_ctas != 1:
             raise Refused(f"{data.name} needs more than a plain launch")
-        parameters: list[Any] = []
-        for name, value in zip(kernel.arg_names, arguments, strict=False):
-            kind = signature[name]
-            if isinstance(value, Tensor) and kind.startswith("*"):
-                parameters.append(self.place(value))
-            elif kind != "constexpr":
-                parameters.append(_word(kind, value))
+        named = zip(kernel.arg_names, arguments, strict=False)
+        parameters = [word for name, value in named for word in self._words(signature[name], value)]
         parameters.extend(_SCRATCH)
         whole = [*grid, 1, 1][:3]
         return compiled.function, whole, data.num_warps * data.warp_size, data.shared, parameters
+
+    def _words(self, kind: Any, value: Any) -> list:
+        """What a kernel is given for an argument: nothing for a constant, each of a tuple's parts."""
+        if isinstance(kind, tuple):
+            return [word for one, part in zip(kind, value, strict=True) for word in self._words(one, part)]
+        if kind == "constexpr":
+            return []
+        return [self.place(value) if isinstance(value, Tensor) else _word(kind, value)]
 
 
 def _word(kind: str, value: float) -> int:
