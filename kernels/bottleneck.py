@@ -34,7 +34,7 @@ from .bottleneck_launch import (
     strides_of,
 )
 from .bottleneck_tiles import activate, add_bias, dot, finish, project, row_stats, rows_of, slot_of
-from .launch import capability, launch, math, split
+from .launch import capability, cdiv, launch, math, split
 
 __all__ = ["backward", "config", "describe", "empty_kept", "forward", "needs_x"]
 
@@ -201,13 +201,13 @@ def _hidden_and_up(x, weights, residual, settings, seed, routing, y, stats):
     acc, grouped = math(x, down), routing is not None
     c = config("hidden", hidden, down.dtype, capability(x), tile)
     blocks, tables, stride_tiles = blocks_of(m, c.block_m, routing)
-    columns = triton.cdiv(hidden, c.block_r)
+    columns = cdiv(hidden, c.block_r)
     if not grouped:
         parts, span = split(k, c.block_k, blocks * columns)
     else:  # by K alone, so that a row's bits do not depend on the batch
-        parts = min(16, triton.cdiv(k, 256)) if tile <= DECODE else 1
-        span = triton.cdiv(triton.cdiv(k, parts), c.block_k) * c.block_k
-        parts = triton.cdiv(k, span)
+        parts = min(16, cdiv(k, 256)) if tile <= DECODE else 1
+        span = cdiv(cdiv(k, parts), c.block_k) * c.block_k
+        parts = cdiv(k, span)
     h = x.new_empty(parts, m, hidden, dtype=down.dtype if parts == 1 else acc.torch)
     stride_d, stride_db, stride_u, stride_ub, stride_scale, stride_nw, stride_nb = strides_of(weights, routing)
     launch(
@@ -220,7 +220,7 @@ def _hidden_and_up(x, weights, residual, settings, seed, routing, y, stats):
     c = config("up", hidden, down.dtype, capability(x), tile)
     blocks, tables, stride_tiles = blocks_of(m, c.block_m, routing)
     launch(
-        _hidden_up_kernel, (blocks, triton.cdiv(n, c.block_k)), c, acc,
+        _hidden_up_kernel, (blocks, cdiv(n, c.block_k)), c, acc,
         h, down_bias, up, up_bias, scale, residual, y, *tables, seed,
         m, n, hidden, numbers_of(settings, x, down), stride_tiles, seed_stride(seed),
         h.stride(), stride_db, stride_u, stride_ub, stride_scale, stride_of(residual), y.stride(),

@@ -21,7 +21,7 @@ from .bottleneck_launch import (
 )
 from .bottleneck_tiles import activate, add_bias, column_sum, dot, normalised, project, rows_of, slope, slot_of
 from .dropout import keep_tile
-from .launch import capability, launch, math, split
+from .launch import capability, cdiv, launch, math, split
 from .partials import reduce_partials
 
 
@@ -207,7 +207,7 @@ def _hidden_backward(dy, x, stats, weights, settings, seed, routing):
     (m, k), hidden, n, acc = x.shape, down.shape[-2], up.shape[-2], math(x, down)
     c = config("hidden_backward", hidden, down.dtype, capability(x), 64 if routing is None else routing.tile)
     blocks, tables, stride_tiles = blocks_of(m, c.block_m, routing)
-    columns = triton.cdiv(hidden, c.block_r)
+    columns = cdiv(hidden, c.block_r)
     dz, h = x.new_empty(m, hidden, dtype=down.dtype), x.new_empty(m, hidden, dtype=down.dtype)
     dw = zb = means = None
     if norm_weight is not None:
@@ -238,7 +238,7 @@ def _dx(dz, x, stats, means, dy, weights, settings, routing):
         dx = dy.to(x.dtype, copy=True, memory_format=torch.contiguous_format) if settings.own else x.new_zeros(m, k)
     stride_d, *_, stride_nw, _ = strides_of(weights, routing)
     launch(
-        _dx_kernel, (blocks, triton.cdiv(k, c.block_k)), c, math(x, down),
+        _dx_kernel, (blocks, cdiv(k, c.block_k)), c, math(x, down),
         dz, down, x, weights.norm_weight, stats, means, dy if settings.own else None, dx, *tables,
         m, k, hidden, stride_tiles, stats.stride(0), m,
         dz.stride(), stride_d, x.stride(), stride_nw, dy.stride(), dx.stride(),
@@ -251,7 +251,7 @@ def _outer(s, x, weights, settings, seed, stats, routing):
     """From dz and x: ``dzᵀ x̂`` ``[R, K]`` and Σ dz; from h and dy, without stats: ``gᵀ h`` ``[N, R]`` and Σ g."""
     (m, k), hidden, acc, of_x = x.shape, s.shape[1], math(x, s), stats is not None
     c = config("outer", hidden, s.dtype, capability(x))
-    grid = triton.cdiv(k, c.block_k), triton.cdiv(hidden, c.block_r)
+    grid = cdiv(k, c.block_k), cdiv(hidden, c.block_r)
     parts, span = split(m, c.block_m, grid[0] * grid[1]) if routing is None else (routing.slots, 0)
     g = x.new_empty((parts, hidden, k) if of_x else (parts, k, hidden), dtype=acc.torch)
     sums = x.new_empty(parts, hidden if of_x else k, dtype=acc.torch)

@@ -3,12 +3,11 @@
 import functools
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._mask import LANES, threshold
-from .launch import Config, math
+from .launch import Config, cdiv, math, next_power_of_2
 
 STEPS = ("fused", "hidden", "up", "hidden_backward", "dx", "outer")
 DECODE = 16  # rows a tile where weights, not rows, are what there is to read
@@ -18,7 +17,7 @@ SMALL = (89, 120)  # where one ptxas or another spills a few registers at the ti
 def config(step: str, hidden: int, dtype: torch.dtype, capability: int, tile: int = 64) -> Config:
     """The tile sizes of ``step`` for weights of ``dtype``, the largest without spills."""
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
-    block_r, small = max(16, triton.next_power_of_2(hidden)), capability in SMALL
+    block_r, small = max(16, next_power_of_2(hidden)), capability in SMALL
     if step == "fused":
         block_k = (16 if small else 32) if wide else 32 if block_r > 64 else 64
         return Config(tile, block_k, block_r, 8, 2 if wide else 3)
@@ -65,7 +64,7 @@ def tables_of(routing) -> tuple[Tensor | None, ...]:
 def blocks_of(m, block_m, routing):
     """How many programs share the rows, the tables that say which, and the stride between the latter's rows."""
     if routing is None:
-        return triton.cdiv(m, block_m), tables_of(None), 0
+        return cdiv(m, block_m), tables_of(None), 0
     return routing.tiles.shape[1], tables_of(routing), routing.tiles.stride(0)
 
 

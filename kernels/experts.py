@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._mask import threshold
-from .launch import math, run
+from .launch import cdiv, math, next_power_of_2, run
 from .multi_lora_backward import outer
 from .multi_lora_products import add_expanded, planes, write_shrunk
 from .partials import reduce_partials
@@ -40,7 +40,7 @@ class Config:
 
 def config(columns: int, dtype: torch.dtype) -> Config:
     """The tile of ``combine``: rows lie apart, so a program reads a long piece of each of few tokens'."""
-    block_k = min(max(32, triton.next_power_of_2(columns)), 512 if dtype.itemsize <= 2 else 256)
+    block_k = min(max(32, next_power_of_2(columns)), 512 if dtype.itemsize <= 2 else 256)
     return Config(4, block_k)
 
 
@@ -100,7 +100,7 @@ def combine(rows: Tensor, weights: Tensor | None, routing, dtype: torch.dtype) -
     places, starts = routing.places, routing.rows.starts
     (tokens, choices), columns = places.shape, rows.shape[1]
     y, c = rows.new_empty(tokens, columns, dtype=dtype), config(columns, rows.dtype)
-    grid = triton.cdiv(tokens, c.block_m), triton.cdiv(columns, c.block_k)
+    grid = cdiv(tokens, c.block_m), cdiv(columns, c.block_k)
     if 0 in grid:
         return y
     strides = (0, 0) if weights is None else weights.stride()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._mask import threshold
 from .dropout import keep_tile
-from .launch import capability, launch, math, split
+from .launch import capability, cdiv, launch, math, split
 from .lora_linear_products import (
     FIELDS,
     INVERSE_KEEP,
@@ -150,7 +150,7 @@ def up_backward(
             project(dy, b.T, [rank], [scale], [0.0], None, ds)
         return _outer(s, dy, [rank], [0.0], None).T.contiguous() if need_db else None
     (m, n), c = dy.shape, config("up_backward", rank, b.dtype, capability(dy))
-    blocks = triton.cdiv(n, c.block_k)
+    blocks = cdiv(n, c.block_k)
     parts, span = split(m, c.block_m, blocks)
     acc = math(dy, b)
     several = blocks > 1 or parts > 1
@@ -191,7 +191,7 @@ def _outer(s, x, ranks, dropouts, seeds):
     """``Sᵀ drop(x)``: ``[R, K]`` in S's dtype."""
     (m, k), rank, c = x.shape, s.shape[1], config("down_backward", s.shape[1], s.dtype, capability(x))
     acc = math(x, s)
-    grid = triton.cdiv(k, c.block_k), triton.cdiv(rank, c.block_r)
+    grid = cdiv(k, c.block_k), cdiv(rank, c.block_r)
     parts, span = split(m, c.block_m, grid[0] * grid[1])
     g = x.new_empty(parts, rank, k, dtype=acc.torch if parts > 1 else s.dtype)
     table = branch_table(tuple(ranks), (1.0,) * len(ranks), tuple(dropouts), acc.torch, x.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._mask import inverse_keep, threshold
 from .dropout import keep_tile
-from .launch import Config, capability, launch, math, split
+from .launch import Config, capability, cdiv, launch, math, next_power_of_2, split
 from .partials import sum_into
 
 STEPS = ("down", "up", "up_backward", "down_backward")
@@ -24,7 +24,7 @@ STEPS = ("down", "up", "up_backward", "down_backward")
 
 def config(step: str, rank: int, dtype: torch.dtype, capability: int) -> Config:
     """The tile sizes of ``step`` for S's dtype: by shape, dtype and capability, never by a GPU's name."""
-    block_r = min(max(16, triton.next_power_of_2(rank)), 64)
+    block_r = min(max(16, next_power_of_2(rank)), 64)
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
     if step == "down":
         warps = 8 if block_r > 16 else 4
@@ -168,7 +168,7 @@ def project(
     """``scale_p · drop_p(x) A_pᵀ`` of the branches side by side: ``[M, R]`` in A's dtype, in s where it is given."""
     (m, k), rank, c = x.shape, a.shape[0], config("down", a.shape[0], a.dtype, capability(x))
     acc = math(x, a)
-    grid = triton.cdiv(m, c.block_m), triton.cdiv(rank, c.block_r)
+    grid = cdiv(m, c.block_m), cdiv(rank, c.block_r)
     parts, span = split(k, c.block_k, grid[0] * grid[1])
     if s is None:
         s = x.new_empty(m, rank, dtype=a.dtype)
@@ -199,7 +199,7 @@ def expand(
     y = s.new_empty(m, k, dtype=dtype)
     table = branch_table(tuple(ranks), (1.0,) * len(ranks), tuple(dropouts), acc.torch, s.device)
     launch(
-        _up_kernel, (triton.cdiv(m, c.block_m), triton.cdiv(k, c.block_k)), c, acc,
+        _up_kernel, (cdiv(m, c.block_m), cdiv(k, c.block_k)), c, acc,
         s, b, bias, y, table, seeds, m, k, rank,
         *s.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
         BRANCHES=len(ranks) if dropout else 1, DROPOUT=dropout, BIAS=bias is not None,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_tile
-from .launch import launch, math
+from .launch import cdiv, launch, math
 from .multi_lora_products import (
     add_expanded,
     config,
@@ -114,7 +114,7 @@ def outer(s, x, routing, slots, dtype):
     k, rank, acc, c = x.shape[1], s.shape[1], math(x, s), config("outer", s.shape[1], x.dtype, routing.tile)
     g = x.new_empty(routing.slots, rank, k, dtype=dtype)
     launch(
-        _outer_kernel, (triton.cdiv(k, c.block_k), triton.cdiv(rank, c.block_r), routing.slots), c, acc,
+        _outer_kernel, (cdiv(k, c.block_k), cdiv(rank, c.block_r), routing.slots), c, acc,
         s, x, g, routing.order, routing.starts, *slots[1:], k, rank,
         *s.stride(), *x.stride(), *g.stride(),
         RANKS=slots.ranks is not None, DROPOUT=slots.thresholds is not None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _mask
 from .dropout import keep_tile
-from .launch import Config, launch, math
+from .launch import Config, cdiv, launch, math, next_power_of_2
 
 _LANES = tl.constexpr(_mask.LANES)
 DECODE = 16  # tokens a tile where weights, not tokens, are what there is to read
@@ -26,7 +26,7 @@ def config(step: str, columns: int, dtype: torch.dtype, tile: int, dropout: bool
 
     Dropout's masks take registers too; one more pipeline stage or fewer decides on some architectures.
     """
-    block_r = min(max(16, triton.next_power_of_2(columns)), 64)
+    block_r = min(max(16, next_power_of_2(columns)), 64)
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
     if step == "shrink":
         if wide:
@@ -47,7 +47,7 @@ def config(step: str, columns: int, dtype: torch.dtype, tile: int, dropout: bool
 
 def planes(k: int, tile: int) -> int:
     """Into how many sums x's columns are cut: by K alone, so that a token's bits do not depend on the batch."""
-    return min(16, triton.cdiv(k, 256)) if tile <= DECODE else min(4, triton.cdiv(k, 1024))
+    return min(16, cdiv(k, 256)) if tile <= DECODE else min(4, cdiv(k, 1024))
 
 
 @triton.jit
@@ -196,10 +196,10 @@ def write_shrunk(x: Tensor, lora_as: Sequence[Tensor], s: Tensor, routing, slots
     """Write ``scale_p · drop_p(x) A_pᵀ`` of each token's slot into ``s [planes, T, R]``, K cut into as many parts."""
     k, columns, acc = x.shape[1], s.shape[2], math(x, lora_as[0])
     c = config("shrink", columns, lora_as[0].dtype, routing.tile, slots.thresholds is not None)
-    span = triton.cdiv(triton.cdiv(k, s.shape[0]), c.block_k) * c.block_k
+    span = cdiv(cdiv(k, s.shape[0]), c.block_k) * c.block_k
     tiles, ranks = routing.tiles.shape[1], ranks_of(lora_as)
     launch(
-        _shrink_kernel, (tiles, triton.cdiv(columns, c.block_r), s.shape[0]), c, acc,
+        _shrink_kernel, (tiles, cdiv(columns, c.block_r), s.shape[0]), c, acc,
         x, tuple(lora_as), s, routing.order, routing.starts, routing.tiles, *slots,
         routing.tiles.stride(0), k, span, _firsts(ranks), tuple(ranks), *_strides(slots),
         *x.stride(), *_transposed(lora_as), *s.stride(),
@@ -212,7 +212,7 @@ def add_expanded(ys: Sequence[Tensor], s: Tensor, lora_bs: Sequence[Tensor], rou
     widths, ranks = tuple(b.shape[1] for b in lora_bs), [b.shape[2] for b in lora_bs]
     acc, dropout = math(s, lora_bs[0]), slots.thresholds is not None
     c = config("expand", max(ranks), lora_bs[0].dtype, routing.tile, dropout)
-    blocks, tiles = [triton.cdiv(width, c.block_k) for width in widths], routing.tiles.shape[1]
+    blocks, tiles = [cdiv(width, c.block_k) for width in widths], routing.tiles.shape[1]
     launch(
         _expand_kernel, (tiles, blocks[0] if total else sum(blocks)), c, acc,
         s, tuple(lora_bs), tuple(ys), routing.order, routing.starts, routing.tiles, *slots[1:],

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import run
+from .launch import cdiv, run
 
 BLOCK, PARTS = 512, 8  # elements of a program, and planes that it reads at a time
 
@@ -55,7 +55,7 @@ def sum_into(partials: Tensor, y: Tensor, others: Tensor | None = None, z: Tenso
     """
     size, columns = y.numel(), y.shape[-1]
     rows = y if y.dim() == 2 else y.view(-1, columns)
-    blocks, more = triton.cdiv(size, BLOCK), 0 if z is None else triton.cdiv(z.numel(), BLOCK)
+    blocks, more = cdiv(size, BLOCK), 0 if z is None else cdiv(z.numel(), BLOCK)
     if not blocks + more:
         return
     run(

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import run, split
+from .launch import cdiv, next_power_of_2, run, split
 from .partials import reduce_partials
 
 BLOCK_T = 1024  # positions of the mask read at a time
@@ -43,7 +43,7 @@ class Config:
 
 def config(step: str, columns: int, dtype: torch.dtype) -> Config:
     """The tile sizes of ``step``, by shape and dtype."""
-    block_k = min(max(32, triton.next_power_of_2(columns)), 512 if dtype.itemsize <= 2 else 256)
+    block_k = min(max(32, next_power_of_2(columns)), 512 if dtype.itemsize <= 2 else 256)
     if step == "gather":  # a program writes all columns of its places, so that the mask is read once for them
         return Config(8, block_k)
     if step == "prompt_backward":  # few prompts: narrow tiles, so that there are programs enough
@@ -202,7 +202,7 @@ def forward(
     mask, positions = (source.new_empty(b, width, dtype=dtype) for dtype in (kind, torch.int64))
     y_labels = None if labels is None else source.new_empty(b, width, dtype=torch.int64)
     rows = source.new_empty(b, FIELDS.value, dtype=torch.int64)
-    grid = b, max(1, triton.cdiv(width, c.block_m))  # without places, still the rows
+    grid = b, max(1, cdiv(width, c.block_m))  # without places, still the rows
     strides = [(0, 0) if o is None else o.stride() for o in (ids, attention_mask, position_ids, labels)]
     if b:
         run(
@@ -214,7 +214,7 @@ def forward(
             prompt_ids.stride(0), *strides[1], *strides[2], *strides[3],
             IDS=ids is not None, MASK=attention_mask is not None, POSITIONS=position_ids is not None,
             LABELS=labels is not None, LEFT=left,
-            BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_T=min(BLOCK_T, triton.next_power_of_2(max(t, 16))),
+            BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_T=min(BLOCK_T, next_power_of_2(max(t, 16))),
             **c.options,
         )  # fmt: skip
     return y, mask, positions, y_labels, rows
@@ -238,8 +238,8 @@ def prompt_backward(dy: Tensor, rows: Tensor, lengths: Sequence[int], dtype: tor
     """``dprompts [S, D]`` in ``dtype``: sums in float32 (float64 for gradcheck), of a prompt's rows in their order."""
     (b, _, d), s, c = dy.shape, sum(lengths), config("prompt_backward", dy.shape[2], dy.dtype)
     wide = dtype == torch.float64
-    tiles = triton.cdiv(max(lengths, default=0), c.block_m)
-    grid = len(lengths) * tiles, triton.cdiv(d, c.block_k)
+    tiles = cdiv(max(lengths, default=0), c.block_m)
+    grid = len(lengths) * tiles, cdiv(d, c.block_k)
     parts, span = split(b, 1, grid[0] * grid[1], least=16)
     partials = dy.new_empty(parts, s, d, dtype=torch.float64 if wide else torch.float32)
     if 0 not in grid:
@@ -255,7 +255,7 @@ def source_backward(dy: Tensor, rows: Tensor, lengths: Sequence[int], tokens: in
     """``dx [B, T, D]``: 0 where x was padding."""
     (b, _, d), c = dy.shape, config("source_backward", dy.shape[2], dy.dtype)
     dx = dy.new_empty(b, tokens, d)
-    grid = b, triton.cdiv(tokens, c.block_m), triton.cdiv(d, c.block_k)
+    grid = b, cdiv(tokens, c.block_m), cdiv(d, c.block_k)
     if 0 not in grid:
         run(
             _source_backward_kernel, grid,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import run
+from .launch import cdiv, run
 
 BLOCK_M, BLOCK_K = 64, 64
 
@@ -72,9 +72,9 @@ def forward(token_slots: Tensor, slots: int, tile: int, tiles: int) -> tuple[Ten
         torch.empty(shape, dtype=torch.int32, device=token_slots.device) for shape in ((t,), (slots + 1,), (2, tiles))
     )
     stride, blocks = token_slots.stride(0), {"BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K}
-    grid = (triton.cdiv(t + slots + 1, BLOCK_M),)
+    grid = (cdiv(t + slots + 1, BLOCK_M),)
     run(_sort_kernel, grid, token_slots, order, starts, table, t, slots, tiles, stride, **blocks)
     if t:
-        grid = (triton.cdiv(t, BLOCK_M),)
+        grid = (cdiv(t, BLOCK_M),)
         run(_tile_kernel, grid, token_slots, order, starts, table, t, slots, tiles, tile, stride, **blocks)
     return order, starts, table

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Config, capability, launch, math, split
+from .launch import Config, capability, cdiv, launch, math, next_power_of_2, split
 from .partials import reduce_partials
 
 
 def config(rows: int, dtype: torch.dtype, capability: int) -> Config:
     """The tile sizes for so many chosen rows of x's dtype: by shape, dtype and capability, never by a GPU's name."""
-    block_r = min(max(16, triton.next_power_of_2(rows)), 64)
+    block_r = min(max(16, next_power_of_2(rows)), 64)
     if dtype.itemsize > 2:  # float32 tiles take twice the shared memory and registers
         return Config(32, 64, min(block_r, 32), 4, 2)
     return Config(64, 64, block_r, 8 if block_r > 32 else 4, 3)  # 128 columns, or 4 warps, spill
@@ -67,7 +67,7 @@ def backward(dy: Tensor, x: Tensor, index: Tensor | None, dtype: torch.dtype) ->
 
 def _gathered_outer(dy, x, index, rows, dtype):
     (m, k), acc, c = x.shape, math(x, x), config(rows, x.dtype, capability(x))
-    grid = triton.cdiv(k, c.block_k), triton.cdiv(rows, c.block_r)
+    grid = cdiv(k, c.block_k), cdiv(rows, c.block_r)
     parts, span = split(m, c.block_m, grid[0] * grid[1])
     g = x.new_empty(parts, rows, k, dtype=acc.torch if parts > 1 else dtype)
     launch(
