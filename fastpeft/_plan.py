@@ -98,6 +98,9 @@ def _backward(found: ModuleType, tape: Tape, outputs: Sequence[Tensor]) -> tuple
     kept: list[Tensor] = []
     restore: list[tuple[int | None, Any]] = []
     for tensor in to_save:
+        if tensor is None:
+            restore.append((None, None))
+            continue
         owner, kind = _owner(tape, tensor), tape.place(tensor).slot[0]
         if kind == "constant":
             restore.append((None, tensor.detach()))
