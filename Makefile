@@ -74,7 +74,7 @@ check: .venv/ready
 
 .venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -e .[test] && touch $@
+	$(PY) -m pip install -e .[test] && $(PY) -m fastpeft.cli build && touch $@
 
 .venv/oldest: constraints-oldest.txt | .venv/ready
 	PIP_CONSTRAINT= $(PY) -m pip install --target $@ --upgrade --no-deps -r $< && touch $@
@@ -94,7 +94,7 @@ check: .venv/ready
 	PIP_CONSTRAINT= .venv-nullgpu/bin/python -m pip install --no-deps -r constraints-nullgpu.txt
 	sed '/^torch==/d; /^triton>/d' constraints.txt > .venv-nullgpu/constraints.txt
 	FASTPEFT_NO_CUDA=1 PIP_CONSTRAINT=.venv-nullgpu/constraints.txt \
-		.venv-nullgpu/bin/python -m pip install -e .[test] && touch $@
+		.venv-nullgpu/bin/python -m pip install -e .[test] && .venv-nullgpu/bin/python -m fastpeft.cli build && touch $@
 
 .venv/docs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $@

@@ -1,5 +1,7 @@
 """Maps kernels/ to the import name fastpeft.kernels; builds fastpeft._C from csrc/ where a CUDA toolkit is.
 
+csrc/host goes into wheels as source: it is compiled against the torch it will run with, by `fastpeft build`.
+
 The build takes nvcc, a C++ compiler, pybind11 and ninja; neither torch nor a GPU nor its driver. Without a toolkit, or
 with FASTPEFT_NO_CUDA=1, the package is pure Python, and a note in it lets ``fastpeft env`` say why.
 """
@@ -178,9 +180,9 @@ PACKAGES = find_packages(include=["fastpeft", "fastpeft.*"])
 # would be an import hook, which they do not. fastpeft/_bridge.py shows kernels/ there. A strict one is a tree of links.
 EDITABLE = "editable_wheel" in sys.argv and "strict" not in sys.argv
 setup(
-    packages=PACKAGES if EDITABLE else [*PACKAGES, "fastpeft.kernels"],
-    package_dir={"": "."} if EDITABLE else {"fastpeft.kernels": "kernels"},
-    package_data={"fastpeft": ["py.typed"]},
+    packages=PACKAGES if EDITABLE else [*PACKAGES, "fastpeft.kernels", "fastpeft.csrc"],
+    package_dir={"": "."} if EDITABLE else {"fastpeft.kernels": "kernels", "fastpeft.csrc": "csrc/host"},
+    package_data={"fastpeft": ["py.typed"], "fastpeft.csrc": ["*.cpp", "*.h"]},  # for `fastpeft build`
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildCuda, "build_py": BuildPy},
 )

@@ -153,6 +153,7 @@ note peers "absent: ${absent:-none}" 0
 mkdir "$work/source" && cp -r setup.py fastpeft kernels csrc "$work/source"
 step install 120 install.log env --chdir="$work/source" PYTHONPATH="${BUILD_PATH:-}" FASTPEFT_NO_CUDA="${dry:-0}" \
     "$python" setup.py -q build --build-lib "$work/site"
+[[ $dry ]] || step host 120 install.log "$python" "${safe[@]}" -m fastpeft.cli build
 step env 60 env.log "$python" "${safe[@]}" -m fastpeft.cli env
 # A kernel that hangs must cost no more than its own step, so the smallest grid goes first, then ragged ones.
 csrc=

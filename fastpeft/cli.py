@@ -183,6 +183,7 @@ def _env() -> int:
         *((name, _version(name)) for name in ("torch", "triton", "peft", "transformers", "numpy")),
         *_devices(),
         ("fastpeft._C", _extension()),
+        ("host extension", _host_extension()),
         *_backends(),
         *_variables(),
     ]
@@ -241,6 +242,13 @@ def _extension() -> str:
     devices, error = extension.devices()
     built = f"built for CUDA {extension.cuda // 1000}.{extension.cuda % 1000 // 10}  ({extension.__file__})"
     return f"{built}, sees {devices} devices{f': {error}' if error else ''}"
+
+
+def _host_extension() -> str:
+    from . import _host
+
+    found = _host.load()
+    return f"serves  ({found.__file__})" if found is not None else f"{_host.missing()}; every call goes through Python"
 
 
 def _backends() -> list[tuple[str, str]]:

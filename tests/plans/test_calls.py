@@ -40,7 +40,9 @@ def shared(x, dropout=0.0):
     seeds = [torch.tensor([seed]) for seed in (3, 4, 5)]
     columns = {f"{name}s": [b[name] for b in branches] for name in ("weight", "lora_a", "lora_b")}
     biases = [branches[0]["bias"], None, branches[2]["bias"]]
-    ys = ops.lora_linear_shared(x, **columns, biases=biases, scales=[0.5, 1.0, 2.0], dropouts=[dropout] * 3, seeds=seeds)
+    ys = ops.lora_linear_shared(
+        x, **columns, biases=biases, scales=[0.5, 1.0, 2.0], dropouts=[dropout] * 3, seeds=seeds
+    )
     return torch.cat(ys, -1), [x, *columns["lora_as"], *columns["lora_bs"]]
 
 
@@ -160,7 +162,9 @@ CHANGES = {
     "strides": lambda x, p: linear(x.T.contiguous().T, **p),
     "a frozen A": lambda x, p: linear(x, **(p | {"lora_a": p["lora_a"].detach()})),
     "all double": lambda x, p: linear(x.double(), **{name: t.double() for name, t in p.items()}),
-    "an unaligned x": lambda x, p: linear(torch.cat([x.detach().flatten()[:1], x.detach().flatten()])[1:].view(5, 24), **p),
+    "an unaligned x": lambda x, p: linear(
+        torch.cat([x.detach().flatten()[:1], x.detach().flatten()])[1:].view(5, 24), **p
+    ),
     "A for B": lambda x, p: linear(x, **(p | {"lora_b": p["lora_a"][:, :4].T.repeat(10, 1)[:40]})),
 }
 
@@ -227,7 +231,10 @@ def test_checkpointing(reentrant):
     x, parts = new(5, 24), lora()
     wanted = gradients(warm(x, parts), [x, *parts.values()])
     for _ in range(RUNS):
-        leaf, own = x.detach().requires_grad_(), {name: t.detach().requires_grad_(t.requires_grad) for name, t in parts.items()}
+        leaf, own = (
+            x.detach().requires_grad_(),
+            {name: t.detach().requires_grad_(t.requires_grad) for name, t in parts.items()},
+        )
         y = checkpoint(lambda v, own=own: ops.lora_linear(v, **own), leaf, use_reentrant=reentrant)
         y.square().sum().backward()
         assert same(wanted, [leaf.grad, own["lora_a"].grad, own["lora_b"].grad])

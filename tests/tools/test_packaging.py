@@ -62,7 +62,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel, checkout):
     sources = {str(path.relative_to(checkout)) for path in package}
     assert {name for name in names if ".dist-info/" not in name} == sources | {
         f"fastpeft/kernels/{name}" for name in KERNELS | {"probe.py"}
-    } | {"fastpeft/without_C.txt"}
+    } | {f"fastpeft/csrc/{path.name}" for path in (checkout / "csrc/host").iterdir()} | {"fastpeft/without_C.txt"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     (version,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "fastpeft/__init__.py").read_text(), re.M)
     assert f"fastpeft-{version}.dist-info/METADATA" in names
