@@ -100,12 +100,12 @@ std::vector<at::Tensor> Backward::run(std::vector<at::Tensor> saved, std::vector
 py::object Planned::call(const py::args& arguments) {
   Key key;
   if (!key.add_call(arguments.ptr())) return slow_(*arguments);
-  auto [place, fresh] = seen_.try_emplace(key.bytes());
-  std::shared_ptr<const Plan> plan = place->second.plan;
+  if (seen_.size() >= MOST_PLANS) seen_.clear();
+  Seen& seen = seen_[key.bytes()];
+  const std::shared_ptr<const Plan> plan = seen.plan;
   if (!plan) {
-    if (place->second.refused || ++place->second.times < FIRST_RECORDED) return slow_(*arguments);
-    if (seen_.size() > MOST_PLANS) seen_.clear();
-    seen_[key.bytes()].refused = true;  // until it is recorded, which may call this again
+    if (seen.refused || ++seen.times < FIRST_RECORDED) return slow_(*arguments);
+    seen.refused = true;  // until it is recorded, which may call this again
     const py::tuple found = record_(arguments, wrapped(key.tensors()));
     if (!found[1].is_none()) seen_[key.bytes()].plan = found[1].cast<std::shared_ptr<const Plan>>();
     return found[0];

@@ -78,16 +78,18 @@ CHANGES = {
 def test_a_change_is_seen(name):
     layer, x = layer_of(model(("default", "other"))), torch.ones(3, 8)
     layer(x)
-    assert kept(layer, x) and kept(layer)
+    assert kept(layer, x)
+    assert kept(layer)
     CHANGES[name](layer)
-    assert not kept(layer, x) and not kept(layer)
+    assert not kept(layer, x)
+    assert not kept(layer)
 
 
 def test_inputs_and_modes_are_seen():
     layer, x = layer_of(model()), torch.ones(3, 8)
     layer(x)
-    assert kept(layer, x.detach().clone()) and kept(layer, torch.ones(2, 5, 8))
-    assert not kept(layer, x.double()) and not kept(layer, x.to_sparse())
+    assert all(kept(layer, like) for like in (x.detach().clone(), torch.ones(2, 5, 8)))
+    assert not any(kept(layer, other) for other in (x.double(), x.to_sparse()))
     with torch.autocast("cpu", torch.bfloat16):
         assert not kept(layer, x)
     with torch.autograd.forward_ad.dual_level():
