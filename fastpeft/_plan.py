@@ -92,7 +92,8 @@ def _backward(found: ModuleType, tape: Tape, outputs: Sequence[Tensor]) -> tuple
     if len(asked) != len(set(asked)):
         raise Refused("an argument was given twice")
     matches = [next((i for i, o in enumerate(outputs) if _same(o, t)), None) for t in inner]
-    if None in matches or len(set(matches)) != len(outputs):
+    places = [match for match in matches if match is not None]
+    if len(places) != len(inner) or len(set(places)) != len(outputs):
         raise Refused("an output is not the node's")
     # Arguments are kept as they were given, which autograd can follow further; constants need not be kept at all.
     kept: list[Tensor] = []
@@ -114,9 +115,7 @@ def _backward(found: ModuleType, tape: Tape, outputs: Sequence[Tensor]) -> tuple
         tape = Tape([*saved, *(g for g in gradients if g is not None)]) if record else None
         with tape or nullcontext():
             own = [what if i is None else saved[i].reshape(what) for i, what in restore]
-            given = [
-                None if (g := gradients[m]) is None else g.reshape(s) for m, s in zip(matches, shapes, strict=True)
-            ]
+            given = [None if (g := gradients[m]) is None else g.reshape(s) for m, s in zip(places, shapes, strict=True)]
             _, *computed = backward(SimpleNamespace(saved_tensors=own, **facts), *given, None)
             result: list[Tensor | None] = [None] * len(wanted)
             for owner, gradient in zip(owners, computed, strict=True):

@@ -132,7 +132,7 @@ class Tape(TorchDispatchMode):
         base = self._base(near[0])
         if base.dtype != tensor.dtype:
             raise Refused(f"a {base.dtype} tensor seen as {tensor.dtype}")
-        offset = tensor.storage_offset() - base.storage_offset()
+        offset = int(tensor.storage_offset()) - int(base.storage_offset())
         return Place(near[0], bool(same), offset, tuple(tensor.shape), tensor.stride())
 
     def program(self, host: Any, results: Sequence[Tensor | None], device: torch.device) -> Any:

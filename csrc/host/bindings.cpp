@@ -97,7 +97,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("items", &Guards::items)
       .def("type", &Guards::type)
       .def("tensor", &Guards::tensor)
-      .def("input", &Guards::input);
+      .def("input", &Guards::input)
+      .def("versions", &Guards::versions);
   py::class_<Planned>(m, "Planned")
       .def(py::init<py::object, py::object>())
       .def("__call__", &Planned::call)

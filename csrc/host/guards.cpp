@@ -64,6 +64,15 @@ void Guards::input(py::object like) {
   made_ = true;
 }
 
+int64_t Guards::versions() const {
+  int64_t sum = 0;
+  for (const Facts& facts : tensors_) {
+    const at::Tensor& tensor = THPVariable_Unpack(facts.tensor.ptr());
+    sum += tensor.is_inference() ? 0 : static_cast<int64_t>(tensor._version());
+  }
+  return sum;
+}
+
 int Guards::visit(visitproc visit, void* arg) const {
   for (const Entry& entry : entries_) {
     Py_VISIT(entry.dictionary.ptr());

@@ -26,6 +26,8 @@ class Guards {
 
   // Whether all of it is as it was, for this input; None: for one like that which `input` was given.
   bool holds(pybind11::handle x) const;
+  // Rises when a guarded tensor is modified in place.
+  int64_t versions() const;
 
   // Python's collector of cycles: what is guarded often owns the guards.
   int visit(visitproc visit, void* argument) const;

@@ -9,22 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
 from .. import _host, ops
 from .._check import PLAIN
+from ..nn.guarding import GLOBAL_HOOKS, guard_child, guard_item, guard_process
 from ..nn.plain import transform
 from ..nn.sharing import Branch
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _DEVICES = frozenset({"cpu", "cuda"})
 _EMPTY: dict[str, object] = {}
-_GLOBAL_HOOKS = (
-    global_hooks._global_forward_hooks,
-    global_hooks._global_forward_pre_hooks,
-    global_hooks._global_backward_hooks,
-    global_hooks._global_backward_pre_hooks,
-)
 
 
 def plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
@@ -59,63 +53,39 @@ def kept_plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
     if kept is not None and kept[0] is layer and kept[1](x):
         return kept[2]
     found = plan(layer, x)
-    guards = _host.guards() if type(found) is list and type(layer.base_layer) is nn.Linear else None
-    if guards is not None:
-        _guard(guards, layer, found)
+    guards = _host.guards()
+    if guards is not None and not isinstance(found, str) and type(layer.base_layer) is nn.Linear:
+        guard(guards, layer)
         guards.input(found[0].weight if x is None else x)
         layer.__dict__["fastpeft_kept"] = layer, guards, found  # the layer itself: a replica copies the dictionary
     return found
 
 
-def _guard(guards: Any, layer: Any, branches: list[Branch]) -> None:
+def guard(guards: Any, layer: Any) -> None:
     """All that ``plan`` reads of a layer and of the process."""
     modules, active = layer._modules, layer._active_adapter
     for name in ("_disable_adapters", "merged_adapters", "_active_adapter", "_modules", "scaling", "use_dora"):
-        _guard_item(guards, layer.__dict__, name)
+        guard_item(guards, layer.__dict__, name)
     for name in ("lora_variant", "cast_input_dtype_enabled"):
-        _guard_item(guards, layer.__dict__, name)
+        guard_item(guards, layer.__dict__, name)
     guards.empty(layer.merged_adapters)
     if not isinstance(active, str):
         guards.items(active)
-    _guard_module(guards, modules, "base_layer")
-    variants = getattr(layer, "lora_variant", _EMPTY)
+    guard_child(guards, modules, "base_layer")
+    for part in ("lora_A", "lora_B", "lora_dropout"):
+        guards.is_(modules, part, modules[part])
     for name in (active,) if isinstance(active, str) else active:
+        guards.absent(getattr(layer, "lora_variant", _EMPTY), name)
+        guard_item(guards, layer.use_dora, name)
+        guard_item(guards, layer.scaling, name)
+        if name not in modules["lora_A"]._modules:
+            guards.absent(modules["lora_A"]._modules, name)
+            continue
         for part in ("lora_A", "lora_B", "lora_dropout"):
-            guards.is_(modules, part, modules[part])
-            if name in modules["lora_A"]._modules:
-                _guard_module(guards, modules[part]._modules, name)
-            else:
-                guards.absent(modules[part]._modules, name)
-        guards.absent(variants, name)
-        _guard_item(guards, layer.use_dora, name)
-        _guard_item(guards, layer.scaling, name)
-        if name in modules["lora_dropout"]._modules:
-            for setting in ("p", "training", "inplace"):
-                _guard_item(guards, modules["lora_dropout"]._modules[name].__dict__, setting)
-    for hooks in _GLOBAL_HOOKS:
-        guards.empty(hooks)
-    guards.is_(vars(forward_ad), "_current_level", forward_ad._current_level)
-
-
-def _guard_module(guards: Any, modules: dict, name: str) -> None:
-    """A module that is called past its ``__call__``: its type, its parameters, and that nothing intercepts it."""
-    module = modules[name]
-    guards.is_(modules, name, module)
-    guards.type(module)
-    guards.absent(module.__dict__, "forward")
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        _guard_item(guards, module.__dict__, hooks)
-        guards.empty(module.__dict__[hooks])
-    _guard_item(guards, module.__dict__, "_parameters")
-    for name in ("weight", "bias"):
-        owner = module._parameters if name in module._parameters else module.__dict__
-        _guard_item(guards, owner, name)
-        if isinstance(owner.get(name), Tensor):
-            guards.tensor(owner[name])
-
-
-def _guard_item(guards: Any, dictionary: dict, key: str) -> None:
-    guards.is_(dictionary, key, dictionary[key]) if key in dictionary else guards.absent(dictionary, key)
+            guard_child(guards, modules[part]._modules, name)
+        for setting in ("p", "training", "inplace"):
+            guard_item(guards, modules["lora_dropout"]._modules[name].__dict__, setting)
+    guard_process(guards)
 
 
 def run(x: Tensor, branches: list[Branch]) -> Tensor:
@@ -208,7 +178,7 @@ def _unfit(layer: Any, x: Tensor, weight: Tensor, branches: list[Branch]) -> str
 
 def _transformed() -> str | None:
     """Our gradient passes through no functorch, no forward mode, no tracing; exports keep to PyTorch's ops."""
-    if any(_GLOBAL_HOOKS):
+    if any(GLOBAL_HOOKS):
         return "hooks for all modules are active"
     if torch.compiler.is_compiling():
         return "torch.export" if torch.compiler.is_exporting() else None

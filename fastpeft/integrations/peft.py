@@ -80,6 +80,10 @@ class FastLoraLinear(Linear):
             return "its scaling is a tensor"
         return "its base layer is a Conv1D" if _fusable.is_conv1d(self.base_layer) else plan[0]
 
+    def fastpeft_guard(self, guards: Any) -> None:
+        """What ``fastpeft_branch`` reads."""
+        _fusable.guard(guards, self)
+
     def fastpeft_backend(self) -> str:
         """The backend for an x of one row and the first active adapter."""
         plan = _fusable.plan(self)

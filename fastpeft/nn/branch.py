@@ -33,14 +33,13 @@ class Branch(NamedTuple):
         bias = self.scale * self.lora_bias.to(self.lora_a.dtype)
         return bias if self.bias is None else bias + self.bias
 
-    def unchanged(self, versions: tuple, other: "Branch") -> bool:
-        """Whether this is ``other`` as it was when its tensors had these versions.
+    def unchanged(self, other: "Branch") -> bool:
+        """Whether this is ``other``: the same tensors and numbers.
 
         Args:
-            versions: What ``versions`` gave of ``other`` then.
             other: A branch of the same module.
         """
-        same = (
+        return (
             self.weight is other.weight
             and self.lora_a is other.lora_a
             and self.lora_b is other.lora_b
@@ -48,7 +47,6 @@ class Branch(NamedTuple):
             and self.lora_bias is other.lora_bias
             and (self.scale, self.dropout) == (other.scale, other.dropout)
         )
-        return same and versions == self.versions()
 
     def versions(self) -> tuple:
         """Counters that rise when a tensor is modified in place."""

@@ -18,6 +18,7 @@ from .adapter import LoraAdapter, adapter_name
 from .backend import serving_backend
 from .base_layer import is_conv1d, not_linear_reason, served_dtype, trained_dtype
 from .branch import Branch, own_path_reason
+from .guarding import guard_lora
 from .sharing import SharedInput
 
 
@@ -193,6 +194,10 @@ class LoraLinear(nn.Module):
             return f"its {lora_a.dtype} adapter is cast at every call"
         bias, lora_bias = frozen["bias"], trained["lora_bias"]
         return Branch(weight, lora_a, trained["lora_B"], bias, adapter.scale, dropout, lora_bias)
+
+    def fastpeft_guard(self, guards: Any) -> None:
+        """What ``fastpeft_branch`` reads."""
+        guard_lora(guards, self)
 
     def fastpeft_backend(self) -> str:
         """The backend for an x of one row and the first active adapter."""

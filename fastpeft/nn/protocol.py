@@ -5,7 +5,7 @@ forward and keep its own bases. The functions below look at the class, since mod
 attributes of what they stand for.
 """
 
-from typing import ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -56,6 +56,10 @@ class Sharing(Protocol):
 
         Asked twice without a change in between, it gives the same tensor objects.
         """
+        ...
+
+    def fastpeft_guard(self, guards: Any) -> None:
+        """Names to ``guards`` (see ``guarding``) all that ``fastpeft_branch`` reads where it gives a branch."""
         ...
 
 

@@ -15,16 +15,31 @@ another tensor (cross-attention), those that were served stay together and the r
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _host, ops
 from .._check import PLAIN
 from .branch import Branch, own_path_reason
+from .guarding import guard_call
 from .protocol import Sharing
 from .siblings import families
+
+
+class _Plan(NamedTuple):
+    """The siblings that are computed with one, and what keeps that true: ``guarding``'s guards, or None."""
+
+    parts: list[int]
+    branches: dict[int, Branch]
+    guards: Any
+
+    def versions(self) -> object:
+        """What rises when any of the branches' tensors is modified in place."""
+        if self.guards is not None:
+            return self.guards.versions()
+        return [branch.versions() for branch in self.branches.values()]
 
 
 class _Round(NamedTuple):
@@ -32,7 +47,9 @@ class _Round(NamedTuple):
 
     x: Tensor
     conditions: tuple
-    outputs: dict[int, tuple[Branch, tuple, Tensor]]
+    plan: _Plan
+    versions: object
+    outputs: dict[int, Tensor]
 
 
 class SharedInput:
@@ -58,12 +75,13 @@ class SharedInput:
         self._unclaimed = 0  # rounds in a row whose outputs nobody asked for
         self._settled = False  # computed under checkpointing, whose recomputation must find the same parts
         self._thread = threading.local()
+        self._plans: dict[int, _Plan] = {}  # by who leads
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "_thread"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_thread", "_plans")}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, _thread=threading.local())
+        self.__dict__.update(state, _thread=threading.local(), _plans={})
 
     def begin(self, *_: object) -> None:
         """A call of the module that holds the members begins; its forward pre-hook.
@@ -107,7 +125,7 @@ class SharedInput:
             if not last.outputs:
                 del rounds[part]
                 self._unclaimed = 0
-            return None if kept is None else self._still_valid(me, *kept)
+            return None if kept is None or not self._unchanged(me, last) else kept
         if last is not None:
             if isinstance(branch_of(module), str):  # a sibling that keeps to itself says nothing about the others
                 return None
@@ -128,9 +146,15 @@ class SharedInput:
         others = [m for m in self.members if m is not module and parts[id(m)] == part]
         return [m for m in others if not isinstance(branch_of(m), str)]
 
-    def _still_valid(self, me: int, branch: Branch, versions: tuple, output: Tensor) -> Tensor | None:
-        now = branch_of(self.members[me])
-        return output if isinstance(now, Branch) and now.unchanged(versions, branch) else None
+    def _unchanged(self, me: int, last: _Round) -> bool:
+        """Whether this member would still be computed as it was, with the values that it had."""
+        if last.plan.guards is None:
+            now = branch_of(self.members[me])
+            if not isinstance(now, Branch) or not now.unchanged(last.plan.branches[me]):
+                return False
+        elif not last.plan.guards(None):
+            return False
+        return last.versions == last.plan.versions()
 
     def _learn(self, me: int | None, last: _Round) -> None:
         """A new tensor, or the end, came while outputs of the last one were left: who shares was guessed wrong."""
@@ -150,16 +174,12 @@ class SharedInput:
         self._unclaimed = 0
 
     def _lead(self, me: int, x: Tensor, conditions: tuple, rounds: dict) -> Tensor | None:
-        candidates = [i for i, part in enumerate(self._parts) if part == self._parts[me]]
-        found = {i: branch_of(self.members[i]) for i in candidates}
-        mine = found[me]
-        if isinstance(mine, str):
+        plan = self._plans.get(me)
+        if plan is None or plan.parts is not self._parts or plan.guards is None or not plan.guards(x):
+            plan = self._plan(me, x)
+        if plan is None or (_reentrant_possible() and any(b.dropout for b in plan.branches.values())):
             return None
-        branches = {i: b for i, b in found.items() if isinstance(b, Branch) and _fits(mine, b)}
-        if me not in branches or len(branches) < 2:
-            return None
-        if _reentrant_possible() and any(b.dropout for b in branches.values()):
-            return None
+        branches = plan.branches
         columns = list(zip(*branches.values(), strict=True))
         outputs = ops.lora_linear_shared(
             x,
@@ -172,12 +192,32 @@ class SharedInput:
         )
         self.rounds += 1
         self._settled = self._settled or _replayable()
-        kept = {i: (b, b.versions(), y) for (i, b), y in zip(branches.items(), outputs, strict=True)}
-        output = kept.pop(me)[2]
+        kept = dict(zip(branches, outputs, strict=True))
+        output = kept.pop(me)
         for gone in rounds.keys() - set(self._parts):  # another thread has split the part
             del rounds[gone]
-        rounds[self._parts[me]] = _Round(x, conditions, kept)
+        rounds[self._parts[me]] = _Round(x, conditions, plan, plan.versions(), kept)
         return output
+
+    def _plan(self, me: int, x: Tensor) -> _Plan | None:
+        """Who computes with this member as things stand, if anybody does."""
+        parts = self._parts
+        found = {i: branch_of(self.members[i]) for i, part in enumerate(parts) if part == parts[me]}
+        mine = found[me]
+        if isinstance(mine, str):
+            return None
+        branches = {i: b for i, b in found.items() if isinstance(b, Branch) and _fits(mine, b)}
+        if me not in branches or len(branches) < 2:
+            return None
+        # Without a branch it is not known what would give one, so then everybody is asked again each time.
+        guards = _host.guards() if len(branches) == len(found) else None
+        if guards is not None:
+            for i in branches:
+                guard_call(guards, self.members[i])
+                cast(Sharing, self.members[i]).fastpeft_guard(guards)
+            guards.input(x)
+        self._plans[me] = plan = _Plan(parts, branches, guards)
+        return plan
 
 
 def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> list[SharedInput]:

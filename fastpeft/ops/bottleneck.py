@@ -193,7 +193,7 @@ def bottleneck(
     if wanted is not None:
         own, x = own and x.dtype == wanted, x.to(wanted)
         weights = Weights._make(cast(t, wanted, torch.float32) for t in weights)
-    number = _check.finite("bottleneck", "scale", scale) if learned is None else 1.0
+    number = 1.0 if isinstance(scale, Tensor) else _check.finite("bottleneck", "scale", scale)
     settings = activation, norm, eps, number, dropout, seed, backend
     return _planned(x, weights, residual, own, slots, *settings)[0]
 
