@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import _host, ops
 from .._check import PLAIN
 from .branch import Branch, own_path_reason
+from .conditions import call_conditions, reentrant_possible, replayable
 from .guarding import guard_call
 from .protocol import Sharing
 from .siblings import families
@@ -117,7 +118,7 @@ class SharedInput:
         me = next((i for i, member in enumerate(self.members) if member is module), None)
         if me is None or self._parts.count(self._parts[me]) < 2:  # None: a replica, or a copy of one layer
             return None
-        conditions = _conditions(x)
+        conditions = call_conditions(x)
         part = self._parts[me]
         last = rounds.get(part)
         if last is not None and last.x is x and last.conditions == conditions:
@@ -177,7 +178,7 @@ class SharedInput:
         plan = self._plans.get(me)
         if plan is None or plan.parts is not self._parts or plan.guards is None or not plan.guards(x):
             plan = self._plan(me, x)
-        if plan is None or (_reentrant_possible() and any(b.dropout for b in plan.branches.values())):
+        if plan is None or (reentrant_possible() and any(b.dropout for b in plan.branches.values())):
             return None
         branches = plan.branches
         columns = list(zip(*branches.values(), strict=True))
@@ -191,7 +192,7 @@ class SharedInput:
             dropouts=columns[5],
         )
         self.rounds += 1
-        self._settled = self._settled or _replayable()
+        self._settled = self._settled or replayable()
         kept = dict(zip(branches, outputs, strict=True))
         output = kept.pop(me)
         for gone in rounds.keys() - set(self._parts):  # another thread has split the part
@@ -271,32 +272,6 @@ def branch_of(module: nn.Module) -> Branch | str:
         if type(tensor) not in PLAIN or tensor.is_inference():
             return f"a parameter is a {type(tensor).__name__}" if type(tensor) not in PLAIN else "inference tensors"
     return branch
-
-
-def _conditions(x: Tensor) -> tuple:
-    """What must not differ between the call that computed an output and the call that asks for it."""
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return (
-        x._version,
-        torch.is_grad_enabled(),
-        autocast and torch.get_autocast_dtype(device),
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
-    )
-
-
-def _replayable() -> bool:
-    """Whether this call may be recomputed, or is a recomputation."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None or torch._C._current_graph_task_id() != -1
-
-
-def _reentrant_possible() -> bool:
-    """Whether this may be the forward of reentrant checkpointing, or its recomputation."""
-    recomputing = torch._C._current_graph_task_id() != -1
-    return not torch.is_grad_enabled() or (
-        recomputing and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    )
 
 
 def _fits(one: Branch, other: Branch) -> bool:
