@@ -86,10 +86,9 @@ class LiveSlice(nn.Module):
         base._parameters |= {name: self._parameters[name] for name in ("weight", "bias") if name in base._parameters}
         return base.train(self.training)
 
-    @torch.no_grad()
     def write(self) -> None:
         """Bring the weight up to date."""
-        parameters = self._parameters  # past nn.Module's slow __getattr__
+        parameters, index = self._parameters, self._buffers["index"]  # past nn.Module's slow __getattr__
         weight, trained = cast(Tensor, parameters["weight"]), cast(Tensor, parameters["trained"])
         if weight.is_meta or trained.is_meta:
             return
@@ -97,8 +96,10 @@ class LiveSlice(nn.Module):
         # is most likely the same then, as between the micro-batches of a pipeline, whose backwards are still to come.
         compiling = torch.compiler.is_compiling()
         version = None if compiling or trained.is_inference() else trained._version
-        target = self._matrix(weight if version is None or version != self._written else weight.data)
-        target.index_copy_(int(self.columns), self.index, trained.detach().to(weight.dtype))
+        # detach shares the counter, .data does not; neither records a gradient, without the time that no_grad takes.
+        target = weight.detach() if version is None or version != self._written else weight.data
+        values = trained.detach() if trained.dtype == weight.dtype else trained.detach().to(weight.dtype)
+        self._matrix(target).index_copy_(int(self.columns), cast(Tensor, index), values)
         if not compiling:
             self._written = version
 

@@ -102,13 +102,13 @@ MUTANTS = {
     "fastpeft/nn/live_slice.py": {
         "LiveSlice.write": {
             "written where the counter moves": (
-                "target.index_copy_(",
-                "version == self._written or target.index_copy_(",
+                "self._matrix(target).index_copy_(",
+                "version == self._written or self._matrix(target).index_copy_(",
                 FOLLOW + "test_rows_follow",
             ),
             "every write is counted": (
-                "weight if version is None or version != self._written else weight.data",
-                "weight",
+                "weight.detach() if version is None or version != self._written else weight.data",
+                "weight.detach()",
                 MODULE + "test_micro_batches_may_interleave",
             ),
             "columns written as rows": ("int(self.columns)", "0", MODULE + "test_trains_as_the_whole_weight_would"),
