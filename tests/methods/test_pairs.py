@@ -46,7 +46,7 @@ REFUSED = {
     ("LoRA", "copies"): "modules_to_save names model.layers.1.mlp, but model.layers.1.mlp.gate_proj has an adapter",
     ("at up", "copies"): "modules_to_save names model.layers.1.mlp, but an adapter was added to a module inside",
     ("copies", "at up"): "model.layers.1.mlp.up_proj is inside a module of modules_to_save, expected one or the other",
-    ("at up", "rows"): "rows names model.layers.0.mlp.up_proj, which is has hooks, expected a plain nn.Linear",
+    ("at up", "rows"): "rows names model.layers.0.mlp.up_proj, which is one that has hooks, expected a plain",
 }
 
 
