@@ -46,7 +46,9 @@ def found(cache: Any, key: str) -> Any:
 def begun(cache: Any) -> bool:
     """Whether tokens have gone into a cache that carries no note."""
     count = tokens_in(cache)
-    return count is not None and bool(count > 0)
+    if count is None:
+        return hasattr(cache, "has_previous_state")  # and so it has one: an empty one holds 0 tokens
+    return bool(count > 0)
 
 
 def make_room(cache: Any, tokens: int, model: nn.Module) -> None:

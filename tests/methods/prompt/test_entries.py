@@ -85,6 +85,19 @@ def test_decoding_goes_on_after_the_prompt(family):
         one, two = (m(more, use_cache=True, **c) for m, c in ((ours, caches[0]), (model, caches[1])))
 
 
+@pytest.mark.parametrize("family", ["mamba", "llama"])
+def test_a_cache_that_began_without_a_prompt(family):
+    """A prompt never comes in the middle of a sequence."""
+    plain, ids = decoder(family), prompts(2)
+    model, name = with_prompts(copy.deepcopy(plain), a=3), "cache_params" if family == "mamba" else "past_key_values"
+    with fastpeft.disable_adapter(model):
+        ours = model(ids, use_cache=True)
+    theirs = plain(ids, use_cache=True)
+    more = ids[:, :1]
+    one, two = (m(more, use_cache=True, **{name: out[name]}) for m, out in ((model, ours), (plain, theirs)))
+    assert close(one.logits, two.logits)
+
+
 def test_an_emptied_cache_begins_anew():
     from transformers import StaticCache
 
