@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, ops
-from . import merging
+from . import merging, plain
 from .adapter import LoraAdapter, adapter_name
 from .backend import serving_backend
 from .base_layer import is_conv1d, not_linear_reason, served_dtype, trained_dtype
@@ -160,6 +160,9 @@ class LoraLinear(nn.Module):
         Returns:
             ``[..., N]``.
         """
+        if plain.is_plain(x):
+            acting = () if self.disabled or self.merged else self.active
+            return plain.lora(self.base_layer(x), x, self._adapters(acting), self.training)
         if self.fastpeft_shared is not None and not torch.compiler.is_compiling():
             y = self.fastpeft_shared.forward(self, x)
             if y is not None:

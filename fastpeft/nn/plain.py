@@ -3,13 +3,15 @@
 Dropout masks then come from PyTorch's generator. All else is what the ops compute, up to rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from .adapter import LoraAdapter
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -40,6 +42,24 @@ def is_plain(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return x.layout is not torch.strided or x.is_nested or transform() is not None
+
+
+def lora(y: Tensor, x: Tensor, adapters: Sequence[LoraAdapter], training: bool) -> Tensor:
+    """``y + Σ scale · ((drop(x) Aᵀ) Bᵀ + lora_bias)``.
+
+    Args:
+        y: ``[..., N]``, what the frozen layer gives.
+        x: ``[..., K]``, of any layout.
+        adapters: The active ones.
+        training: Whether dropout acts.
+    """
+    for adapter in adapters:
+        dropped = x if x.dtype == adapter.lora_A.dtype else x.to(adapter.lora_A.dtype)
+        if training and adapter.dropout:
+            dropped = F.dropout(dropped, adapter.dropout)
+        term = F.linear(F.linear(dropped, adapter.lora_A), adapter.lora_B, adapter.lora_bias)
+        y = y + (adapter.scale * term).to(y.dtype)
+    return y
 
 
 def bottleneck(adapter: Any, x: Tensor, residual: Tensor | None, dropout: float) -> Tensor:

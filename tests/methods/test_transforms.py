@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import fastpeft
-from fastpeft import Bottleneck, Selective
+from fastpeft import Bottleneck, Lora, Selective
 from tests.support.small_net import TOLERANCE, X, build
 
 CONFIGS = {
+    "lora": Lora(r=2, init="random"),
+    "lora with biases": Lora(r=2, init="random", lora_bias=True, bias="all", share_inputs=False),
     "bottleneck": Bottleneck(targets=["out"], init="houlsby", original_norm_before=False),
     "rows and tokens": Selective(rows={"out": [0, 3], "score.0": [1]}, tokens=[1, 2]),
     "columns": Selective(columns={"k_proj": [2], "score.2": [0, 5]}),
@@ -101,3 +104,18 @@ def test_memory_holds_what_was_trained_afterwards(model):
     y = model(X)
     assert not torch.equal(y, before)
     close(functional_call(model, trained(model), (X,)), y)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse.*beta:UserWarning", "ignore:The PyTorch API of nested:UserWarning")
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_sparse_csc", "nested"])
+def test_inputs_of_other_layouts(layout):
+    model = nn.Sequential(nn.Linear(6, 5))
+    fastpeft.attach(model, Lora(r=2, targets=["0"], init="random"))
+    x = torch.eye(3, 6)
+    expected = model(x)
+    if layout == "nested":
+        assert all(torch.allclose(y, expected) for y in model(torch.nested.nested_tensor([x, x])).unbind())
+    else:
+        torch.testing.assert_close(model(getattr(x, layout)()), expected)
+    with fastpeft.disable_adapter(model):
+        torch.testing.assert_close(model(x.to_sparse()), model(x))
