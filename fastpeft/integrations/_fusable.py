@@ -5,14 +5,14 @@ notice: adapters, scales, dropout modules, hooks, replaced weights. Nothing here
 PEFT's attributes.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .. import _host, ops
+from .. import ops
 from .._check import PLAIN
-from ..nn.guarding import GLOBAL_HOOKS, guard_child, guard_item, guard_process
+from ..nn.guarding import GLOBAL_HOOKS, guard_child, guard_item, keep, kept
 from ..nn.plain import transform
 from ..nn.sharing import Branch
 
@@ -49,20 +49,16 @@ def plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
 
 def kept_plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
     """``plan``, or what it found before where everything that it read is as it was, which takes a microsecond."""
-    kept = layer.__dict__.get("fastpeft_kept")
-    if kept is not None and kept[0] is layer and kept[1](x):
-        return kept[2]
-    found = plan(layer, x)
-    guards = _host.guards()
-    if guards is not None and not isinstance(found, str) and type(layer.base_layer) is nn.Linear:
-        guard(guards, layer)
-        guards.input(found[0].weight if x is None else x)
-        layer.__dict__["fastpeft_kept"] = layer, guards, found  # the layer itself: a replica copies the dictionary
+    found = kept(layer, x)
+    if found is None:
+        found = plan(layer, x)
+        if not isinstance(found, str) and type(layer.base_layer) is nn.Linear:
+            keep(layer, cast(Tensor, found[0].weight) if x is None else x, found)
     return found
 
 
 def guard(guards: Any, layer: Any) -> None:
-    """All that ``plan`` reads of a layer and of the process."""
+    """All that ``plan`` reads of a layer."""
     modules, active = layer._modules, layer._active_adapter
     for name in ("_disable_adapters", "merged_adapters", "_active_adapter", "_modules", "scaling", "use_dora"):
         guard_item(guards, layer.__dict__, name)
@@ -85,7 +81,6 @@ def guard(guards: Any, layer: Any) -> None:
             guard_child(guards, modules[part]._modules, name)
         for setting in ("p", "training", "inplace"):
             guard_item(guards, modules["lora_dropout"]._modules[name].__dict__, setting)
-    guard_process(guards)
 
 
 def run(x: Tensor, branches: list[Branch]) -> Tensor:

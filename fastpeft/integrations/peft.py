@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import _check
 from ..nn import LoraLinear, sharing
 from ..nn.backend import serving_backend
+from ..nn.guarding import state_without_kept
 from ..nn.read_past import read_past
 from . import _experts, _fusable
 from ._layers import layers_of, refuse_unfused
@@ -58,7 +59,7 @@ class FastLoraLinear(Linear):
         return "Linear"
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "fastpeft_kept"}
+        return state_without_kept(self)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not args and not kwargs:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
 
+from .. import _host
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS = (
     global_hooks._global_forward_hooks,
@@ -17,6 +19,33 @@ GLOBAL_HOOKS = (
     global_hooks._global_backward_hooks,
     global_hooks._global_backward_pre_hooks,
 )
+
+
+def kept(layer: Any, x: Tensor | None) -> Any:
+    """What ``keep`` was given for this layer where it holds for this input (None: for one like that); else None."""
+    found = layer.__dict__.get("fastpeft_kept")
+    # A replica copies the dictionary, and what is in it is another layer's.
+    return found[2] if found is not None and found[0] is layer and found[1](x) else None
+
+
+def keep(layer: Any, x: Tensor, value: Any) -> Any:
+    """Keep what a layer found out about itself from what its ``fastpeft_guard`` names, for inputs like x; not reasons.
+
+    Returns:
+        The value.
+    """
+    guards = None if isinstance(value, str) else _host.guards()
+    if guards is not None:
+        layer.fastpeft_guard(guards)
+        guard_process(guards)
+        guards.input(x)
+        layer.__dict__["fastpeft_kept"] = layer, guards, value
+    return value
+
+
+def state_without_kept(layer: Any) -> dict:
+    """A layer's state to be copied or pickled."""
+    return {name: value for name, value in layer.__dict__.items() if name != "fastpeft_kept"}
 
 
 def guard_item(guards: Any, dictionary: dict, key: str) -> None:

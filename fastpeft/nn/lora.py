@@ -18,7 +18,7 @@ from .adapter import LoraAdapter, adapter_name
 from .backend import serving_backend
 from .base_layer import is_conv1d, not_linear_reason, served_dtype, trained_dtype
 from .branch import Branch, own_path_reason
-from .guarding import guard_lora
+from .guarding import guard_lora, keep, kept, state_without_kept
 from .sharing import SharedInput
 
 
@@ -160,13 +160,19 @@ class LoraLinear(nn.Module):
         Returns:
             ``[..., N]``.
         """
+        branch = None
+        if not torch.compiler.is_compiling():
+            branch = kept(self, x)
+            if branch is None and not plain.is_plain(x):
+                branch = keep(self, x, self.fastpeft_branch())
+            y = None if self.fastpeft_shared is None else self.fastpeft_shared.forward(self, x)
+            if y is not None:
+                return y
+        if isinstance(branch, Branch) and branch.lora_bias is None:
+            return ops.lora_linear(x, *branch[:6])
         if plain.is_plain(x):
             acting = () if self.disabled or self.merged else self.active
             return plain.lora(self.base_layer(x), x, self._adapters(acting), self.training)
-        if self.fastpeft_shared is not None and not torch.compiler.is_compiling():
-            y = self.fastpeft_shared.forward(self, x)
-            if y is not None:
-                return y
         if self.disabled or self.merged or not self.active:
             return self.base_layer(x)
         if own_path_reason(self.base_layer) is not None:
@@ -174,6 +180,9 @@ class LoraLinear(nn.Module):
             return y + self._low_rank(x, [None] * len(self.active), None).to(y.dtype)
         weights = [self._matrix()] + [None] * (len(self.active) - 1)
         return self._low_rank(x, weights, self.bias)
+
+    def __getstate__(self) -> dict:
+        return state_without_kept(self)
 
     def fastpeft_branch(self) -> Branch | str:
         """What ``SharedInput`` computes for this layer, or the reason why it does not."""
@@ -249,7 +258,7 @@ class LoraLinear(nn.Module):
         if self.merged:
             raise ValueError("LoraLinear: merge of a merged layer; unmerge it first")
         tensors = self.merged_tensors() if tensors is None else tensors
-        self._before_merge = self._exchange(*tensors)
+        self._before_merge = merging.exchange(self.base_layer, *tensors)
         self.merged = self.active
 
     @torch.no_grad()
@@ -257,16 +266,8 @@ class LoraLinear(nn.Module):
         """Give the base its own tensors back, bit for bit."""
         if self._before_merge is None:
             raise ValueError("LoraLinear: unmerge of a layer that is not merged")
-        self._exchange(*self._before_merge)
+        merging.exchange(self.base_layer, *self._before_merge)
         self.merged, self._before_merge = (), None
-
-    def _exchange(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Give the base these tensors, where there are any, and return those that it had in their place."""
-        before, self.weight.data = self.weight.data, weight
-        if bias is None or self.bias is None:
-            return before, None
-        before_bias, self.bias.data = self.bias.data, bias
-        return before, before_bias
 
     def extra_repr(self) -> str:
         state = "disabled" if self.disabled else "merged" if self.merged else "active"

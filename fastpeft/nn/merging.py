@@ -29,6 +29,15 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
 
 
+def exchange(base: nn.Linear, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Give the base these tensors, where there are any, and return those that it had in their place."""
+    before, base.weight.data = base.weight.data, weight
+    if bias is None or base.bias is None:
+        return before, None
+    before_bias, base.bias.data = base.bias.data, bias
+    return before, before_bias
+
+
 def merged(base: nn.Linear, adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
     """The base's weight and bias with the adapters added, in the base's layout and dtype; a bias that stays is None.
 

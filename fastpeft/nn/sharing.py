@@ -24,7 +24,7 @@ from .. import _host, ops
 from .._check import PLAIN
 from .branch import Branch, own_path_reason
 from .conditions import call_conditions, reentrant_possible, replayable
-from .guarding import guard_call
+from .guarding import guard_call, guard_process
 from .protocol import Sharing
 from .siblings import families
 
@@ -216,6 +216,7 @@ class SharedInput:
             for i in branches:
                 guard_call(guards, self.members[i])
                 cast(Sharing, self.members[i]).fastpeft_guard(guards)
+            guard_process(guards)
             guards.input(x)
         self._plans[me] = plan = _Plan(parts, branches, guards)
         return plan
