@@ -16,6 +16,10 @@ bool nothing_in(PyObject* container) {
   return PyAnySet_Check(container) && PySet_GET_SIZE(container) == 0;
 }
 
+bool autocasts(at::DeviceType type) {
+  return at::autocast::is_autocast_available(type) && at::autocast::is_autocast_enabled(type);
+}
+
 Py_ssize_t length(PyObject* sequence) {
   return PyList_Check(sequence) ? PyList_GET_SIZE(sequence) : PyTuple_GET_SIZE(sequence);
 }
@@ -60,7 +64,7 @@ void Guards::input(py::object like) {
   const at::Tensor& found = THPVariable_Unpack(like.ptr());
   dtype_ = found.scalar_type();
   device_ = found.device();
-  autocast_ = at::autocast::is_autocast_enabled(device_.type());
+  autocast_ = autocasts(device_.type());
   made_ = true;
 }
 
@@ -89,11 +93,12 @@ int Guards::visit(visitproc visit, void* arg) const {
 }
 
 bool Guards::holds(py::handle x) const {
-  if (!made_ || !thread_is_plain() || at::autocast::is_autocast_enabled(device_.type()) != autocast_) return false;
+  if (!made_ || !thread_is_plain() || autocasts(device_.type()) != autocast_) return false;
   if (!x.is_none()) {
     if (!THPVariable_CheckExact(x.ptr())) return false;
     const at::Tensor& given = THPVariable_Unpack(x.ptr());
-    if (given.scalar_type() != dtype_ || given.device() != device_ || given.layout() != at::kStrided) return false;
+    if (given.scalar_type() != dtype_ || given.device() != device_ || given.layout() != at::kStrided ||
+        given.is_nested()) return false;
   }
   for (const Entry& entry : entries_) {
     PyObject* const found = PyDict_GetItemWithError(entry.dictionary.ptr(), entry.key.ptr());

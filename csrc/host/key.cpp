@@ -41,7 +41,7 @@ bool Key::add_tensor(const at::Tensor& tensor) {
     bytes_.push_back('u');
     return true;
   }
-  if (tensor.layout() != at::kStrided || tensor.key_set().has_any(OTHERS) || tensor.is_meta() ||
+  if (tensor.layout() != at::kStrided || tensor.is_nested() || tensor.key_set().has_any(OTHERS) || tensor.is_meta() ||
       tensor._fw_grad(0).defined())
     return false;
   const auto* address = static_cast<const char*>(tensor.unsafeGetTensorImpl()->data());

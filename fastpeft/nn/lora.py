@@ -163,16 +163,16 @@ class LoraLinear(nn.Module):
         branch = None
         if not torch.compiler.is_compiling():
             branch = kept(self, x)
-            if branch is None and not plain.is_plain(x):
+            if branch is None:
+                if plain.is_plain(x):
+                    acting = self._adapters(() if self.disabled or self.merged else self.active)
+                    return plain.lora(self.base_layer(x), x, acting, self.training)
                 branch = keep(self, x, self.fastpeft_branch())
             y = None if self.fastpeft_shared is None else self.fastpeft_shared.forward(self, x)
             if y is not None:
                 return y
         if isinstance(branch, Branch) and branch.lora_bias is None:
             return ops.lora_linear(x, *branch[:6])
-        if plain.is_plain(x):
-            acting = () if self.disabled or self.merged else self.active
-            return plain.lora(self.base_layer(x), x, self._adapters(acting), self.training)
         if self.disabled or self.merged or not self.active:
             return self.base_layer(x)
         if own_path_reason(self.base_layer) is not None:
@@ -191,7 +191,6 @@ class LoraLinear(nn.Module):
         reason = own_path_reason(self.base_layer)
         if reason is not None:
             return f"its base layer {reason}"
-        # Past nn.Module's slow __getattr__: this runs several times for every group and call.
         modules: dict[str, Any] = self._modules
         base, adapter = modules["base_layer"], modules["adapters"]._modules[self.active[0]]
         if is_conv1d(base):
@@ -284,18 +283,16 @@ class LoraLinear(nn.Module):
     def _low_rank(self, x: Tensor, weights: list[Tensor | None], bias: Tensor | None) -> Tensor:
         """The base for which a weight is given, and the term of every active adapter."""
         adapters = self._adapters(self.active)
-        lora_as: list[Tensor] = [a.lora_A for a in adapters]
-        lora_bs: list[Tensor] = [a.lora_B for a in adapters]
+        lora_as, lora_bs = [a.lora_A for a in adapters], [a.lora_B for a in adapters]
         dtype = served_dtype(lora_as[0].dtype, self.weight.dtype)
         if any(a.dtype != dtype for a in lora_as):
             dtype = served_dtype(None, self.weight.dtype)
-            lora_as, lora_bs = [a.to(dtype) for a in lora_as], [b.to(dtype) for b in lora_bs]
+            lora_as, lora_bs = ([cast(Any, t.to(dtype)) for t in ts] for ts in (lora_as, lora_bs))
         for adapter in adapters:
             if adapter.lora_bias is not None:
                 term = adapter.scale * adapter.lora_bias.to(dtype)
                 bias = term if bias is None else bias + term
-        scales = [adapter.scale for adapter in adapters]
-        dropouts = [adapter.dropout if self.training else 0.0 for adapter in adapters]
+        scales, dropouts = [a.scale for a in adapters], [a.dropout if self.training else 0.0 for a in adapters]
         if len(adapters) == 1 and weights[0] is not None:
             return ops.lora_linear(x, weights[0], lora_as[0], lora_bs[0], bias, scales[0], dropouts[0])
         biases = [bias] + [None] * (len(adapters) - 1)

@@ -1,0 +1,72 @@
+"""Calls of ops that repeat: their tensors, gradients and bits."""
+
+import torch
+
+from fastpeft import ops
+
+RUNS = 5  # through Python, recorded, then as a plan; backward is recorded a call later
+
+
+def new(*shape, dtype=torch.float32, grad=True, seed=0):
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=dtype)
+    return made.requires_grad_(grad)
+
+
+def lora(k=24, n=40, r=4, dtype=torch.float32, **grads):
+    """W, A, B and a bias; by name, whether each asks for a gradient."""
+    shapes = {"weight": (n, k), "lora_a": (r, k), "lora_b": (n, r), "bias": (n,)}
+    asks = {"weight": False, "lora_a": True, "lora_b": True, "bias": False} | grads
+    return {name: new(*shape, dtype=dtype, grad=asks[name]) for name, shape in shapes.items()}
+
+
+def linear(x, scale=0.5, **parts):
+    return ops.lora_linear(x, **parts, scale=scale), [x, *parts.values()]
+
+
+def shared(x, dropout=0.0):
+    branches = [lora(n=n, r=r) for n, r in ((40, 4), (16, 2), (32, 8))]
+    seeds = [torch.tensor([seed]) for seed in (3, 4, 5)]
+    columns = {f"{name}s": [b[name] for b in branches] for name in ("weight", "lora_a", "lora_b")}
+    biases = [branches[0]["bias"], None, branches[2]["bias"]]
+    ys = ops.lora_linear_shared(
+        x, **columns, biases=biases, scales=[0.5, 1.0, 2.0], dropouts=[dropout] * 3, seeds=seeds
+    )
+    return torch.cat(ys, -1), [x, *columns["lora_as"], *columns["lora_bs"]]
+
+
+def mixed(x):
+    slots = torch.tensor([0, 2, -1, 1, 2])
+    a, b = new(3, 4, 24), new(3, 40, 4)
+    return ops.multi_lora(x, a, b, slots, torch.tensor([0.5, 1.0, 2.0])), [x, a, b]
+
+
+def bottleneck(x):
+    down, up = new(6, 24), new(24, 6)
+    return ops.bottleneck(x, down, new(6), up, new(24), residual=x, activation="relu", scale=0.7), [x, down, up]
+
+
+def rows(x, columns=False):
+    weight, index = new(40, 24, grad=False), torch.tensor([1, 5, 7])
+    trained = new(40, 3) if columns else new(3, 24)
+    return ops.row_linear(x, weight, trained, index, columns=columns), [x, trained]
+
+
+def gradients(y, inputs):
+    asked = [t for t in inputs if t is not None and t.requires_grad]
+    return torch.autograd.grad(y.square().sum(), asked)
+
+
+def bits(tensors):
+    return [tensor.detach().contiguous().flatten().view(torch.uint8).clone() for tensor in tensors]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(bits(one), bits(other), strict=True))
+
+
+def warm(x, parts, **settings):
+    for _ in range(RUNS):
+        y = ops.lora_linear(x, **parts, **settings)
+        if y.requires_grad:
+            gradients(y, [x, *parts.values()])
+    return ops.lora_linear(x, **parts, **settings)
