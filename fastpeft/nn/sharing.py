@@ -75,6 +75,7 @@ class SharedInput:
         self._parts = [0] * len(self.members)  # members with one number share
         self._unclaimed = 0  # rounds in a row whose outputs nobody asked for
         self._settled = False  # computed under checkpointing, whose recomputation must find the same parts
+        self._replays = False  # whether the last forward that may be replayed was inside of a call
         self._thread = threading.local()
         self._plans: dict[int, _Plan] = {}  # by who leads
 
@@ -91,6 +92,7 @@ class SharedInput:
             _: What such a hook is given.
         """
         if not torch.compiler.is_compiling():
+            self._thread.__dict__.pop("replay", None)
             self._thread.rounds = {}
 
     def end(self, *_: object) -> None:
@@ -112,7 +114,7 @@ class SharedInput:
         """
         if torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_inference():
             return None
-        rounds = self._thread.__dict__.get("rounds")
+        rounds = self._rounds()
         if rounds is None:
             return None
         me = next((i for i, member in enumerate(self.members) if member is module), None)
@@ -133,6 +135,20 @@ class SharedInput:
             del rounds[part]
             self._learn(me, last)
         return self._lead(me, x, conditions, rounds)
+
+    def _rounds(self) -> dict | None:
+        """What is pending in this call of the module that holds the members, or None outside of one."""
+        # A checkpoint inside of such a call recomputes in backward, past the hooks, and must do what the forward did.
+        rounds, task = self._thread.__dict__.get("rounds"), torch._C._current_graph_task_id()
+        if task == -1:
+            if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+                self._replays = rounds is not None
+        elif rounds is None and self._replays:
+            replay = self._thread.__dict__.get("replay")
+            if replay is None or replay[0] != task:
+                replay = self._thread.replay = task, {}
+            return replay[1]
+        return rounds
 
     def partners(self, module: nn.Module) -> list[nn.Module]:
         """The members that share with ``module`` as things stand, without itself.

@@ -109,3 +109,19 @@ class TestCheckpointing:
             return forward
 
         assert_same(step(model, input_(), run=run(model)), step(plain, input_(), run=run(plain)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_checkpoint_inside_the_module_that_holds_the_siblings(reentrant, dropout):
+    """Its recomputation calls the siblings past the module's hooks."""
+
+    def forward(model):
+        whole = type(model).forward
+        return lambda x: checkpoint(lambda t: whole(model, t), x, use_reentrant=reentrant)
+
+    model, plain = build(dropout=dropout), build(False, dropout=dropout)
+    model.forward, plain.forward = forward(model), forward(plain)
+    for i in range(3):
+        assert_same(step(model, input_(seed=i), seed=i), step(plain, input_(seed=i), seed=i))
+    assert model.group.rounds > 0 or (reentrant and dropout)

@@ -141,7 +141,7 @@ MUTANTS = {
             "what is loaded overwrites the originals": ("value.clone()", "value", f"{PAIRS}::test_every_other_adapter_after_this_one[params]"),
         },
         "Change.enter": {
-            "slices come back untrained": ("layer.write()", "pass", BESIDE),
+            "slices come back untrained": ("layer.write()", "pass", f"{INPLACE}::test_a_backward_may_come_after_a_block_that_disables"),
             "a backward of before the block raises": ("again and self._before", "False and self._before", f"{INPLACE}::test_a_backward_may_come_after_a_block_that_disables"),
         },
         "_set_bias": {
