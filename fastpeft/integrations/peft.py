@@ -82,7 +82,7 @@ class FastLoraLinear(Linear):
         return "its base layer is a Conv1D" if _fusable.is_conv1d(self.base_layer) else plan[0]
 
     def fastpeft_guard(self, guards: Any) -> None:
-        """What ``fastpeft_branch`` reads."""
+        """Names what ``fastpeft_branch`` reads to ``guards``; see ``nn/guarding.py``."""
         _fusable.guard(guards, self)
 
     def fastpeft_backend(self) -> str:

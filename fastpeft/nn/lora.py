@@ -207,7 +207,7 @@ class LoraLinear(nn.Module):
         return Branch(weight, lora_a, trained["lora_B"], bias, adapter.scale, dropout, lora_bias)
 
     def fastpeft_guard(self, guards: Any) -> None:
-        """What ``fastpeft_branch`` reads."""
+        """Names what ``fastpeft_branch`` reads to ``guards``; see ``nn/guarding.py``."""
         guard_lora(guards, self)
 
     def fastpeft_backend(self) -> str:
