@@ -82,7 +82,11 @@ class FastLoraLinear(Linear):
         return "its base layer is a Conv1D" if _fusable.is_conv1d(self.base_layer) else plan[0]
 
     def fastpeft_guard(self, guards: Any) -> None:
-        """Names what ``fastpeft_branch`` reads to ``guards``; see ``nn/guarding.py``."""
+        """Names what ``fastpeft_branch`` reads to ``guards``; see ``nn/guarding.py``.
+
+        Args:
+            guards: what is told.
+        """
         _fusable.guard(guards, self)
 
     def fastpeft_backend(self) -> str:

@@ -83,8 +83,13 @@ def guard_process(guards: Any) -> None:
     guards.is_(vars(forward_ad), "_current_level", forward_ad._current_level)
 
 
-def guard_lora(guards: Any, layer: Any) -> None:
-    """All that ``LoraLinear.fastpeft_branch`` reads of a layer with one active adapter."""
+def guard_lora(layer: Any, guards: Any) -> None:
+    """All that ``LoraLinear.fastpeft_branch`` reads of a layer with one active adapter.
+
+    Args:
+        layer: The layer; this is a method of it.
+        guards: What is told.
+    """
     for name in ("disabled", "merged", "active", "training", "_modules"):
         guard_item(guards, layer.__dict__, name)
     modules, adapters = layer._modules, layer._modules["adapters"]

@@ -206,9 +206,7 @@ class LoraLinear(nn.Module):
         bias, lora_bias = frozen["bias"], trained["lora_bias"]
         return Branch(weight, lora_a, trained["lora_B"], bias, adapter.scale, dropout, lora_bias)
 
-    def fastpeft_guard(self, guards: Any) -> None:
-        """Names what ``fastpeft_branch`` reads to ``guards``; see ``nn/guarding.py``."""
-        guard_lora(guards, self)
+    fastpeft_guard = guard_lora
 
     def fastpeft_backend(self) -> str:
         """The backend for an x of one row and the first active adapter."""
