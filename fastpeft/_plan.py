@@ -112,6 +112,7 @@ def _backward(found: ModuleType, tape: Tape, outputs: Sequence[Tensor]) -> tuple
     wanted = [tuple(tensor.shape) for tensor in inputs]
 
     def run(saved: list[Tensor], gradients: list[Tensor | None], record: bool) -> tuple[list, Any]:
+        record = record and recording() is None
         tape = Tape([*saved, *(g for g in gradients if g is not None)]) if record else None
         with tape or nullcontext():
             own = [what if i is None else saved[i].reshape(what) for i, what in restore]

@@ -25,6 +25,7 @@ _EMPTY = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+_KERNELS: dict[int, Any] = {}  # alive as long as a program may launch them: Triton unloads what nobody holds
 _SCRATCH = (0, 0)  # the pointers that Triton's kernels take behind their arguments, of memory that ours do not use
 
 
@@ -230,6 +231,7 @@ class Tape(TorchDispatchMode):
         named = zip(kernel.arg_names, arguments, strict=False)
         parameters = [word for name, value in named for word in self._words(signature[name], value)]
         parameters.extend(_SCRATCH)
+        _KERNELS[compiled.function] = compiled
         whole = [*grid, 1, 1][:3]
         return compiled.function, whole, data.num_warps * data.warp_size, data.shared, parameters
 
