@@ -42,6 +42,7 @@ def missing() -> str | None:
     return None
 
 
+@functools.cache
 def load() -> ModuleType | None:
     """The extension, or None where it does not serve."""
     return importlib.import_module(f"fastpeft.{name()}") if missing() is None else None
@@ -73,7 +74,7 @@ def build(verbose: bool = False) -> Path:
             name(),
             sources,
             build_directory=folder,
-            extra_cflags=["-O2"],
+            extra_cflags=["-O3"],
             with_cuda=False,
             is_python_module=False,
             verbose=verbose,
@@ -84,4 +85,5 @@ def build(verbose: bool = False) -> Path:
         part.replace(target)  # whoever imports meanwhile finds the old one or the new one
     importlib.invalidate_caches()
     missing.cache_clear()
+    load.cache_clear()
     return target

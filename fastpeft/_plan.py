@@ -141,6 +141,8 @@ def _owner(tape: Tape, tensor: Tensor) -> int | None:
             raise Refused("a gradient for a copy of an argument")
         return None
     argument = tape.inputs[number].detach()
+    if argument.dtype != tensor.dtype:
+        raise Refused("a gradient for an argument in another dtype")
     if argument.shape != tensor.shape and (
         argument.numel() != tensor.numel() or not _same(argument.reshape(tensor.shape), tensor)
     ):

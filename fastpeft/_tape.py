@@ -35,13 +35,14 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: in the storage of ``slot``, from ``offset`` elements behind that slot's first on."""
+    """Where a tensor lies: in the storage of ``slot``, from ``offset`` bytes behind that slot's first element on."""
 
     slot: tuple[str, int]
     whole: bool
     offset: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def recording() -> "Tape | None":
@@ -127,14 +128,11 @@ class Tape(TorchDispatchMode):
             return self.place(tensor)
         same = [slot for slot in slots if _layout(self._base(slot)) == _layout(tensor)]
         near = same[:1]  # several: one tensor given twice, which the key knows
-        near = near or [slot for slot in slots if self._base(slot).storage_offset() == tensor.storage_offset()] or slots
+        near = near or [slot for slot in slots if _first(self._base(slot)) == _first(tensor)] or slots
         if len(near) > 1:
             raise Refused("two arguments lie in the same memory")
-        base = self._base(near[0])
-        if base.dtype != tensor.dtype:
-            raise Refused(f"a {base.dtype} tensor seen as {tensor.dtype}")
-        offset = int(tensor.storage_offset()) - int(base.storage_offset())
-        return Place(near[0], bool(same), offset, tuple(tensor.shape), tensor.stride())
+        offset = _first(tensor) - _first(self._base(near[0]))
+        return Place(near[0], bool(same), offset, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def program(self, host: Any, results: Sequence[Tensor | None], device: torch.device) -> Any:
         """``host.Program`` of the steps, returning ``results``.
@@ -149,7 +147,7 @@ class Tape(TorchDispatchMode):
 
         def ref(place: Place) -> Any:
             kind, number = place.slot
-            return host.Ref(first[kind] + number, place.whole, place.offset, place.sizes, place.strides)
+            return host.Ref(first[kind] + number, place.whole, place.offset, place.sizes, place.strides, place.dtype)
 
         def refs(value: Any) -> Any:
             return ref(value) if isinstance(value, Place) else [*map(refs, value)] if type(value) is list else value
@@ -259,5 +257,10 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+def _first(tensor: Tensor) -> int:
+    """How many bytes of the storage lie before the tensor."""
+    return int(tensor.storage_offset()) * tensor.element_size()
+
+
 def _layout(tensor: Tensor) -> tuple:
-    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -62,8 +62,8 @@ void add_empty(Program& program, int64_t slot, std::vector<int64_t> sizes, std::
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Ref>(m, "Ref").def(py::init([](int64_t slot, bool whole, int64_t offset, std::vector<int64_t> sizes,
-                                            std::vector<int64_t> strides) {
-    return Ref{slot, whole, offset, std::move(sizes), std::move(strides)};
+                                            std::vector<int64_t> strides, at::ScalarType dtype) {
+    return Ref{slot, whole, offset, std::move(sizes), std::move(strides), dtype};
   }));
   py::class_<Program, std::shared_ptr<Program>>(m, "Program")
       .def(py::init<int64_t, std::vector<at::Tensor>, at::Device>())

@@ -14,9 +14,11 @@ namespace fastpeft {
 namespace {
 
 at::Tensor view(const at::Tensor& base, const Ref& ref) {
+  const caffe2::TypeMeta dtype = c10::scalarTypeToTypeMeta(ref.dtype);
   auto impl = c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(base.storage()), base.key_set(),
-                                                   base.dtype());
-  impl->set_sizes_and_strides(ref.sizes, ref.strides, base.storage_offset() + ref.offset);
+                                                   dtype);
+  const int64_t first = base.storage_offset() * static_cast<int64_t>(base.itemsize()) + ref.offset;
+  impl->set_sizes_and_strides(ref.sizes, ref.strides, first / static_cast<int64_t>(dtype.itemsize()));
   return at::Tensor(std::move(impl));
 }
 
@@ -27,7 +29,7 @@ at::Tensor tensor(const std::vector<at::Tensor>& slots, const Ref& ref) {
 
 uint64_t address(const std::vector<at::Tensor>& slots, const Ref& ref) {
   const at::Tensor& base = slots[ref.slot];
-  return reinterpret_cast<uint64_t>(base.const_data_ptr()) + ref.offset * base.itemsize();
+  return reinterpret_cast<uint64_t>(base.const_data_ptr()) + ref.offset;
 }
 
 c10::IValue value(const std::vector<at::Tensor>& slots, const Argument& argument) {
@@ -78,30 +80,30 @@ void run_step(const Call& step, std::vector<at::Tensor>& slots, void*, int) {
 Program::Program(int64_t inputs, std::vector<at::Tensor> constants, at::Device device)
     : inputs_(inputs), constants_(std::move(constants)), device_(device), last_(inputs + constants_.size(), -1) {}
 
-void Program::uses(const Ref& ref, size_t step) {
-  if (ref.slot >= static_cast<int64_t>(last_.size())) last_.resize(ref.slot + 1, -1);
-  last_[ref.slot] = static_cast<int64_t>(step);
+void Program::uses(int64_t slot, size_t step) {
+  if (slot >= static_cast<int64_t>(last_.size())) last_.resize(slot + 1, -1);
+  last_[slot] = static_cast<int64_t>(step);
 }
 
 void Program::add(Empty step) {
-  uses({step.slot, true, 0, {}, {}}, steps_.size());
+  uses(step.slot, steps_.size());
   steps_.emplace_back(std::move(step));
 }
 
 void Program::add(Launch step) {
   for (const Parameter& parameter : step.parameters)
-    if (parameter.ref) uses(*parameter.ref, steps_.size());
+    if (parameter.ref) uses(parameter.ref->slot, steps_.size());
   steps_.emplace_back(std::move(step));
 }
 
 void Program::add(Call step) {
   for (const Argument& argument : step.arguments) {
-    if (const auto* ref = std::get_if<Ref>(&argument)) uses(*ref, steps_.size());
+    if (const auto* ref = std::get_if<Ref>(&argument)) uses(ref->slot, steps_.size());
     if (const auto* refs = std::get_if<std::vector<Ref>>(&argument))
-      for (const Ref& ref : *refs) uses(ref, steps_.size());
+      for (const Ref& ref : *refs) uses(ref.slot, steps_.size());
   }
   for (int64_t slot : step.outputs)
-    if (slot >= 0) uses({slot, true, 0, {}, {}}, steps_.size());
+    if (slot >= 0) uses(slot, steps_.size());
   steps_.emplace_back(std::move(step));
 }
 

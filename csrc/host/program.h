@@ -14,12 +14,14 @@
 
 namespace fastpeft {
 
-// A tensor of a program: a slot's own, or a view of it. The offset is in elements from the slot's first.
+// A tensor of a program: a slot's own, or a view of it, perhaps in another dtype. The offset is in bytes from the slot's
+// first element.
 struct Ref {
   int64_t slot;
   bool whole;
   int64_t offset;
   std::vector<int64_t> sizes, strides;
+  at::ScalarType dtype;
 };
 
 struct Empty {
@@ -67,7 +69,7 @@ class Program {
 
  private:
   using Step = std::variant<Empty, Launch, Call>;
-  void uses(const Ref& ref, size_t step);
+  void uses(int64_t slot, size_t step);
 
   int64_t inputs_;
   std::vector<at::Tensor> constants_;

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._mask import threshold
-from .dropout import keep_mask
+from .dropout import drawn_mask
 
 LEAKY_SLOPE = 0.01
 ACTIVATIONS = {
@@ -63,7 +63,7 @@ def given(tensor: Tensor | None) -> Tensor:
 
 def mask_of(like: Tensor, rows: int, columns: int, settings: Settings, seed: Tensor | None) -> Tensor | None:
     """Which elements of the branch stay, 1 or 0 in the dtype of ``like``; None where nothing is dropped."""
-    return keep_mask(seed, settings.dropout, rows, columns, like.dtype) if threshold(settings.dropout) else None
+    return drawn_mask(seed, settings.dropout, rows, columns, like.dtype) if threshold(settings.dropout) else None
 
 
 def scaled_up(weights: Weights) -> tuple[Tensor, Tensor | None]:

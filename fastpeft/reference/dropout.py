@@ -21,6 +21,7 @@ Appleby's MurmurHash3 finaliser for the constants of the word.
 import torch
 from torch import Tensor
 
+from .. import _host
 from .._mask import (
     LANES,
     PAIR_FACTORS,
@@ -33,7 +34,7 @@ from .._mask import (
     threshold,
 )
 
-__all__ = ["inverse_keep", "keep_mask", "row_keys", "threshold"]
+__all__ = ["drawn_mask", "inverse_keep", "keep_mask", "row_keys", "threshold"]
 
 
 def _shift_right(z: Tensor, bits: int, width: int, out: Tensor | None = None) -> Tensor:
@@ -86,3 +87,10 @@ def keep_mask(
     lanes = z.view(torch.int16)[:, :columns]
     keep = torch.empty(rows, columns, dtype=dtype, device=seed.device)
     return torch.ge(lanes, threshold(dropout) - LANES // 2, out=keep)
+
+
+def drawn_mask(seed: Tensor | None, dropout: float, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """``keep_mask`` of floating point, in one pass on a CPU where the host extension is there: the same bits."""
+    if seed is None or seed.device.type != "cpu" or _host.load() is None:
+        return keep_mask(seed, dropout, rows, columns, dtype)
+    return torch.ops.fastpeft.keep_mask(seed, threshold(dropout), rows, columns, dtype)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._mask import inverse_keep, threshold
-from .dropout import keep_mask
+from .dropout import drawn_mask, keep_mask
 
 
 def lora_linear(
@@ -177,4 +177,4 @@ def _stack(matrices: Sequence[Tensor]) -> Tensor:
 def _mask(like: Tensor, dropout: float, seeds: Tensor | None, p: int, columns: int | None = None) -> Tensor | None:
     if not threshold(dropout):
         return None
-    return keep_mask(None if seeds is None else seeds[p], dropout, like.shape[0], columns or like.shape[1], like.dtype)
+    return drawn_mask(None if seeds is None else seeds[p], dropout, like.shape[0], columns or like.shape[1], like.dtype)

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "_plan": {"_host", "_tape"},
     "_library": {"_check", "_plan"},
     "_backend": {"_check", "_device", "reference", "kernels", "cuda", "_C"},
-    "reference": {"reference", "_mask"},
+    "reference": {"reference", "_mask", "_host"},
     "kernels": {"kernels", "_mask", "_device", "_tape"},
     "cuda": {
         "cuda",
