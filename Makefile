@@ -72,7 +72,7 @@ gpu: .venv/ready
 check: .venv/ready
 	$(PY) -m fastpeft.cli check
 
-.venv/ready: pyproject.toml setup.py constraints.txt
+.venv/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/host/*)
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -e .[test] && $(PY) -m fastpeft.cli build && touch $@
 
@@ -89,7 +89,7 @@ check: .venv/ready
 .venv/adapters: constraints-adapters.txt | .venv/ready
 	PIP_CONSTRAINT= $(PY) -m pip install --target $@ --upgrade --no-deps -r $< && touch $@
 
-.venv-nullgpu/ready: constraints-nullgpu.txt constraints.txt pyproject.toml
+.venv-nullgpu/ready: constraints-nullgpu.txt constraints.txt pyproject.toml $(wildcard csrc/host/*)
 	$(PYTHON) -m venv .venv-nullgpu
 	PIP_CONSTRAINT= .venv-nullgpu/bin/python -m pip install --no-deps -r constraints-nullgpu.txt
 	sed '/^torch==/d; /^triton>/d' constraints.txt > .venv-nullgpu/constraints.txt

@@ -73,18 +73,24 @@ def _record(found: ModuleType, function: Callable, args: tuple, tensors: list[Te
             raise Refused(tape.refused)
         if asks and tape.node is None:
             raise Refused("autograd knows of no node")
-        saved, backward = _backward(found, tape, outputs) if asks else ([], None)
+        saved, views, backward = _backward(found, tape, outputs) if asks else ([], {}, None)
         if any(tape.place(output).slot[0] != "created" for output in outputs):
             raise Refused("an output is an argument")
-        program = tape.program(found, [*outputs, *saved], tensors[0].device)
+        program = tape.program(found, [*outputs, *saved], tensors[0].device, views)
     except Refused as error:
         refusals[str(error)] += 1
         return outputs, None
-    return outputs, found.Plan(program, len(outputs), backward)
+    return outputs, found.Plan(program, len(outputs), list(views.items()), backward)
 
 
-def _backward(found: ModuleType, tape: Tape, outputs: Sequence[Tensor]) -> tuple[list[Tensor], Callable]:
-    """What a plan has to keep, and the function that computes gradients from it and may record doing so."""
+def _backward(
+    found: ModuleType, tape: Tape, outputs: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[int, tuple[int, ...]], Callable]:
+    """What a plan has to keep, which arguments it is given in which other shape, and how it computes gradients.
+
+    What is kept is what Python's way keeps, tensor by tensor, in the same shapes: a checkpoint may compute by one way
+    and again by the other.
+    """
     ctx, to_save, tensors, inner, backward = tape.node
     inputs = tape.inputs
     owners = [_owner(tape, tensor) for tensor in tensors]
@@ -95,27 +101,27 @@ def _backward(found: ModuleType, tape: Tape, outputs: Sequence[Tensor]) -> tuple
     places = [match for match in matches if match is not None]
     if len(places) != len(inner) or len(set(places)) != len(outputs):
         raise Refused("an output is not the node's")
-    # Arguments are kept as they were given, which autograd can follow further; constants need not be kept at all.
     kept: list[Tensor] = []
-    restore: list[tuple[int | None, Any]] = []
+    views: dict[int, tuple[int, ...]] = {}
     for tensor in to_save:
-        if tensor is None:
-            restore.append((None, None))
-            continue
-        owner, kind = _owner(tape, tensor), tape.place(tensor).slot[0]
-        if kind == "constant":
-            restore.append((None, tensor.detach()))
-            continue
-        restore.append((len(kept), tuple(tensor.shape)))
-        kept.append(tensor if owner is None else inputs[owner])
+        owner = None if tensor is None else _owner(tape, tensor)
+        if owner is not None:
+            if views.setdefault(owner, tuple(tensor.shape)) != tuple(tensor.shape):
+                raise Refused("an argument is kept in two shapes")
+            tensor = inputs[owner]  # as it was given, which autograd can follow further
+        if tensor is not None:
+            kept.append(tensor)
+    views = {owner: shape for owner, shape in views.items() if shape != tuple(inputs[owner].shape)}
+    present = [tensor is not None for tensor in to_save]
     facts, shapes = vars(ctx) | {"counts": ctx.counts}, [tuple(tensor.shape) for tensor in inner]
-    wanted = [tuple(tensor.shape) for tensor in inputs]
+    wanted = [views.get(i, tuple(tensor.shape)) for i, tensor in enumerate(inputs)]
 
     def run(saved: list[Tensor], gradients: list[Tensor | None], record: bool) -> tuple[list, Any]:
         record = record and recording() is None
         tape = Tape([*saved, *(g for g in gradients if g is not None)]) if record else None
         with tape or nullcontext():
-            own = [what if i is None else saved[i].reshape(what) for i, what in restore]
+            rest = iter(saved)
+            own = [next(rest) if there else None for there in present]
             given = [None if (g := gradients[m]) is None else g.reshape(s) for m, s in zip(places, shapes, strict=True)]
             _, *computed = backward(SimpleNamespace(saved_tensors=own, **facts), *given, None)
             result: list[Tensor | None] = [None] * len(wanted)
@@ -130,7 +136,7 @@ def _backward(found: ModuleType, tape: Tape, outputs: Sequence[Tensor]) -> tuple
             refusals[f"backward: {error}"] += 1
             return result, None
 
-    return kept, run
+    return kept, views, run
 
 
 def _owner(tape: Tape, tensor: Tensor) -> int | None:

@@ -9,12 +9,13 @@ tape, and the call goes through Python for good.
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ACTIVE = threading.local()
@@ -25,6 +26,7 @@ _EMPTY = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+_READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}  # of values, past the dispatcher
 _KERNELS: dict[int, Any] = {}  # alive as long as a program may launch them: Triton unloads what nobody holds
 _SCRATCH = (0, 0)  # the pointers that Triton's kernels take behind their arguments, of memory that ours do not use
 
@@ -69,6 +71,19 @@ def unrecorded(what: str) -> None:
         tape.refuse(f"{what} are not recorded")
 
 
+class _Reads(TorchFunctionMode):
+    """Sees the reads of values that PyTorch does not dispatch."""
+
+    def __init__(self, tape: "Tape"):
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _READS:
+            self.tape.refuse(f"{func.__name__} reads values")
+        return func(*args, **(kwargs or {}))
+
+
 class Tape(TorchDispatchMode):
     """Records what happens inside of ``with``, on this thread.
 
@@ -81,6 +96,7 @@ class Tape(TorchDispatchMode):
         self.inputs = list(inputs)
         self.refused: str | None = None
         self.node: Any = None  # what autograd was told, see _library
+        self._reads = _Reads(self)
         self._steps: list[tuple] = []
         self._constants: list[Tensor] = []
         self._created: list[Tensor] = []  # alive, so that no other storage takes their addresses
@@ -92,11 +108,13 @@ class Tape(TorchDispatchMode):
         if recording() is not None:
             raise RuntimeError("a call is being recorded already")
         _ACTIVE.tape = self
+        self._reads.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
         _ACTIVE.tape = None
-        return super().__exit__(*error)
+        super().__exit__(*error)
+        return self._reads.__exit__(*error)
 
     def refuse(self, reason: str) -> None:
         """Make no program of this."""
@@ -134,8 +152,13 @@ class Tape(TorchDispatchMode):
         offset = _first(tensor) - _first(self._base(near[0]))
         return Place(near[0], bool(same), offset, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
-    def program(self, host: Any, results: Sequence[Tensor | None], device: torch.device) -> Any:
+    def program(
+        self, host: Any, results: Sequence[Tensor | None], device: torch.device, viewed: Collection[int] = ()
+    ) -> Any:
         """``host.Program`` of the steps, returning ``results``.
+
+        Args:
+            viewed: the inputs in whose place a program is given them in another shape.
 
         Raises:
             Refused: with the reason.
@@ -145,9 +168,10 @@ class Tape(TorchDispatchMode):
             raise Refused(self.refused)
         first = {"input": 0, "constant": len(self.inputs), "created": len(self.inputs) + len(self._constants)}
 
-        def ref(place: Place) -> Any:
+        def ref(place: Place, result: bool = False) -> Any:
             kind, number = place.slot
-            return host.Ref(first[kind] + number, place.whole, place.offset, place.sizes, place.strides, place.dtype)
+            whole = place.whole and (result or kind != "input" or number not in viewed)
+            return host.Ref(first[kind] + number, whole, place.offset, place.sizes, place.strides, place.dtype)
 
         def refs(value: Any) -> Any:
             return ref(value) if isinstance(value, Place) else [*map(refs, value)] if type(value) is list else value
@@ -164,7 +188,7 @@ class Tape(TorchDispatchMode):
                 name, overload, arguments, outputs = step
                 made = [-1 if number is None else first["created"] + number for number in outputs]
                 program.call(name, overload, refs(arguments), made)
-        program.returns([None if place is None else ref(place) for place in places])
+        program.returns([None if place is None else ref(place, result=True) for place in places])
         return program
 
     def _base(self, slot: tuple[str, int]) -> Tensor:

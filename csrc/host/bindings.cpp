@@ -73,8 +73,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("returns", &Program::returns)
       .def("run", &Program::run, py::call_guard<py::gil_scoped_release>());
   py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan")
-      .def(py::init([](std::shared_ptr<Program> program, size_t outputs, const py::object& backward) {
-        return Plan{std::move(program), outputs, backward.is_none() ? nullptr : std::make_shared<Backward>(backward)};
+      .def(py::init([](std::shared_ptr<Program> program, size_t outputs,
+                       std::vector<std::pair<size_t, std::vector<int64_t>>> views, const py::object& backward) {
+        return Plan{std::move(program), outputs, std::move(views),
+                    backward.is_none() ? nullptr : std::make_shared<Backward>(backward)};
       }));
   const auto collected = py::custom_type_setup([](PyHeapTypeObject* heap) {
     PyTypeObject* const type = &heap->ht_type;

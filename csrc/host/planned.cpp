@@ -113,9 +113,13 @@ py::object Planned::call(const py::args& arguments) {
   std::vector<at::Tensor> outputs;
   {
     const py::gil_scoped_release unlocked;
-    // A TensorList: into a vector autograd does not look.
-    outputs = key.asks_for_gradients() && plan->backward ? Node::apply(at::TensorList(key.tensors()), plan)
-                                                          : plan->program->run(std::move(key.tensors()));
+    std::vector<at::Tensor>& inputs = key.tensors();
+    if (plan->backward) {
+      for (const auto& [input, sizes] : plan->views) inputs[input] = inputs[input].view(sizes);
+      outputs = Node::apply(at::TensorList(inputs), plan);  // a list, since into a vector autograd does not look
+    } else {
+      outputs = plan->program->run(std::move(inputs));
+    }
     outputs.resize(plan->outputs);
   }
   return wrapped(outputs);

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "program.h"
@@ -39,6 +40,7 @@ class Backward {
 struct Plan {
   std::shared_ptr<const Program> program;
   size_t outputs = 0;
+  std::vector<std::pair<size_t, std::vector<int64_t>>> views;  // arguments that autograd is given in other shapes
   std::shared_ptr<Backward> backward;  // none where nobody asks for gradients
 };
 

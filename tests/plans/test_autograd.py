@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastpeft import ops
 from tests.support import host_extension
-from tests.support.planned_calls import RUNS, gradients, lora, new, same, shared, warm
+from tests.support.planned_calls import RUNS, gradients, lora, new, planned, same, shared, warm
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,9 +41,12 @@ def test_gradients_of_gradients_come_from_the_definition():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant):
-    x, parts = new(5, 24), lora()
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24)])
+def test_checkpointing(reentrant, shape):
+    """What is computed again may be a plan where the first time was not, and keeps the same."""
+    x, parts = new(*shape), lora()
     wanted = gradients(warm(x, parts), [x, *parts.values()])
+    planned(ops.lora_linear).clear()
     for _ in range(RUNS):
         leaf, own = (
             x.detach().requires_grad_(),
@@ -54,12 +57,17 @@ def test_checkpointing(reentrant):
         assert same(wanted, [leaf.grad, own["lora_a"].grad, own["lora_b"].grad])
 
 
-def test_saved_tensors_pass_hooks_and_are_let_go():
-    x, parts, packed = new(5, 24), lora(), []
-    warm(x, parts)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
-        y = ops.lora_linear(x, **parts)
-    assert {tuple(t.shape) for t in packed} == {(5, 24), (5, 4), (40, 24), (4, 24), (40, 4)}
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24)])
+def test_saved_tensors_pass_hooks_and_are_let_go(shape):
+    x, parts, kept = new(*shape), lora(), []
+    planned(ops.lora_linear).clear()
+    for _ in range(RUNS):
+        packed: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, to=packed: to.append(t) or t, lambda t: t):
+            y = ops.lora_linear(x, **parts)
+        kept.append([(t.shape, t.stride(), t.dtype) for t in packed])
+    assert all(found == kept[0] for found in kept)
+    assert len(kept[0]) == 6
     y.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         y.sum().backward()

@@ -6,9 +6,22 @@ import weakref
 import pytest
 import torch
 
-from fastpeft import _plan, ops
+from fastpeft import _plan, _tape, ops
 from tests.support import host_extension
-from tests.support.planned_calls import RUNS, bottleneck, gradients, linear, lora, mixed, new, rows, same, shared, warm
+from tests.support.planned_calls import (
+    RUNS,
+    bottleneck,
+    gradients,
+    linear,
+    lora,
+    mixed,
+    new,
+    planned,
+    rows,
+    same,
+    shared,
+    warm,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -69,19 +82,13 @@ def test_dropout_draws_as_python_does():
 
 
 def test_the_second_call_of_a_kind_is_planned():
-    plans = _planned().plans.plans
+    plans = planned(ops.lora_linear).plans
     x, parts = new(3, 24), lora(r=3)
     seen = []
     for _ in range(4):
         ops.lora_linear(x, **parts)
-        seen.append(_planned().plans.plans - plans)
+        seen.append(planned(ops.lora_linear).plans - plans)
     assert seen == [0, 1, 1, 1]
-
-
-def _planned():
-    from fastpeft.ops.lora_linear import _planned as found
-
-    return found
 
 
 # What a call is after others, and whether it is as one without them.
@@ -104,7 +111,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_between_two_calls_is_seen(name):
     x, parts = new(5, 24), lora()
-    _planned().plans.clear()
+    planned(ops.lora_linear).clear()
     expected, inputs = CHANGES[name](x, parts)
     wanted = [expected, *gradients(expected, inputs)]
     warm(x, parts, scale=0.5)
@@ -112,6 +119,23 @@ def test_what_changes_between_two_calls_is_seen(name):
         found, inputs = CHANGES[name](x, parts)
         assert same(wanted, [found, *gradients(found, inputs)])
         warm(x, parts, scale=0.5)
+
+
+def test_values_that_are_read_are_seen():
+    """multi_lora on a CPU cuts its loops by the slots of the tokens, which are values."""
+    x, a, b, scales = new(5, 24), new(3, 4, 24), new(3, 40, 4), torch.ones(3)
+    for slots in ([0, 0, 1, 2, -1], [2, 1, 1, 0, 0], [-1, -1, -1, 2, 2]) * RUNS:
+        y = ops.multi_lora(x, a, b, torch.tensor(slots), scales)
+        alone = [torch.zeros(40) if s < 0 else x[t] @ a[s].T @ b[s].T for t, s in enumerate(slots)]
+        torch.testing.assert_close(y, torch.stack(alone))
+
+
+def test_reads_past_the_dispatcher_are_refused():
+    x = torch.ones(3)
+    for read in (lambda: x.tolist(), lambda: x.numpy(), lambda: x.sum().item(), lambda: bool(x[0]), lambda: int(x[0])):
+        with _tape.Tape([x]) as tape:
+            read()
+        assert "read" in tape.refused
 
 
 def test_refusals_and_the_environment_are_seen(monkeypatch):

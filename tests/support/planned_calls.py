@@ -1,5 +1,7 @@
 """Calls of ops that repeat: their tensors, gradients and bits."""
 
+import sys
+
 import torch
 
 from fastpeft import ops
@@ -70,3 +72,8 @@ def warm(x, parts, **settings):
         if y.requires_grad:
             gradients(y, [x, *parts.values()])
     return ops.lora_linear(x, **parts, **settings)
+
+
+def planned(op):
+    """The table of an op's plans."""
+    return vars(sys.modules[op.__module__])["_planned"].plans

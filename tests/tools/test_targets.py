@@ -18,20 +18,20 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 FIRST = 90  # the architecture of `make test`; the others are thorough
 KERNELS = {
-    "lora_linear": {"_down_kernel", "_up_kernel", "_up_backward_kernel", "_outer_kernel"},
+    "lora_linear": {"_down_kernel", "_up_kernel", "_up_backward_kernel", "_outer_kernel", "_sum_kernel"},
     "multi_lora": {"_sort_kernel", "_tile_kernel", "_shrink_kernel", "_expand_kernel", "_outer_kernel"},
-    "experts": {"_shrink_kernel", "_expand_kernel", "_outer_kernel", "_combine_kernel"},
-    "row_linear": {"_gathered_outer_kernel"},
-    "prompt_gather": {"_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"},
+    "experts": {"_shrink_kernel", "_expand_kernel", "_outer_kernel", "_combine_kernel", "_sum_kernel"},
+    "row_linear": {"_gathered_outer_kernel", "_sum_kernel"},
+    "prompt_gather": {"_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel", "_sum_kernel"},
     "bottleneck": {
         *("_fused_kernel", "_hidden_kernel", "_hidden_up_kernel"),
-        *("_hidden_backward_kernel", "_dx_kernel", "_weight_gradient_kernel"),
+        *("_hidden_backward_kernel", "_dx_kernel", "_weight_gradient_kernel", "_sum_kernel"),
     },
 }
 # Bytes of stack that a kernel of the op may use: none, but for experts, compiled by Triton 3.6 (the guarantees say so).
 STACK = {"experts": 16}
 SORTING = {"_sort_kernel", "_tile_kernel"}
-COPYING = {"_combine_kernel", "_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"}
+COPYING = {"_sum_kernel", "_combine_kernel", "_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"}
 PROJECT = {"_down_kernel", "_shrink_kernel", "_fused_kernel", "_hidden_kernel", "_hidden_backward_kernel"}
 
 

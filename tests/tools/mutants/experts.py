@@ -39,7 +39,7 @@ MUTANTS = {
         },
         "dlora_a": {"x not gathered": ("order=routing.tokens) if gather", "order=routing.rows.order) if gather")},
         "expand_": {"mask left out": ("1.0, dropout, seeds)", "1.0, 0.0, None)")},
-        "shrink": {"one plane of several": ("s[0] if parts == 1 else s.sum(0)", "s[0]", OFFSETS)},
+        "shrink": {"one plane of several": ("reduce_partials(s, s.dtype)", "s[0]", OFFSETS)},
     },
     "fastpeft/reference/experts.py": {
         "shrink": {

@@ -126,7 +126,7 @@ MUTANTS = {
             "dX of the last projection only": ("(dy, weight)", "(dy, weight, beta=0)"),
         },
         "ups_backward": {
-            "scale of dS off by the projection": ("scales, strict", "scales[::-1], strict"),
+            "scale of dS off by the projection": ("scales, columns", "scales[::-1], columns"),
         },
         "_up_backward_kernel": {
             "dS: no scale": (
@@ -232,6 +232,8 @@ MUTANTS = {
         },
         "_call": {
             "autocast ignored": ("autocast_dtype(x)", "None", AUTOCAST),
+        },
+        "_planned": {
             "leading dimensions merged": ("*shape[:-1]", "-1"),
         },
     },
