@@ -207,6 +207,8 @@ class Tape(TorchDispatchMode):
             if any(isinstance(argument, Place) for argument in arguments):
                 raise Refused(f"{func} reads a value")
             return  # of dtypes and numbers alone
+        if torch.Tag.dynamic_output_shape in func.tags and not _counted(func, args):
+            raise Refused(f"{func} reads values, which decide its output's shape")
         fresh = [_storage(output) not in self._slots for output in found]
         if not any(fresh) and not written:
             return  # a view
@@ -264,6 +266,13 @@ class Tape(TorchDispatchMode):
         if kind == "constexpr":
             return []
         return [self.place(value) if isinstance(value, Tensor) else _word(kind, value)]
+
+
+def _counted(func: Any, args: Sequence) -> bool:
+    """Whether this takes elements by their numbers, so that its shape is that of the numbers."""
+    return func is torch.ops.aten.index.Tensor and all(
+        index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
+    )
 
 
 def _word(kind: str, value: float) -> int:

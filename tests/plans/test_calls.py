@@ -130,9 +130,12 @@ def test_values_that_are_read_are_seen():
         torch.testing.assert_close(y, torch.stack(alone))
 
 
-def test_reads_past_the_dispatcher_are_refused():
+def test_reads_of_values_are_refused():
     x = torch.ones(3)
-    for read in (lambda: x.tolist(), lambda: x.numpy(), lambda: x.sum().item(), lambda: bool(x[0]), lambda: int(x[0])):
+    past_the_dispatcher = lambda: x.tolist(), lambda: x.numpy()
+    of_one = lambda: x.sum().item(), lambda: bool(x[0]), lambda: int(x[0])
+    as_shapes = lambda: x[x > 0], lambda: x.nonzero(), lambda: x.unique(), lambda: x.masked_select(x > 0)
+    for read in (*past_the_dispatcher, *of_one, *as_shapes):
         with _tape.Tape([x]) as tape:
             read()
         assert "read" in tape.refused
