@@ -24,7 +24,7 @@ def build_extension(libraries: Path) -> Path:
     Raises:
         RuntimeError: there is no nvcc or no pybind11, or csrc/ does not compile.
     """
-    sources = sorted(path for path in (ROOT / "csrc").iterdir() if path.suffix != ".md")
+    sources = sorted(path for path in (ROOT / "csrc").iterdir() if path.suffix not in ("", ".md"))
     key = hashlib.sha256(b"".join(path.read_bytes() for path in (Path(__file__), *sources))).hexdigest()[:16]
     folder = libraries / f"extension-{key}"
     target = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -38,8 +38,11 @@ def build_extension(libraries: Path) -> Path:
 def show(folder: Path) -> None:
     """``fastpeft._C`` is the one in ``folder``, in this process."""
     import fastpeft
+    from fastpeft import _backend
 
     fastpeft.__path__.insert(0, str(folder))
+    _backend._import_error.cache_clear()  # which may know that there was none
+    _backend._unusable.cache_clear()
 
 
 def _build(folder: Path, libraries: Path, target: Path) -> None:
