@@ -1,6 +1,6 @@
-"""PEFT's own tests with our layers in place of theirs, each fused call compared with PEFT's layer: a part, and all.
+"""PEFT's own tests with our layers in place of theirs, each fused call compared with PEFT's layer: a part.
 
-The sources lie in the environment: make .venv/peft-suite.
+All of them, both ways, by `make peft-suite`. The sources lie in the environment: make .venv/peft-suite.
 """
 
 import os
@@ -41,10 +41,3 @@ def test_a_part_ends_as_without_us():
     tests = ("--tests", "tests/test_custom_models.py", "tests/test_tuners_utils.py")
     text = run("--mode", "accelerate", "-n", "0", "-k", PART, *tests)
     assert int(re.search(r"(\d+) compared\n", text)[1]) > 0
-
-
-@pytest.mark.thorough
-@pytest.mark.slow
-def test_all_of_it():
-    """LoRA's tests that need no hub, both ways."""
-    run()
