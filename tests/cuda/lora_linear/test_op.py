@@ -127,4 +127,4 @@ def test_a_copy_of_the_bias_lives_until_the_launch(gpu, monkeypatch, inside):
     with cuda.computing_s_inside() if inside else nullcontext():
         y = lora_linear(*operands, backend="cuda")
     assert torch.equal(y, lora_linear(*operands, backend="reference"))
-    assert alive == [True]
+    assert set(alive) == {True}  # once, or twice where the call is being recorded
