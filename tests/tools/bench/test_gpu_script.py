@@ -84,7 +84,7 @@ def test_gpu_script_asks_for_what_there_is(tmp_path, monkeypatch, capsys):
     lines = [line.split() for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()]
     assert done.returncode == 1, done.stdout + done.stderr
     assert [line[0] for line in lines if line[1] == "FAILED:"] == ["tests"]
-    steps = "install env csrc sanitizer check tests bench serving bottleneck prompts gemm decode selective plot"
+    steps = "install host env csrc sanitizer check tests bench serving bottleneck prompts gemm decode selective plot"
     assert list(dict.fromkeys(line[0] for line in lines)) == ["peers", *steps.split()]
 
     tools = re.findall("--tool (\\w+)", (tmp_path / "tools").read_text())
