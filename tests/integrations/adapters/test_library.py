@@ -144,7 +144,7 @@ class TestConvert:
         [
             (adapters.IA3Config(), "PEFT's LoRA has no form for composition_mode='scale'"),
             (adapters.LoRAConfig(use_gating=True), "no form for use_gating=True"),
-            (adapters.PrefixTuningConfig(flat=True), "PEFT has no form for what AdapterHub calls prefix_tuning"),
+            (adapters.PrefixTuningConfig(flat=True), "is AdapterHub's of a prefix_tuning adapter"),
             (adapters.SeqBnConfig(), "PEFT has no form for bottleneck adapters"),
         ],
     )
