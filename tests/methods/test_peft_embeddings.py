@@ -8,6 +8,9 @@ from tests.support import models
 from tests.support.models import close
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
+
+# float64 results of two orders of summation over some hundred products, in values of order 1.
+ROUNDING = 2**10 * torch.finfo(torch.float64).eps
 Lora = peft.LoraConfig
 
 
@@ -195,9 +198,13 @@ def test_gradients_of_an_adapted_embedding_are_pefts():
     for model in (ours, theirs):
         model(ids).square().sum().backward()
     # float64, the same few products.
-    torch.testing.assert_close(adapter.lora_A.grad, layer.lora_embedding_A["default"].grad, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(adapter.lora_B.grad, layer.lora_embedding_B["default"].grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        adapter.lora_A.grad, layer.lora_embedding_A["default"].grad, rtol=ROUNDING, atol=ROUNDING
+    )
+    torch.testing.assert_close(
+        adapter.lora_B.grad, layer.lora_embedding_B["default"].grad, rtol=ROUNDING, atol=ROUNDING
+    )
     assert not adapter.lora_A.grad[:, 0].any()
     expected = ours(ids)
     fastpeft.merge(ours)
-    torch.testing.assert_close(ours(ids), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours(ids), expected, rtol=ROUNDING, atol=ROUNDING)
