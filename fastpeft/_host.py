@@ -70,7 +70,7 @@ def build(verbose: bool = False) -> Path:
         raise RuntimeError(f"fastpeft build: no sources in {' or '.join(map(str, _SOURCES))}")
     target = _PACKAGE / f"{name()}{sysconfig.get_config_var('EXT_SUFFIX')}"
     with tempfile.TemporaryDirectory() as folder:
-        built = cpp_extension.load(
+        cpp_extension.load(
             name(),
             sources,
             build_directory=folder,
@@ -79,7 +79,6 @@ def build(verbose: bool = False) -> Path:
             is_python_module=False,
             verbose=verbose,
         )
-        del built
         part = target.with_suffix(".part")
         shutil.copyfile(Path(folder, f"{name()}.so"), part)
         part.replace(target)  # whoever imports meanwhile finds the old one or the new one

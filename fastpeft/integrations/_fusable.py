@@ -57,8 +57,13 @@ def kept_plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
     return found
 
 
-def guard(guards: Any, layer: Any) -> None:
-    """All that ``plan`` reads of a layer."""
+def guard(layer: Any, guards: Any) -> None:
+    """All that ``plan`` reads of a layer, and with it ``fastpeft_branch``.
+
+    Args:
+        layer: the layer; this is a method of it.
+        guards: what is told.
+    """
     modules, active = layer._modules, layer._active_adapter
     for name in ("_disable_adapters", "merged_adapters", "_active_adapter", "_modules", "scaling", "use_dora"):
         guard_item(guards, layer.__dict__, name)

@@ -81,13 +81,7 @@ class FastLoraLinear(Linear):
             return "its scaling is a tensor"
         return "its base layer is a Conv1D" if _fusable.is_conv1d(self.base_layer) else plan[0]
 
-    def fastpeft_guard(self, guards: Any) -> None:
-        """Names what ``fastpeft_branch`` reads to ``guards``; see ``nn/guarding.py``.
-
-        Args:
-            guards: what is told.
-        """
-        _fusable.guard(guards, self)
+    fastpeft_guard = _fusable.guard
 
     def fastpeft_backend(self) -> str:
         """The backend for an x of one row and the first active adapter."""
