@@ -4,6 +4,7 @@ from .bank.bank import AdapterBank
 from .bank.lease import Lease
 from .engine.batcher import Batcher
 from .engine.request import Request
+from .engine.settings import SamplingParams
 from .errors import BadCheckpoint, BankError, BankFull, NotFinite, QueueFull, UnknownAdapter
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "NotFinite",
     "QueueFull",
     "Request",
+    "SamplingParams",
     "UnknownAdapter",
 ]

@@ -12,6 +12,16 @@ def prompt(length, seed=0):
     return torch.randint(1, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def drawing(stop_ids=(), tokens=(), prompt=(1,), **settings):
+    """A request as it stands before its next token is chosen."""
+    from fastpeft.serving.engine.request import Request
+    from fastpeft.serving.engine.settings import SamplingParams
+
+    request = Request(prompt, None, 99, SamplingParams(**settings), frozenset(stop_ids), None)
+    request.tokens += tokens
+    return request
+
+
 def step(batcher, times=1):
     """What the batcher's thread does, at a pace that the test sets."""
     for _ in range(times):

@@ -14,16 +14,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ... import _check
 from ..bank.bank import AdapterBank
 from ..errors import BankError, NotFinite, QueueFull, UnknownAdapter
 from .admission import Admission
-from .request import Request, end_ids, number, prompt_ids
+from .request import Request, end_ids, prompt_ids
 from .rows import Rows
 from .sampling import next_tokens
+from .scoring import score_prompts
+from .settings import SamplingParams, one_of
 
 
 class Batcher:
@@ -110,6 +111,7 @@ class Batcher:
         seed: int | None = None,
         on_token: Callable[[int], object] | None = None,
         stop_token_ids: Sequence[int] = (),
+        sampling: SamplingParams | None = None,
     ) -> Request:
         """Queue a request.
 
@@ -123,6 +125,7 @@ class Batcher:
             on_token: called with each new token on the batcher's thread, which it holds up; an exception in it ends the
                 request.
             stop_token_ids: ids that end it, beside the model's own.
+            sampling: every setting of sampling, in place of ``temperature``, ``top_p`` and ``seed``.
 
         Returns:
             The handle, to wait on and to cancel.
@@ -139,13 +142,12 @@ class Batcher:
         if len(prompt) + max_new_tokens > self.max_tokens:
             given = f"{len(prompt)} prompt and {max_new_tokens} new tokens"
             raise ValueError(f"submit: {given} are asked for, expected at most max_tokens={self.max_tokens} together")
-        temperature = number("submit", "temperature", temperature, torch.finfo(torch.float32).max)
-        top_p = number("submit", "top_p", top_p, 1.0)
+        sampling = one_of(sampling, temperature, top_p, seed, self._vocabulary)
         if adapter is not None and adapter not in self.bank:
             known = ", ".join(self.bank.names()[:8]) or "none"
             raise UnknownAdapter(f"submit: no adapter {adapter!r}, expected one of those loaded: {known}")
-        stop_ids = self._stop_ids | frozenset(stop_token_ids)
-        request = Request(prompt, adapter, max_new_tokens, temperature, top_p, seed, stop_ids, on_token)
+        stop_ids = frozenset(stop_token_ids) | (frozenset() if sampling.ignore_eos else self._stop_ids)
+        request = Request(prompt, adapter, max_new_tokens, sampling, stop_ids, on_token)
         with self._changed:
             if self._stopping:
                 raise BankError("submit: the batcher is stopping")
@@ -292,7 +294,7 @@ class Batcher:
         for request in waiting:
             if request.cancelled:
                 request.finish("cancelled")
-        admitted = self._admission.admit(waiting, self._rows.requests)
+        admitted = score_prompts(self.bank, self._admission.admit(waiting, self._rows.requests))
         with self._changed:
             self._waiting = deque(r for r in self._waiting if not r.done and r not in admitted)
         return admitted

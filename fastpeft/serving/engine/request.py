@@ -3,13 +3,14 @@
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 
 from ... import _check
 from ..bank.lease import Lease
+from .settings import SamplingParams
 
 _log = logging.getLogger("fastpeft.serving")
 
@@ -21,17 +22,20 @@ class Request:
         prompt: the input ids.
         adapter: its name, or None for the bare model.
         max_new_tokens: the most that are generated.
-        temperature: as float32 can hold it; 0 is greedy.
-        top_p: likewise, from 0 to 1.
+        params: how its tokens are chosen.
         stop_ids: the ids that end it.
         on_token: called with each new token on the batcher's thread, or None.
         tokens: the new tokens so far, without the id that ended it.
+        logprobs: ``TokenLogprobs`` of each of them, if ``params`` ask for those.
+        next_logprobs: of the token that ``take`` is called with next.
+        prompt_logprobs: likewise of the prompt's tokens, None for the first; once the prompt has been read.
         finish_reason: None while it waits or runs; then "stop" (one of ``stop_ids`` came), "length", "cancelled" or
             "error".
         error: the exception, after "error".
         lease: the hold on its adapter while it runs.
         overtaken: how many requests came later and began before it.
         generator: of its draws, None where it is greedy.
+        concerned: tokens whose logits its ``params`` change, None before the first step or where they change none.
     """
 
     def __init__(
@@ -39,23 +43,25 @@ class Request:
         prompt: Sequence[int],
         adapter: str | None,
         max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int | None,
+        params: SamplingParams,
         stop_ids: frozenset[int],
         on_token: Callable[[int], object] | None,
     ):
         self.prompt, self.adapter, self.max_new_tokens = list(prompt), adapter, max_new_tokens
-        self.temperature, self.top_p, self.stop_ids, self.on_token = temperature, top_p, stop_ids, on_token
+        self.params, self.stop_ids, self.on_token = params, stop_ids, on_token
         self.tokens: list[int] = []
+        self.logprobs: list[Any] = []
+        self.next_logprobs: Any = None
+        self.prompt_logprobs: list[Any] = []
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         self.lease: Lease | None = None
         self.overtaken = 0
         self.generator: torch.Generator | None = None
-        if temperature > 0:
+        self.concerned: Any = None
+        if params.temperature > 0:
             self.generator = torch.Generator()
-            self.generator.manual_seed(self.generator.seed() if seed is None else seed)
+            self.generator.manual_seed(self.generator.seed() if params.seed is None else params.seed)
         self._cancelled = False
         self._done = threading.Event()
         self._ending = threading.Lock()
@@ -129,6 +135,8 @@ class Request:
             self.finish("stop")
             return
         self.tokens.append(token)
+        if self.next_logprobs is not None:
+            self.logprobs.append(self.next_logprobs)
         try:
             if self.on_token is not None:
                 self.on_token(token)
@@ -150,18 +158,6 @@ class Request:
             self._done.set()
         for function in self._callbacks:
             self._call(function)
-
-
-def number(op: str, name: str, value: Any, most: float) -> float:
-    """A setting from 0 to ``most`` as float32 has it, in which it is used: below its normal numbers it is 0.
-
-    Raises:
-        ValueError: no number, or not in that range.
-    """
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not real or not 0 <= value <= most:
-        raise ValueError(f"{op}: {name} is {_check.shown(value)}, expected a number from 0 to {most:g}")
-    return float(value) if value >= torch.finfo(torch.float32).tiny else 0.0
 
 
 def prompt_ids(op: str, input_ids: Any, tokenizer: Any, vocabulary: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from fastpeft.serving import Batcher
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.support.batching import prompt, step
+from tests.support.batching import drawing, prompt, step
 from tests.support.lora_checkpoints import SETTINGS, greedy_alone, same_or_tied
 
 NAMES = list(SETTINGS)
@@ -67,19 +67,18 @@ def test_sampling_depends_on_the_seed_alone(bank):
 
 def test_sampled_distribution():
     """20,000 draws follow the probabilities, cut at top_p, at the request's temperature."""
-    from fastpeft.serving.engine.request import Request
     from fastpeft.serving.engine.sampling import next_tokens
 
     probability = torch.tensor([0.1, 0.5, 0.25, 0.15])
-    request = Request([1], None, 1, 2.0, 0.8, 0, frozenset(), None)
+    request = drawing(temperature=2.0, top_p=0.8)
     logits = 2.0 * probability.log().expand(20_000, 4)
     drawn = torch.tensor(next_tokens(logits, [request] * 20_000))
     expected = torch.tensor([0, 0.5, 0.25, 0.15]) / 0.9
     assert (torch.bincount(drawn, minlength=4) / 20_000 - expected).abs().max() < 5 * (0.25 / 20_000) ** 0.5
-    everything = Request([1], None, 1, 2.0, 1.0, 0, frozenset(), None)
+    everything = drawing(temperature=2.0)
     drawn = torch.tensor(next_tokens(logits, [everything] * 20_000))
     assert (torch.bincount(drawn, minlength=4) / 20_000 - probability).abs().max() < 5 * (0.25 / 20_000) ** 0.5
-    hot, cold = (Request([1], None, 1, t, p, 0, frozenset(), None) for t, p in ((1e-30, 1.0), (1.0, 1e-9)))
+    hot, cold = (drawing(temperature=t, top_p=p) for t, p in ((1e-30, 1.0), (1.0, 1e-9)))
     assert next_tokens(logits[:2], [hot, cold]) == [1, 1]
     assert next_tokens(torch.tensor([[0.0, float("nan")], [0.0, 1.0]]), [hot, hot]) == [None, 1]
 
@@ -88,7 +87,6 @@ def test_sampled_distribution():
 @pytest.mark.parametrize("temperature", [1e-37, 1e-3, 1.0, 3e38])
 def test_no_settings_and_no_logits_stop_the_draw(temperature, top_p):
     """Every row gets a token that can be drawn, or None where there are NaN, whatever its neighbours have."""
-    from fastpeft.serving.engine.request import Request
     from fastpeft.serving.engine.sampling import next_tokens
 
     infinite = float("inf")
@@ -99,7 +97,7 @@ def test_no_settings_and_no_logits_stop_the_draw(temperature, top_p):
     logits[3, 9] = float("nan")
     logits[4, 2] = infinite
     for seed in range(20):
-        requests = [Request([1], None, 1, temperature, top_p, seed, frozenset(), None) for _ in logits]
+        requests = [drawing(temperature=temperature, top_p=top_p, seed=seed) for _ in logits]
         tokens = next_tokens(logits, requests)
         assert [token is None for token in tokens] == [False, False, False, True, False, False]
         assert all(0 <= token < 50 for token in tokens if token is not None)
