@@ -10,13 +10,13 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from . import _check, _device
+from . import _check, _device, _host
 
 ORDER = ("cuda", "triton", "reference")
 UNASKED = "cuda, unasked"  # the reason against cuda where nobody asked for it
@@ -63,16 +63,19 @@ class Explanation:
         backend: which serves the call: "cuda", "triton" or "reference".
         configuration: a line for each kernel that the call runs, with its tile sizes; empty where PyTorch serves.
         reasons: for every other backend why it does not serve the call, or that it would if asked to.
+        host: what runs such calls from the third on: the host extension, plans in Python, or nothing; and why.
     """
 
     op: str
     backend: str
     configuration: tuple[str, ...]
     reasons: Mapping[str, str]
+    host: str = field(default_factory=_host.described)
 
     def __str__(self) -> str:
         others = (f"{name}: {reason}" for name, reason in self.reasons.items())
-        return "\n  ".join([f"{self.op}: served by {self.backend}", *others, *self.configuration])
+        lines = [f"{self.op}: served by {self.backend}", *others, *self.configuration]
+        return "\n  ".join([*lines, f"calls that repeat: {self.host}"])
 
 
 def explain(op: str, page: str, requested: str | None, reasons: Reasons, *facts) -> Explanation:

@@ -1,8 +1,8 @@
 """``fastpeft._host_<torch's version>``: the C++ extension that runs calls that repeat without Python. See ``_plan.py``.
 
 It is compiled against one version of torch and serves that one alone, so it comes in no wheel: ``fastpeft build``
-compiles it where it will run, in about a minute, and several versions lie side by side. Without it every call takes
-Python's way, with the same results.
+compiles it where it will run, in about a minute, and several versions lie side by side. Where it is not built,
+``_host_python`` serves in its place.
 """
 
 import functools
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from . import _host_python
+
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCES = (_PACKAGE / "csrc", _PACKAGE.parent / "csrc/host")  # in an installed package; in a checkout
 
@@ -31,8 +33,8 @@ def name() -> str:
 @functools.cache
 def missing() -> str | None:
     """None when the extension serves, else the reason."""
-    if os.environ.get("FASTPEFT_HOST") == "0":
-        return "FASTPEFT_HOST=0"
+    if os.environ.get("FASTPEFT_HOST") in ("0", "python"):
+        return f"left out by FASTPEFT_HOST={os.environ['FASTPEFT_HOST']}"
     if importlib.util.find_spec(f"fastpeft.{name()}") is None:
         return f"not built for torch {torch.__version__} (fastpeft build, which needs ninja and a C++ compiler)"
     try:
@@ -48,10 +50,23 @@ def load() -> ModuleType | None:
     return importlib.import_module(f"fastpeft.{name()}") if missing() is None else None
 
 
+@functools.cache
+def serving() -> ModuleType | None:
+    """The extension, or where it does not serve its form in Python; None under ``FASTPEFT_HOST=0``."""
+    return None if os.environ.get("FASTPEFT_HOST") == "0" else load() or _host_python
+
+
+def described() -> str:
+    """What runs calls that repeat, and why nothing faster does."""
+    if load() is not None:
+        return "the extension"
+    return f"{'plans in Python' if serving() else 'no plans'}, since the extension is {missing()}"
+
+
 def guards() -> Any:
-    """The extension's ``Guards``, of nothing yet, or None where it does not serve."""
-    extension = load()
-    return None if extension is None else extension.Guards()
+    """``Guards`` of nothing yet, or None where nothing serves."""
+    found = serving()
+    return None if found is None else found.Guards()
 
 
 def build(verbose: bool = False) -> Path:
@@ -85,4 +100,5 @@ def build(verbose: bool = False) -> Path:
     importlib.invalidate_caches()
     missing.cache_clear()
     load.cache_clear()
+    serving.cache_clear()
     return target

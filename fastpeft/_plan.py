@@ -1,10 +1,10 @@
-"""Plans: calls that repeat take one call into the extension of ``_host.py`` instead of Python's way.
+"""Plans: calls that repeat take one call into the extension of ``_host.py`` instead of their whole way through Python.
 
 What a call does is decided by what ``csrc/host/key.cpp`` looks at: shapes, strides, dtypes, devices and alignment of
 its tensors, who asks for gradients, its numbers, grad and autocast mode, ``FASTPEFT_BACKEND``. The second call that
-looks alike is recorded (``_tape.py``) on its way through Python; those after it run the recorded steps, in C++, as the
-only node of autograd. Whatever does not look plain (subclasses, modes, transforms, tracing, forward-mode gradients)
-goes through Python, as does every call where the extension is not there.
+looks alike is recorded (``_tape.py``) on its way; those after it run the recorded steps as the only node of autograd,
+in C++ or, where the extension is not built, in the Python of ``_host_python``. Whatever does not look plain
+(subclasses, modes, transforms, tracing, forward-mode gradients) takes the whole way.
 """
 
 import functools
@@ -32,19 +32,23 @@ def planned(function: Callable) -> Callable:
         function: takes tensors, numbers, strings, None, and lists and tuples of those, by position; returns a list of
             tensors that are no arguments. What it does may depend on nothing but what the key holds.
     """
-    found = _host.load()
+    found = _host.serving()
     if found is None:
         return function
-    table = found.Planned(function, functools.partial(_record, found, function))
 
     @functools.wraps(function)
     def call(*args):
         if torch.compiler.is_compiling() or recording() is not None:
             return function(*args)
-        return table(*args)
+        return call.plans(*args)  # type: ignore[attr-defined]
 
-    call.plans = table  # type: ignore[attr-defined]
+    call.plans = table(function, found)  # type: ignore[attr-defined]
     return call
+
+
+def table(function: Callable, host: Any) -> Any:
+    """``host.Planned`` of a function: what calls it until there are plans, and then runs those."""
+    return host.Planned(function, functools.partial(_record, host, function))
 
 
 def node(ctx: Any, tensors: Sequence[Tensor], outputs: Sequence[Tensor], backward: Callable) -> None:

@@ -248,7 +248,11 @@ def _host_extension() -> str:
     from . import _host
 
     found = _host.load()
-    return f"serves  ({found.__file__})" if found is not None else f"{_host.missing()}; every call goes through Python"
+    return (
+        f"serves  ({found.__file__})"
+        if found is not None
+        else f"{_host.missing()}; {_host.described().partition(',')[0]}"
+    )
 
 
 def _backends() -> list[tuple[str, str]]:

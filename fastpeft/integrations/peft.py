@@ -66,20 +66,14 @@ class FastLoraLinear(Linear):
             plan = _fusable.plan(self, x) if torch.compiler.is_compiling() else _fusable.kept_plan(self, x)
             if type(plan) is list:
                 shared = self.fastpeft_shared
-                y = None if shared is None else shared.forward(self, x)
+                y = None if shared is None else shared.forward(self, x, _shared_branch(self, plan))
                 return _fusable.run(x, plan) if y is None else y
         return super().forward(x, *args, **kwargs)
 
     def fastpeft_branch(self) -> sharing.Branch | str:
         """This layer for ``fastpeft.nn.sharing``, or why it computes alone."""
         plan = _fusable.kept_plan(self)
-        if isinstance(plan, str):
-            return plan
-        if len(plan) > 1:
-            return "several adapters are active"
-        if isinstance(plan[0].scale, Tensor):
-            return "its scaling is a tensor"
-        return "its base layer is a Conv1D" if _fusable.is_conv1d(self.base_layer) else plan[0]
+        return plan if isinstance(plan, str) else _shared_branch(self, plan)
 
     fastpeft_guard = _fusable.guard
 
@@ -189,6 +183,14 @@ def _build(lora_config: LoraConfig, target: nn.Module, adapter_name: str, **kwar
     layer: Any = dispatch_default(target, adapter_name, **kwargs)
     layer.__class__ = FastLoraLinear
     return layer
+
+
+def _shared_branch(layer: Any, plan: list[sharing.Branch]) -> sharing.Branch | str:
+    if len(plan) > 1:
+        return "several adapters are active"
+    if isinstance(plan[0].scale, Tensor):
+        return "its scaling is a tensor"
+    return "its base layer is a Conv1D" if _fusable.is_conv1d(layer.base_layer) else plan[0]
 
 
 def _lora_layers(op: str, model: nn.Module) -> dict[str, Any]:

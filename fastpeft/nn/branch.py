@@ -33,14 +33,17 @@ class Branch(NamedTuple):
         bias = self.scale * self.lora_bias.to(self.lora_a.dtype)
         return bias if self.bias is None else bias + self.bias
 
-    def unchanged(self, other: "Branch") -> bool:
+    def unchanged(self, other: object) -> bool:
         """Whether this is ``other``: the same tensors and numbers.
 
         Args:
-            other: A branch of the same module.
+            other: A branch of the same module, or why there is none.
         """
+        if self is other:
+            return True
         return (
-            self.weight is other.weight
+            isinstance(other, Branch)
+            and self.weight is other.weight
             and self.lora_a is other.lora_a
             and self.lora_b is other.lora_b
             and self.bias is other.bias

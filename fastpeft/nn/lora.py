@@ -168,7 +168,7 @@ class LoraLinear(nn.Module):
                     acting = self._adapters(() if self.disabled or self.merged else self.active)
                     return plain.lora(self.base_layer(x), x, acting, self.training)
                 branch = keep(self, x, self.fastpeft_branch())
-            y = None if self.fastpeft_shared is None else self.fastpeft_shared.forward(self, x)
+            y = None if self.fastpeft_shared is None else self.fastpeft_shared.forward(self, x, branch)
             if y is not None:
                 return y
         if isinstance(branch, Branch) and branch.lora_bias is None:

@@ -33,8 +33,11 @@ class Reported(Protocol):
 class Group(Protocol):
     """Layers that share their input, as ``sharing.SharedInput`` does it."""
 
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """The member's output from a shared call, or None: then it computes alone."""
+    def forward(self, module: nn.Module, x: Tensor, branch: object) -> Tensor | None:
+        """The member's output from a shared call, or None: then it computes alone.
+
+        ``branch`` is what its ``fastpeft_branch`` gives.
+        """
         ...
 
     def partners(self, module: nn.Module) -> list[nn.Module]:

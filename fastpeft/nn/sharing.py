@@ -30,17 +30,19 @@ from .siblings import families
 
 
 class _Plan(NamedTuple):
-    """The siblings that are computed with one, and what keeps that true: ``guarding``'s guards, or None."""
+    """The siblings that one leads, and what keeps that true of the others: ``guarding``'s guards, or None."""
 
     parts: list[int]
     branches: dict[int, Branch]
     guards: Any
 
+    def holds(self, me: int, branch: object, x: Tensor) -> bool:
+        """Whether things are as they were planned for this leader."""
+        return self.branches[me].unchanged(branch) and self.guards is not None and self.guards(x)
+
     def versions(self) -> object:
         """What rises when any of the branches' tensors is modified in place."""
-        if self.guards is not None:
-            return self.guards.versions()
-        return [branch.versions() for branch in self.branches.values()]
+        return [b.versions() for b in self.branches.values()] if self.guards is None else self.guards.versions()
 
 
 class _Round(NamedTuple):
@@ -56,8 +58,8 @@ class _Round(NamedTuple):
 class SharedInput:
     """Siblings that may receive the same tensor.
 
-    ``forward(module, x)`` returns the module's output, or None where the module must compute it itself, as it must
-    outside of ``begin`` and ``end``. Pending outputs belong to one thread; they are neither copied nor pickled, and an
+    ``forward`` returns a module's output, or None where the module must compute it itself, as it must outside of
+    ``begin`` and ``end``. Pending outputs belong to one thread; they are neither copied nor pickled, and an
     output is let go when it is handed out.
 
     Recomputation under gradient checkpointing repeats what forward did: once a group has computed under saved-tensor
@@ -105,12 +107,13 @@ class SharedInput:
             for last in (self._thread.__dict__.pop("rounds", None) or {}).values():
                 self._learn(None, last)
 
-    def forward(self, module: nn.Module, x: Tensor) -> Tensor | None:
+    def forward(self, module: nn.Module, x: Tensor, branch: object = None) -> Tensor | None:
         """The module's output from a shared call, or None: then the module computes alone.
 
         Args:
             module: A member, or a replica or copy of one.
             x: ``[..., K]``, what the module was called with.
+            branch: What the module's ``fastpeft_branch`` gives, where that is known; None: it is asked.
         """
         if torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_inference():
             return None
@@ -120,6 +123,7 @@ class SharedInput:
         me = next((i for i, member in enumerate(self.members) if member is module), None)
         if me is None or self._parts.count(self._parts[me]) < 2:  # None: a replica, or a copy of one layer
             return None
+        branch = branch_of(module) if branch is None else branch
         conditions = call_conditions(x)
         part = self._parts[me]
         last = rounds.get(part)
@@ -128,13 +132,15 @@ class SharedInput:
             if not last.outputs:
                 del rounds[part]
                 self._unclaimed = 0
-            return None if kept is None or not self._unchanged(me, last) else kept
+            if kept is None or not last.plan.branches[me].unchanged(branch) or last.versions != last.plan.versions():
+                return None
+            return kept
         if last is not None:
             if isinstance(branch_of(module), str):  # a sibling that keeps to itself says nothing about the others
                 return None
             del rounds[part]
             self._learn(me, last)
-        return self._lead(me, x, conditions, rounds)
+        return self._lead(me, x, branch, conditions, rounds)
 
     def _rounds(self) -> dict | None:
         """What is pending in this call of the module that holds the members, or None outside of one."""
@@ -163,16 +169,6 @@ class SharedInput:
         others = [m for m in self.members if m is not module and parts[id(m)] == part]
         return [m for m in others if not isinstance(branch_of(m), str)]
 
-    def _unchanged(self, me: int, last: _Round) -> bool:
-        """Whether this member would still be computed as it was, with the values that it had."""
-        if last.plan.guards is None:
-            now = branch_of(self.members[me])
-            if not isinstance(now, Branch) or not now.unchanged(last.plan.branches[me]):
-                return False
-        elif not last.plan.guards(None):
-            return False
-        return last.versions == last.plan.versions()
-
     def _learn(self, me: int | None, last: _Round) -> None:
         """A new tensor, or the end, came while outputs of the last one were left: who shares was guessed wrong."""
         if self._settled:
@@ -190,9 +186,9 @@ class SharedInput:
         self._parts = [number if i in apart else part for i, part in enumerate(self._parts)]
         self._unclaimed = 0
 
-    def _lead(self, me: int, x: Tensor, conditions: tuple, rounds: dict) -> Tensor | None:
+    def _lead(self, me: int, x: Tensor, branch: object, conditions: tuple, rounds: dict) -> Tensor | None:
         plan = self._plans.get(me)
-        if plan is None or plan.parts is not self._parts or plan.guards is None or not plan.guards(x):
+        if plan is None or plan.parts is not self._parts or not plan.holds(me, branch, x):
             plan = self._plan(me, x)
         if plan is None or (reentrant_possible() and any(b.dropout for b in plan.branches.values())):
             return None
@@ -229,9 +225,12 @@ class SharedInput:
         # Without a branch it is not known what would give one, so then everybody is asked again each time.
         guards = _host.guards() if len(branches) == len(found) else None
         if guards is not None:
+            for tensor in filter(torch.is_tensor, mine):
+                guards.tensor(tensor)
             for i in branches:
                 guard_call(guards, self.members[i])
-                cast(Sharing, self.members[i]).fastpeft_guard(guards)
+                if i != me:  # who leads has looked at itself
+                    cast(Sharing, self.members[i]).fastpeft_guard(guards)
             guard_process(guards)
             guards.input(x)
         self._plans[me] = plan = _Plan(parts, branches, guards)

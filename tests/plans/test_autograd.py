@@ -12,9 +12,10 @@ from tests.support import host_extension
 from tests.support.planned_calls import RUNS, gradients, lora, new, planned, same, shared, warm
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _extension():
-    host_extension.loaded()
+@pytest.fixture(autouse=True, scope="module", params=host_extension.WAYS)
+def _way(request):
+    with host_extension.serves(request.param):
+        yield
 
 
 def test_x_may_not_be_changed_before_backward():

@@ -24,9 +24,10 @@ from tests.support.planned_calls import (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _extension():
-    host_extension.loaded()
+@pytest.fixture(autouse=True, scope="module", params=host_extension.WAYS)
+def _way(request):
+    with host_extension.serves(request.param):
+        yield
 
 
 CASES = {

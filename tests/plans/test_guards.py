@@ -14,9 +14,10 @@ import fastpeft
 from tests.support import host_extension
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _extension():
-    host_extension.loaded()
+@pytest.fixture(autouse=True, scope="module", params=host_extension.WAYS)
+def _way(request):
+    with host_extension.serves(request.param):
+        yield
 
 
 def model(adapters=("default",), dropout=0.1, bias=False):

@@ -3,6 +3,7 @@
 Kernels are C functions here, behind a stub in place of CUDA's driver, so that launches run on CPU tensors.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -77,8 +78,10 @@ def stub(tmp_path_factory):
     return path
 
 
-def test_recorded_launches_on_new_tensors(stub):
-    done = subprocess.run([sys.executable, "-c", PROGRAM, stub], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("host", ["", "python"])
+def test_recorded_launches_on_new_tensors(stub, host):
+    command, environment = [sys.executable, "-c", PROGRAM, stub], os.environ | {"FASTPEFT_HOST": host}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
