@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .. import _backend, _check
 from .._backend import Explanation
+from .base import Base, eight_bit, four_bit
 from .bottleneck import bottleneck
+from .dequantise import dequantise
 from .experts import ExpertLinear, experts
 from .lora_linear import lora_linear, lora_linear_shared
 from .multi_lora import multi_lora, multi_lora_, multi_lora_shared
@@ -18,11 +20,15 @@ from .routing import route
 from .row_linear import row_linear
 
 __all__ = [
+    "Base",
     "ExpertLinear",
     "Explanation",
     "bottleneck",
+    "dequantise",
+    "eight_bit",
     "experts",
     "explain",
+    "four_bit",
     "lora_linear",
     "lora_linear_shared",
     "multi_lora",
@@ -33,7 +39,8 @@ __all__ = [
     "row_linear",
 ]
 
-OPS = tuple(name for name in __all__ if name not in ("ExpertLinear", "Explanation", "explain"))
+_OTHERS = ("Base", "ExpertLinear", "Explanation", "eight_bit", "explain", "four_bit")
+OPS = tuple(name for name in __all__ if name not in _OTHERS)
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:

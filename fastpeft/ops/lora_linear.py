@@ -5,6 +5,9 @@
     dX = mask ∘ (dS A) / (1 - p) + dY W
     dA = dSᵀ drop(x)                  the mask is drawn again from the seed            one read of x
 
+A frozen W may be quantised (``fastpeft.ops.Base``): it is written out where the base GEMM reads it, again in backward,
+and never kept.
+
 The shared form does this for several projections of the same x (q, k and v; gate and up): their A's are stacked, x is
 read once for all S and once for all dA, and their dX's add up in one buffer. The low-rank term is written first and the
 base GEMM accumulates onto it (beta = 1), so y is rounded at the magnitude of the small term, not twice at its own. The
@@ -23,49 +26,66 @@ from .. import _backend, _check, reference
 from .._library import autocast_dtype, cast, register_op
 from .._plan import planned
 from . import lora_linear_arguments as arguments
+from .base import Base, Written, parts, shapes
 from .lora_linear_backends import MAX_RANK, REASONS, facts
 
 __all__ = ["MAX_RANK", "REASONS", "facts", "lora_linear", "lora_linear_shared"]
 
 
-def _implementation(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
+def _implementation(x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, backend):
     impl = _backend.load("lora_linear", backend)
+    if layouts:
+        weights = Written(x, weights, tables, layouts, backend)
     return impl.forward(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds)
 
 
-def _fake(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
+def _fake(x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, backend):
     ys = [x.new_empty(x.shape[0], b.shape[0]) for b in lora_bs]
     return ys, x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_as), dtype=lora_as[0].dtype)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend = inputs
+    x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, backend = inputs
     ctx.needs = [x.requires_grad] + [any(t.requires_grad for t in ts) for ts in (weights, lora_as, lora_bs, biases)]
     _, need_dw, need_da, need_db, _ = ctx.needs
     absent = x.new_empty(0)
     saved_x = x if need_da or need_dw else absent
     saved_s = output[1] if need_db else absent
-    ctx.save_for_backward(saved_x, saved_s, seeds, *weights, *lora_as, *lora_bs)
-    ctx.settings = scales, dropouts, backend
+    ctx.save_for_backward(saved_x, saved_s, seeds, *weights, *lora_as, *lora_bs, *tables)
+    ctx.settings = scales, dropouts, layouts, backend
+
+
+def _saved(ctx):
+    """What was saved, and of its lists each by itself; every projection has a scale."""
+    x, s, seeds, *rest = ctx.saved_tensors
+    count = len(ctx.settings[0])
+    weights, lora_as, lora_bs = (rest[i * count : (i + 1) * count] for i in range(3))
+    return x, s, seeds, weights, lora_as, lora_bs, rest[3 * count :]
 
 
 def _backward(ctx, grads, _):
-    x, s, seeds, *rest = ctx.saved_tensors
-    count = len(rest) // 3
-    weights, lora_as, lora_bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    scales, dropouts, backend = ctx.settings
+    x, s, seeds, weights, lora_as, lora_bs, tables = _saved(ctx)
+    scales, dropouts, layouts, backend = ctx.settings
     rows = next(grad.shape[0] for grad in grads if grad is not None)
     dys = [x.new_zeros(rows, b.shape[0]) if dy is None else dy for dy, b in zip(grads, lora_bs, strict=True)]
-    dx, *flat = _lora_linear_backward(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds, ctx.needs, backend)
-    groups = [flat[i * count : (i + 1) * count] if need else [None] * count for i, need in enumerate(ctx.needs[1:])]
-    return dx if ctx.needs[0] else None, *groups, None, None, None, None
+    operands = weights, tables, lora_as, lora_bs, scales, dropouts, seeds, ctx.needs, layouts, backend
+    dx, *flat = _lora_linear_backward(dys, x, s, *operands)
+    count, none = len(scales), [None] * len(scales)
+    dws, das, dbs, dbiases = (
+        flat[i * count : (i + 1) * count] if need else none for i, need in enumerate(ctx.needs[1:])
+    )
+    dx = dx if ctx.needs[0] else None
+    return dx, dws, [None] * len(tables), das, dbs, dbiases, *_rest(layouts)
+
+
+def _rest(layouts):
+    """The gradients behind the tensors'; torch.library takes a list without items for one of tensors."""
+    return None, None, None, None if layouts else [], None
 
 
 def _definition(ctx, grads):
-    x, _, seeds, *rest = ctx.saved_tensors
-    count = len(rest) // 3
-    weights, lora_as, lora_bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    scales, dropouts, _ = ctx.settings
+    x, _, seeds, weights, lora_as, lora_bs, tables = _saved(ctx)
+    scales, dropouts, layouts, backend = ctx.settings
     if x.dim() == 1:  # not kept: then the gradient of B alone depends on it
         if ctx.needs[3]:
             raise RuntimeError(
@@ -74,8 +94,10 @@ def _definition(ctx, grads):
         rows = next(grad.shape[0] for grad in grads if grad is not None)
         x = x.new_zeros(rows, lora_as[0].shape[1], requires_grad=ctx.needs[0])
     biases = [b.new_zeros(b.shape[0], requires_grad=ctx.needs[4]) for b in lora_bs]
+    if layouts:
+        weights = Written(x, weights, tables, layouts, backend).apart()
 
-    def outputs(x, weights, lora_as, lora_bs, biases, *_):
+    def outputs(x, weights, _, lora_as, lora_bs, biases, *__):
         return [
             reference.lora_linear(x, weight if weight.numel() else None, a, b, bias, scale, dropout, seeds[p : p + 1])
             for p, (weight, a, b, bias, scale, dropout) in enumerate(
@@ -83,20 +105,27 @@ def _definition(ctx, grads):
             )
         ]
 
-    return (x, weights, lora_as, lora_bs, biases, None, None, None, None), outputs
+    return (x, weights, [None] * len(tables), lora_as, lora_bs, biases, *_rest(layouts)), outputs
 
 
-def _backward_implementation(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds, needs, backend):
+def _backward_implementation(
+    dys, x, s, weights, tables, lora_as, lora_bs, scales, dropouts, seeds, needs, layouts, backend
+):
     """``[dX, *dW, *dA, *dB, *dbias]``; what is not needed is an empty tensor."""
     need_dx, need_dw, need_da, need_db, need_dbias = needs
     dx, das, dbs = None, None, None
+    frozen = shapes(weights, layouts)
     if need_dx or need_da or need_db:
-        impl, operands = _backend.load("lora_linear", backend), (weights, lora_as, lora_bs, scales, dropouts, seeds)
+        written = Written(dys[0], weights, tables, layouts, backend) if layouts else weights
+        impl, operands = _backend.load("lora_linear", backend), (written, lora_as, lora_bs, scales, dropouts, seeds)
         dx, das, dbs = impl.backward(dys, x, s, *operands, need_dx, need_da, need_db)
     absent = [None] * len(dys)
     grads = [
         dx,
-        *(dy.T @ x if need_dw and weight.numel() else None for dy, weight in zip(dys, weights, strict=True)),
+        *(
+            dy.T @ x if need_dw and weight.numel() and not quantised else None
+            for dy, weight, quantised in zip(dys, weights, frozen, strict=True)
+        ),
         *(das or absent),
         *(dbs or absent),
         *(dy.sum(0, dtype=b.dtype) if need_dbias else None for dy, b in zip(dys, lora_bs, strict=True)),
@@ -104,12 +133,15 @@ def _backward_implementation(dys, x, s, weights, lora_as, lora_bs, scales, dropo
     return [x.new_empty(0) if grad is None else grad for grad in grads]
 
 
-def _backward_fake(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds, needs, backend):
+def _backward_fake(dys, x, s, weights, tables, lora_as, lora_bs, scales, dropouts, seeds, needs, layouts, backend):
     need_dx, need_dw, need_da, need_db, need_dbias = needs
     empty = x.new_empty
     return [
         empty(dys[0].shape[0], lora_as[0].shape[1]) if need_dx else empty(0),
-        *(empty(w.shape) if need_dw and w.numel() else empty(0) for w in weights),
+        *(
+            empty(w.shape) if need_dw and w.numel() and not quantised else empty(0)
+            for w, quantised in zip(weights, shapes(weights, layouts), strict=True)
+        ),
         *(torch.empty_like(a, memory_format=torch.contiguous_format) if need_da else empty(0) for a in lora_as),
         *(torch.empty_like(b, memory_format=torch.contiguous_format) if need_db else empty(0) for b in lora_bs),
         *(empty(b.shape[0], dtype=b.dtype) if need_dbias else empty(0) for b in lora_bs),
@@ -117,8 +149,8 @@ def _backward_fake(dys, x, s, weights, lora_as, lora_bs, scales, dropouts, seeds
 
 
 _OPERANDS = (
-    "Tensor x, {} Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, {} "
-    "float[] scales, float[] dropouts, Tensor seeds, {} str backend"
+    "Tensor x, {} Tensor[] weights, Tensor[] tables, Tensor[] lora_as, Tensor[] lora_bs, {} "
+    "float[] scales, float[] dropouts, Tensor seeds, {} int[] layouts, str backend"
 )
 _lora_linear_backward = register_op(
     "lora_linear_backward",
@@ -139,7 +171,7 @@ _lora_linear = register_op(
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Base,
     lora_a: Tensor,
     lora_b: Tensor,
     bias: Tensor | None = None,
@@ -153,7 +185,7 @@ def lora_linear(
     Args:
         x: the input ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
         weight: W ``[N, K]`` in x's dtype, any strides (a Conv1D passes ``weight.T``). It gets a gradient only if it
-            asks.
+            asks. Or a frozen one in 4 or 8 bits, a ``Base``, which is written out in x's dtype whenever it is read.
         lora_a: A ``[r, K]``, in x's dtype or float32. In float32 the low-rank branch is computed in float32, and x is
             never copied to float32.
         lora_b: B ``[N, r]`` in lora_a's dtype.
@@ -183,7 +215,7 @@ def lora_linear(
 
 def lora_linear_shared(
     x: Tensor,
-    weights: Sequence[Tensor | None],
+    weights: Sequence[Tensor | Base | None],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
@@ -199,8 +231,8 @@ def lora_linear_shared(
 
     Args:
         x: the input ``[..., K]``, as in ``lora_linear``.
-        weights: W_p ``[N_p, K]``, or None: y_p is then the low-rank term (and bias) alone, which is how several active
-            adapters of one layer are added up.
+        weights: W_p ``[N_p, K]`` or a ``Base``, as in ``lora_linear``; or None: y_p is then the low-rank term (and
+            bias) alone, which is how several active adapters of one layer are added up.
         lora_as: A_p ``[r_p, K]``.
         lora_bs: B_p ``[N_p, r_p]``.
         biases: ``[N_p]`` or None; None for all: no biases.
@@ -232,13 +264,15 @@ def _call(op, shared, x, weights, lists, backend):
     if wanted is not None:
         x, weights, biases = x.to(wanted), [cast(t, wanted) for t in weights], [cast(t, wanted) for t in biases]
         lora_as, lora_bs = ([cast(t, wanted, torch.float32) for t in ts] for ts in (lora_as, lora_bs))
-    return _planned(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend)
+    weights, tables, layouts = parts(weights)
+    return _planned(op, shared, x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, backend)
 
 
 @planned
-def _planned(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
+def _planned(op, shared, x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, backend):
     """All that is left to do once autocast has cast, which a plan stands for."""
-    arguments.branches(op, shared, x, weights, lora_as, lora_bs, biases)
+    quantised = shapes(weights, layouts)
+    arguments.branches(op, shared, x, weights, quantised, lora_as, lora_bs, biases)
     scales, dropouts = arguments.numbers(op, shared, scales, dropouts)
     shape = x.shape
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
@@ -247,5 +281,6 @@ def _planned(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts,
     absent = x.new_empty(0)
     weights = [absent if weight is None else weight for weight in weights]
     biases = [absent if bias is None else bias for bias in biases]
-    ys, _ = _lora_linear(flat, weights, list(lora_as), list(lora_bs), biases, scales, dropouts, seeds, backend)
+    lora_as, lora_bs = list(lora_as), list(lora_bs)
+    ys, _ = _lora_linear(flat, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, backend)
     return ys if len(shape) == 2 else [y.reshape(*shape[:-1], y.shape[-1]) for y in ys]

@@ -25,19 +25,30 @@ def lists(op: str, weights: Sequence, given: Mapping[str, Sequence | None]) -> l
     return found
 
 
-def branches(op: str, shared: bool, x: Tensor, weights: Sequence, lora_as: Sequence, lora_bs: Sequence, biases) -> None:
-    """Shapes, dtypes and devices of every projection."""
+def branches(
+    op: str,
+    shared: bool,
+    x: Tensor,
+    weights: Sequence,
+    quantised: Sequence,
+    lora_as: Sequence,
+    lora_bs: Sequence,
+    biases,
+) -> None:
+    """Shapes, dtypes and devices of every projection; ``quantised`` has the shapes of those weights that are."""
     first = None
-    for p, tensors in enumerate(zip(weights, lora_as, lora_bs, biases, strict=True)):
+    for p, tensors in enumerate(zip(weights, quantised, lora_as, lora_bs, biases, strict=True)):
         names = [(name, p) for name in _SHARED] if shared else _ONE
         first = _branch(op, names, x, *tensors, first)
 
 
-def _branch(op, names, x, weight, a, b, bias, first) -> torch.dtype:
+def _branch(op, names, x, weight, quantised, a, b, bias, first) -> torch.dtype:
     """Returns the adapters' dtype, which the ``first`` of them decides."""
     weight_name, a_name, b_name, bias_name = names
     sizes = {"K": x.shape[-1]}
-    if weight is not None:
+    if quantised is not None:
+        _quantised(op, weight_name, weight, quantised, sizes, x)
+    elif weight is not None:
         _check.tensor(op, weight_name, weight, ("N", "K"), sizes, x)
         _check.dtype(op, weight_name, weight, x.dtype)
     _check.tensor(op, a_name, a, ("r", "K"), sizes, x)
@@ -53,6 +64,14 @@ def _branch(op, names, x, weight, a, b, bias, first) -> torch.dtype:
         _check.tensor(op, bias_name, bias, ("N",), sizes, x)
         _check.dtype(op, bias_name, bias, x.dtype, first)
     return first
+
+
+def _quantised(op, name, codes, shape, sizes, x) -> None:
+    if codes.device != x.device:
+        raise ValueError(f"{op}: {_check.label(name)} is on {codes.device}, expected {x.device}")
+    if shape[1] != sizes["K"]:
+        raise ValueError(f"{op}: {_check.label(name)} has K={shape[1]}, expected K={sizes['K']}")
+    sizes["N"] = shape[0]
 
 
 def numbers(op: str, shared: bool, scales: Sequence, dropouts: Sequence) -> tuple[list[float], list[float]]:

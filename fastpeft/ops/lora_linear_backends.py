@@ -1,6 +1,7 @@
 """Which backends serve a call of lora_linear: of every one the reason why not, or None."""
 
 from .. import _backend
+from .base import Base
 
 MAX_RANK = 512
 
@@ -19,6 +20,8 @@ def _cuda_reason(x, lora_as, weights=(), lora_bs=()):
     if sum(ranks) > impl.MAX_RANK or any(rank % 8 for rank in ranks):
         return f"ranks {ranks}, expected multiples of 8 that add up to {impl.MAX_RANK} at most"
     base = [weight for weight in weights if weight is not None]
+    if not all(weight.is_floating_point() for weight in base):
+        return "the weight is quantised, expected a dense one"
     if weights and not base:
         return "no weight, so no GEMM to compute the low-rank term in"
     if any(size % 8 for weight in base for size in weight.shape):
@@ -44,6 +47,8 @@ REASONS = {
 def facts(given: dict) -> tuple:
     """What ``REASONS`` look at, of the arguments of ``lora_linear`` or ``lora_linear_shared`` by name."""
     if "lora_as" in given:
-        return given["x"], given["lora_as"], given.get("weights", ()), given.get("lora_bs", ())
-    weights = [given["weight"]] if "weight" in given else ()
+        weights = [w.codes if isinstance(w, Base) else w for w in given.get("weights", ())]
+        return given["x"], given["lora_as"], weights, given.get("lora_bs", ())
+    weights = [given["weight"]] if "weight" in given else []
+    weights = [w.codes if isinstance(w, Base) else w for w in weights]
     return given["x"], [given["lora_a"]], weights, [given["lora_b"]] if "lora_b" in given else ()

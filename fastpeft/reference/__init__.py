@@ -1,6 +1,7 @@
 """The mathematics of every op in plain PyTorch: any float dtype, differentiable, imports torch only. The definition."""
 
 from .bottleneck import bottleneck
+from .dequantise import dequantise
 from .dropout import inverse_keep, keep_mask
 from .experts import ExpertLinear, experts
 from .lora_linear import lora_linear
@@ -14,6 +15,7 @@ __all__ = [
     "Routing",
     "Slots",
     "bottleneck",
+    "dequantise",
     "experts",
     "inverse_keep",
     "keep_mask",

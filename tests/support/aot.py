@@ -84,6 +84,16 @@ PROMPT_GATHER = (
     (FP32, FP32, (7, 3), 0.0, 5, 127, 1001),
     (FP32, FP32, (20,), 0.0, 32, 128, 384),
 )
+# (W's dtype, no adapters, elements that share a scale, no dropout, 0 or nested scales, N, K)
+DEQUANTISE = (
+    *(
+        (dtype, FP32, (block,), 0.0, nested, 4096, 4096)
+        for dtype in (BF16, FP32)
+        for block in (64, 4096)
+        for nested in (0, 1)
+    ),
+    (BF16, FP32, (32,), 0.0, 1, 127, 1001),
+)
 
 
 class _Driver:
@@ -198,6 +208,20 @@ def prompt_gather(x_dtype, dtype, lengths, dropout, rows, tokens, columns) -> No
     kernels.source_backward(y, spans, lengths, tokens)
 
 
+def dequantise(dtype, _, blocks, dropout, nested, n, k) -> None:
+    """Launch what writes out a weight in 4 bits and one in 8."""
+    from fastpeft.kernels import dequantise as kernels
+
+    def new(*shape, dtype=FP32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    out, absent, (block,) = new(n, k, dtype=dtype), new(0), blocks
+    absmax = new(-(-n * k // block), dtype=torch.uint8 if nested else FP32)
+    tables = (new(len(absmax) // 256 + 1), new(256), new(1)) if nested else (absent, absent, absent)
+    kernels.write(out, new(-(-n * k // 2), dtype=torch.uint8), absmax, new(16), *tables, block, 256)
+    kernels.write(out, new(n, k, dtype=torch.int8), new(n), absent, absent, absent, absent, k, 1)
+
+
 def examine(kernel) -> dict:
     """What ptxas made of a compiled kernel: registers, stack and spill instructions, shared memory, dot instruction."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -222,6 +246,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 OPS = {
     "lora_linear": (lora_linear, LORA_LINEAR),
+    "dequantise": (dequantise, DEQUANTISE),
     "multi_lora": (multi_lora, MULTI_LORA),
     "row_linear": (row_linear, ROW_LINEAR),
     "prompt_gather": (prompt_gather, PROMPT_GATHER),

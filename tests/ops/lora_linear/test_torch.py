@@ -28,11 +28,12 @@ def test_opcheck(backend, ranks, trained):
     (x,), *lists = leaves_of(problem, trained.split())
     seeds = torch.tensor(problem.seeds, device=DEVICE)
     scales, dropouts = list(problem.scales), [0.25] * len(ranks)
-    torch.library.opcheck(torch.ops.fastpeft.lora_linear.default, (x, *lists, scales, dropouts, seeds, backend))
+    rest = scales, dropouts, seeds
+    torch.library.opcheck(torch.ops.fastpeft.lora_linear.default, (x, lists[0], [], *lists[1:], *rest, [], backend))
     s = torch.randn(9, sum(ranks), device=DEVICE)
     weights, lora_as, lora_bs, _ = ([t.detach() for t in group] for group in lists)
     needs = [name in trained for name in ("x", "weights", "lora_as", "lora_bs", "biases")]
-    args = (list(problem.dys), x.detach(), s, weights, lora_as, lora_bs, scales, dropouts, seeds, needs, backend)
+    args = (list(problem.dys), x.detach(), s, weights, [], lora_as, lora_bs, *rest, needs, [], backend)
     torch.library.opcheck(torch.ops.fastpeft.lora_linear_backward.default, args)
 
 

@@ -1,0 +1,196 @@
+"""A frozen weight in 4 or 8 bits, and how an op takes one in place of a dense weight.
+
+An op that does (``lora_linear``) is handed its tensors and writes W into a scratch buffer where the GEMM reads it, and
+again in backward; W is never kept. The scratch is an ordinary tensor of the call: it is as large as the largest weight
+of the call, the weights follow one another in it, and PyTorch's caching allocator gives the same memory to the next
+layer on that stream, in captured graphs and in other threads too. At training sizes this beats a GEMM that reads the
+codes, which would decode them again for every block of rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+
+TABLES = 5  # tensors of a Base beside its codes
+_LAYOUT = 4  # and numbers: N, K, block, block2
+
+
+class Base(NamedTuple):
+    """A frozen weight in 4 or 8 bits, in place of ``weight [N, K]``; made by ``four_bit`` or ``eight_bit``.
+
+    Attributes:
+        codes: uint8 ``[N·K / 2]``, two elements a byte, the first in the high half; or int8 ``[N, K]``.
+        absmax: the scales of blocks, float32, or uint8 where they are nested; for int8 ``[N]``.
+        code: float32 ``[16]``, the value of each code; empty for int8.
+        absmax2: float32, the scales of the scales; empty where they are not nested.
+        code2: float32 ``[256]``, the value of each code in absmax; empty where it is not nested.
+        offset: float32, one element; empty where it is not nested.
+        shape: N and K.
+        block: elements that share a scale.
+        block2: scales that share a scale.
+        dtype: in which the weight is multiplied, that of x.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    code: Tensor
+    absmax2: Tensor
+    code2: Tensor
+    offset: Tensor
+    shape: tuple[int, int]
+    block: int
+    block2: int
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+    @property
+    def _version(self) -> int:
+        return self.codes._version
+
+
+def four_bit(
+    codes: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    shape: Sequence[int],
+    block: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    nested: tuple[Tensor, Tensor, Tensor, int] | None = None,
+) -> Base:
+    """A weight in NF4, FP4 or any other code of 16 values.
+
+    Args:
+        codes: two elements a byte, row by row, the first in the high half; any dtype, whose bytes are meant.
+        absmax: one for each block; float32, or uint8 where ``nested`` is given.
+        code: float32 ``[16]``, the value of each code.
+        shape: N and K.
+        block: elements that share a scale, a power of 2, and 2 at least.
+        dtype: in which the weight is multiplied.
+        nested: absmax2, code2 ``[256]``, offset (float32 each) and the number of scales that share one in absmax2.
+
+    Raises:
+        TypeError: a tensor has another dtype.
+        ValueError: a tensor has another size, or is not contiguous.
+    """
+    n, k = (int(size) for size in shape)
+    absent = code.new_empty(0)
+    absmax2, code2, offset, block2 = nested or (absent, absent, absent, 1)
+    if block < 2 or block & (block - 1):
+        raise ValueError(f"four_bit: block is {block}, expected a power of 2")
+    flat = _contiguous("codes", codes).view(-1).view(torch.uint8)
+    blocks = -(-n * k // block)
+    _table("codes", flat, torch.uint8, -(-n * k // 2))
+    _table("absmax", absmax, torch.uint8 if nested else torch.float32, blocks)
+    _table("code", code, torch.float32, 16)
+    if nested:
+        _table("nested absmax", absmax2, torch.float32, -(-blocks // block2))
+        _table("nested code", code2, torch.float32, 256)
+        _table("offset", offset, torch.float32, 1)
+    return Base(flat, absmax.view(-1), code, absmax2, code2, offset, (n, k), block, block2, dtype)
+
+
+def eight_bit(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.bfloat16) -> Base:
+    """A weight in int8 with a scale for each row.
+
+    Args:
+        codes: int8 ``[N, K]``.
+        absmax: float32 ``[N]``, what 127 stands for.
+        dtype: in which the weight is multiplied.
+
+    Raises:
+        TypeError: a tensor has another dtype.
+        ValueError: a tensor has another size, or is not contiguous.
+    """
+    if codes.dim() != 2:
+        raise ValueError(f"eight_bit: codes has shape {list(codes.shape)}, expected [N, K]")
+    n, k = codes.shape
+    _table("codes", codes, torch.int8, n * k)
+    _table("absmax", absmax, torch.float32, n)
+    absent = absmax.new_empty(0)
+    return Base(codes, absmax.view(-1), absent, absent, absent, absent, (n, k), k, 1, dtype)
+
+
+def parts(weights: Sequence) -> tuple[list, list[Tensor], list[int]]:
+    """Weights as an op's schema has them: the tensors, the tables behind their codes, and their layouts.
+
+    Args:
+        weights: tensors, ``Base``s, or None.
+
+    Returns:
+        A tensor or None for each; the tables of the quantised ones; four numbers for each weight, 0 for a dense one, or
+        no numbers where all are dense.
+    """
+    if not any(isinstance(weight, Base) for weight in weights):
+        return list(weights), [], []
+    tensors: list[Tensor | None] = []
+    tables: list[Tensor] = []
+    layouts: list[int] = []
+    for weight in weights:
+        quantised = isinstance(weight, Base)
+        tensors.append(weight.codes if quantised else weight)
+        tables.extend(weight[1 : 1 + TABLES] if quantised else ())
+        layouts.extend((*weight.shape, weight.block, weight.block2) if quantised else (0,) * _LAYOUT)
+    return tensors, tables, layouts
+
+
+def shapes(weights: Sequence[Tensor | None], layouts: Sequence[int]) -> list[tuple[int, int] | None]:
+    """N and K of every quantised weight; None for the others."""
+    found = layouts or (0,) * (_LAYOUT * len(weights))
+    return [(found[i], found[i + 1]) if found[i + 2] else None for i in range(0, len(found), _LAYOUT)]
+
+
+class Written:
+    """Weights as ``parts`` gave them, all dense, each for as long as the next has not been asked for.
+
+    Args:
+        like: a tensor in whose dtype and on whose device they are written.
+        weights: the tensors; what is dense, or empty, is handed out as it is.
+        tables: of the quantised ones.
+        layouts: of all, or none.
+        backend: by which they are written.
+    """
+
+    def __init__(self, like: Tensor, weights: Sequence, tables: Sequence, layouts: Sequence[int], backend: str):
+        self.like, self.weights, self.tables, self.layouts, self.backend = like, weights, tables, layouts, backend
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        found = shapes(self.weights, self.layouts)
+        impl = _backend.load("dequantise", self.backend)
+        scratch = self.like.new_empty(max(n * k for n, k in filter(None, found)))
+        tables = iter(self.tables)
+        for p, (weight, shape) in enumerate(zip(self.weights, found, strict=True)):
+            if shape is None:
+                yield weight
+                continue
+            out = scratch[: shape[0] * shape[1]].view(shape)
+            block, block2 = self.layouts[_LAYOUT * p + 2 : _LAYOUT * (p + 1)]
+            impl.write(out, weight, *(next(tables) for _ in range(TABLES)), block, block2)
+            yield out
+
+    def apart(self) -> list[Tensor]:
+        """All of them at once, the quantised ones in memory of their own."""
+        return [w if w is given else w.clone() for w, given in zip(self, self.weights, strict=True)]
+
+
+def _contiguous(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_contiguous():
+        raise ValueError(f"Base: {name} has strides {tensor.stride()}, expected a contiguous tensor")
+    return tensor
+
+
+def _table(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"Base: {name} has dtype {tensor.dtype}, expected {dtype}")
+    if _contiguous(name, tensor).numel() != count:
+        raise ValueError(f"Base: {name} has {tensor.numel()} elements, expected {count}")

@@ -1,0 +1,71 @@
+"""Quantised weights written out, in plain PyTorch: the definition, and what runs on a CPU.
+
+    4 bits    W_i = code[c_i] · absmax[i // block]                  i counts the elements of W [N, K], row by row
+    nested    absmax_j = code2[q_j] · absmax2[j // block2] + offset
+    8 bits    W_nk = c_nk · (absmax_n / 127)
+
+Two elements share a byte, the first in its high half. All of it is float32, rounded after each operation, and W is
+rounded once more, to the dtype it is written in. Source: Dettmers et al., "QLoRA" (2023) and "LLM.int8()" (2022).
+"""
+
+import torch
+from torch import Tensor
+
+
+def dequantise(
+    codes: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    absmax2: Tensor,
+    code2: Tensor,
+    offset: Tensor,
+    shape: tuple[int, int],
+    block: int,
+    block2: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight ``[N, K]`` in ``dtype``, as the head of this file says; what is absent is an empty tensor.
+
+    Args:
+        codes: two 4-bit numbers a byte, uint8 ``[N·K / 2]``, rounded up; or int8 ``[N, K]``.
+        absmax: float32, one for each block, uint8 where nested; for int8 one for each row.
+        code: the values of the 16 codes, float32; absent for int8.
+        absmax2: float32, one for each ``block2`` of ``absmax``; absent where it is not nested.
+        code2: the values of the 256 codes in ``absmax``, float32; absent where it is not nested.
+        offset: one float32; absent where it is not nested.
+        shape: N and K.
+        block: elements of W that share a scale.
+        block2: scales that share a scale.
+        dtype: of the result.
+    """
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    write(out, codes, absmax, code, absmax2, code2, offset, block, block2)
+    return out
+
+
+def write(
+    out: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    absmax2: Tensor,
+    code2: Tensor,
+    offset: Tensor,
+    block: int,
+    block2: int,
+) -> None:
+    """``dequantise`` into ``out``, which is contiguous."""
+    if not code.numel():
+        torch.mul(codes, (absmax * (1.0 / 127.0))[:, None], out=out)
+        return
+    if absmax2.numel():
+        absmax = code2.index_select(0, absmax.int()) * absmax2.repeat_interleave(block2)[: absmax.numel()] + offset
+    # Both values of a byte are found by one look-up, of eight bytes.
+    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1).view(torch.int64).view(-1)
+    flat, values = out.view(-1), pairs.index_select(0, codes.int()).view(torch.float32)
+    whole = flat.numel() // block * block
+    if whole:
+        scales = absmax[: whole // block, None]
+        torch.mul(values[:whole].view(-1, block), scales, out=flat[:whole].view(-1, block))
+    if whole < flat.numel():
+        torch.mul(values[whole : flat.numel()], absmax[-1], out=flat[whole:])

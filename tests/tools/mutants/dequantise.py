@@ -1,0 +1,77 @@
+"""Mutants of dequantise and of what takes a quantised weight, as run.py says."""
+
+FOUR = "tests/ops/dequantise/test_dequantise.py::test_four_bits_are_the_formats"
+EIGHT = "tests/ops/dequantise/test_dequantise.py::test_eight_bits_are_the_formats"
+OUTSIDE = "tests/ops/dequantise/test_dequantise.py::test_nothing_is_written_outside"
+DTYPE = "tests/ops/dequantise/test_dequantise.py::test_one_rounding_to_the_dtype_asked_for"
+BAD = "tests/ops/dequantise/test_dequantise.py::test_bad_bases"
+DENSE = "tests/ops/lora_linear/test_quantised.py::test_bits_are_those_of_the_dense_call"
+TRAINED = "tests/ops/lora_linear/test_quantised.py::test_a_trained_weight_beside_a_quantised_one"
+TWICE = "tests/ops/lora_linear/test_quantised.py::test_gradients_of_gradients"
+
+TESTS = (FOUR, EIGHT)
+
+MUTANTS = {
+    "kernels/dequantise.py": {
+        "_four_bit_kernel": {
+            "the low half first": ("(byte >> 4, byte & 15)", "(byte & 15, byte >> 4)"),
+            "the high half twice": ("byte & 15)", "byte >> 4)"),
+            "scales of the next block": ("first // BLOCK +", "first // BLOCK + 1 +"),
+            "scales of the first block": ("j = first // BLOCK + tl.arange(0, BLOCKS)", "j = tl.arange(0, BLOCKS)"),
+            "no offset": ("scale = scale + tl.load(offset_ptr)", "scale = scale + 0.0"),
+            "one scale for all scales": ("absmax2_ptr + j // BLOCK2", "absmax2_ptr + j * 0"),
+            "scales not masked": ("j_ok = j * BLOCK < TOTAL", "j_ok = j >= 0", OUTSIDE),
+            "written past the end": ("w, mask=i < TOTAL", "w, mask=i >= 0", OUTSIDE),
+            "the last element left out": ("w, mask=i < TOTAL", "w, mask=i < TOTAL - 1"),
+            "codes of the first program": ("first // 2 +", "pid * 0 +"),
+        },
+        "_eight_bit_kernel": {
+            "a scale for each column": ("i // K", "i % K"),
+            "128 steps": ("* _INVERSE", "* (1.0 / 128.0)"),
+            "written past the end": ("scale, mask=i < TOTAL", "scale, mask=i >= 0", OUTSIDE),
+        },
+        "write": {
+            "always nested": ("NESTED=absmax2.numel() > 0", "NESTED=True"),
+        },
+    },
+    "fastpeft/reference/dequantise.py": {
+        "write": {
+            "the low half first": (
+                "(code.repeat_interleave(16), code.repeat(16))",
+                "(code.repeat(16), code.repeat_interleave(16))",
+            ),
+            "no offset": (" + offset", ""),
+            "one scale for all scales": ("absmax2.repeat_interleave(block2)[: absmax.numel()]", "absmax2[0]"),
+            "the part of a block left out": ("if whole < flat.numel():", "if False:"),
+            "the part of a block by the first scale": ("absmax[-1]", "absmax[0]"),
+            "128 steps": ("1.0 / 127.0", "1.0 / 128.0"),
+        },
+    },
+    "fastpeft/ops/base.py": {
+        "four_bit": {
+            "any block": ("block < 2 or block & (block - 1)", "False", BAD),
+            "codes of any size": ("-(-n * k // 2))", "flat.numel())", BAD),
+        },
+        "Written.__iter__": {
+            "tables of the first for all": ("tables = iter(self.tables)", "tables = iter(self.tables[:5] * 9)", DENSE),
+            "a scratch too small": ("max(n * k", "min(n * k", DENSE),
+        },
+        "Written.apart": {
+            "in one memory": ("w.clone()", "w", TWICE),
+        },
+    },
+    "fastpeft/ops/dequantise.py": {
+        "dequantise": {
+            "in the base's dtype": (
+                '"dtype", dtype) or base.dtype',
+                '"dtype", dtype) and base.dtype or base.dtype',
+                DTYPE,
+            ),
+        },
+    },
+    "fastpeft/ops/lora_linear.py": {
+        "_backward_implementation": {
+            "a gradient for codes": ("and not quantised else None", "else None", TRAINED),
+        },
+    },
+}
