@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .._device import on_device
 from .._mask import LANES, threshold
 from .launch import Config, cdiv, math, next_power_of_2
 
@@ -54,7 +55,7 @@ FACTOR, EPS, THRESHOLD = map(tl.constexpr, range(3))
 @functools.lru_cache(maxsize=4096)
 def _numbers_table(scale: float, eps: float, dropout: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     # Kernels read these as data, so that a new scale or dropout compiles nothing, and in the dtype of their sums.
-    return torch.tensor([factor_of(scale, dropout), eps, threshold(dropout)], dtype=dtype, device=device)
+    return on_device([factor_of(scale, dropout), eps, threshold(dropout)], dtype, device)
 
 
 def tables_of(routing) -> tuple[Tensor | None, ...]:

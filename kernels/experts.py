@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._device import on_device
 from .._mask import threshold
 from .launch import cdiv, math, next_power_of_2, run
 from .multi_lora_backward import outer
@@ -128,5 +129,4 @@ def _slots(experts: Tensor, acc: torch.dtype, scale: float, dropout: float, seed
 @functools.lru_cache(maxsize=256)
 def _table(value: float, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same number for every expert; the few that a model has are made once."""
-    with torch.inference_mode(False):
-        return torch.full((count,), value, dtype=dtype, device=device)
+    return on_device([value] * count, dtype, device)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._device import on_device
 from .._mask import inverse_keep, threshold
 from .dropout import keep_tile
 from .launch import Config, capability, cdiv, launch, math, next_power_of_2, split
@@ -61,7 +62,7 @@ def branch_table(
     for rank, scale, dropout in zip(ranks, scales, dropouts, strict=True):
         rows.append([start, start + rank, scale, inverse_keep(dropout), threshold(dropout)])
         start += rank
-    return torch.tensor(rows, dtype=dtype, device=device)
+    return on_device(rows, dtype, device)
 
 
 @triton.jit

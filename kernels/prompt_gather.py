@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._device import on_device
 from .launch import cdiv, next_power_of_2, run, split
 from .partials import reduce_partials
 
@@ -178,7 +179,7 @@ def _source_backward_kernel(
 @lru_cache(maxsize=256)
 def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """``int64 [N + 1]``: where each prompt begins in the table."""
-    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int64, device=device)
+    return on_device([*accumulate(lengths, initial=0)], torch.int64, device)
 
 
 def forward(

@@ -154,7 +154,7 @@ class _Fast(_Backend):
         super().prepare_lora_batch(forward_batch, weight_indices, lora_ranks, scalings, *mode)
         lengths = _sequence_lengths(forward_batch)
         slots = [slot if lora_ranks[slot] > 0 else -1 for slot in weight_indices]
-        token_slots = torch.repeat_interleave(torch.tensor(slots, dtype=torch.int32), lengths)
+        token_slots = torch.repeat_interleave(torch.tensor(slots, dtype=torch.int32, device="cpu"), lengths)
         # In-place, as SGLang does it: a graph reads the buffers that it was captured with. Eager ones may grow.
         kind = "prefill graph" if use_prefill_cuda_graph else "decode graph" if use_cuda_graph else "eager"
         step = self.fastpeft_steps.get(kind)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # How the arguments are called in which models hand their state on: attention's keys and values; Mamba's and its kin's
@@ -40,6 +41,8 @@ def found(cache: Any, key: str) -> Any:
     if note is None:
         return None
     count = tokens_in(cache)
+    if isinstance(count, Tensor) and count.is_cuda and torch.cuda.is_current_stream_capturing():
+        return note  # looking would wait; what is replayed goes on from tokens, as it did here
     return None if count is not None and count == 0 else note
 
 

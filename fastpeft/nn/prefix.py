@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from .._device import constant
 from . import cache as caches
 from .prefix_attention import Prefix
 from .rows import Called, RowAdapters, first_position
@@ -112,11 +113,12 @@ class Prefixes(RowAdapters):
         parts = []
         for kind in kinds:
             which = [b for b, member in enumerate(members) if member == kind]
-            those = None if len(which) == len(members) else torch.tensor(which, device=tokens.device)
+            those = None if len(which) == len(members) else constant(tuple(which), torch.int64, tokens.device)
             parts.append((torch.cat([values[name] for name in kind], 3) if len(kind) > 1 else values[kind[0]], those))
         lengths = [sum(self.adapter(name).length for name in member) for member in members]
         places = self._places(given, tokens)
-        shift = torch.tensor(lengths[:1] if len(set(lengths)) == 1 else lengths, device=tokens.device)[:, None]
+        distinct = lengths[:1] if len(set(lengths)) == 1 else lengths
+        shift = constant(tuple(distinct), torch.int64, tokens.device)[:, None]
         if "position_ids" in called.arguments:
             given = {**given, "position_ids": self._positions(given, tokens, places, shift)}
         given.pop("cache_position", None)
@@ -134,9 +136,8 @@ class Prefixes(RowAdapters):
 
     def _places(self, given: dict, tokens: Tensor) -> Tensor:
         """Which token of its row each is, ``[B or 1, T]``: padding in front of a row counts for nothing."""
-        count, mask, cache = tokens.shape[1], given.get("attention_mask"), caches.cache_of(given)
-        past = 0 if cache is None else caches.tokens_in(cache) or 0
-        steps = past + torch.arange(count, device=tokens.device)[None]
+        count, mask = tokens.shape[1], given.get("attention_mask")
+        steps = _past(given) + torch.arange(count, device=tokens.device)[None]
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1]:
             return (steps - (mask != 0).long().argmax(1, keepdim=True)).clamp(min=0)
         positions = given.get("position_ids")
@@ -149,10 +150,9 @@ class Prefixes(RowAdapters):
         if self.first == 0 or tokens.dim() == 3:
             return places + self.first + shift
         # RoBERTa counts tokens alone, and its padding has the padding token's position.
-        cache, padding = caches.cache_of(given), self.first - 1
-        past = 0 if cache is None else caches.tokens_in(cache) or 0
+        padding = self.first - 1
         on = (tokens != padding).long()
-        return on * (on.cumsum(1) + past + shift) + padding
+        return on * (on.cumsum(1) + _past(given) + shift) + padding
 
     def _refuse(self, model: nn.Module) -> None:
         """Reentrant checkpointing drops the gradient of what is no argument of a layer."""
@@ -167,3 +167,10 @@ class Prefixes(RowAdapters):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {self.adapter(name).length}" for name in self.adapters)
+
+
+def _past(given: dict) -> int | Tensor:
+    """How many tokens came before; on the device where only it knows, since looking waits."""
+    cache = caches.cache_of(given)
+    count = None if cache is None else caches.tokens_in(cache)
+    return 0 if count is None else count

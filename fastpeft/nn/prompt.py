@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._device import constant
 from . import cache as caches
 from .prompt_plan import Plan, Prefilled, as_integers, for_rows, nothing_for, tokens_of
 from .rows import Called, RowAdapters, first_position
@@ -139,7 +140,7 @@ class Prompts(RowAdapters):
                 found[name] = padded.labels
         if not torch.compiler.is_compiling():
             last = batch.position_ids.amax(1, keepdim=True) + 1
-            lengths = torch.tensor(sizes, device=last.device)[:, None]
+            lengths = constant(tuple(sizes), torch.int64, last.device)[:, None]
             setattr(batch.inputs_embeds, KEY, Prefilled(batch.attention_mask, last, lengths, count, alike))
         cache = None if self.encodes else caches.cache_of(given)
         if cache is not None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._device import constant
 from .._mask import threshold
 
 MAX_SLICES = 4
@@ -83,4 +84,4 @@ def dropout(op, dropouts, seeds, count, slots, x) -> tuple[Tensor, Tensor]:
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64 or seeds.shape != shape or seeds.device != x.device:
         given = f"{seeds.dtype} {list(seeds.shape)}" if isinstance(seeds, Tensor) else _check.shown(seeds)
         raise ValueError(f"{op}: seeds is {given}, expected torch.int64 {list(shape)} on {x.device}")
-    return torch.tensor(thresholds, dtype=torch.int32, device=x.device), seeds.contiguous()
+    return constant(tuple(thresholds), torch.int32, x.device), seeds.contiguous()

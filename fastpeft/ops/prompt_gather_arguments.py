@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._device import constant
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -60,7 +61,7 @@ def rows(prompt_ids, b: int, lengths: list[int], source: Tensor) -> tuple[Tensor
         if not -1 <= p < len(lengths):
             raise ValueError(f"prompt_gather: prompt_ids holds prompt {p}, expected {expected}")
     longest = max([0, *(lengths[p] for p in found if p >= 0)])
-    return torch.tensor(found, dtype=torch.int64, device=source.device), longest
+    return constant(tuple(found), torch.int64, source.device), longest
 
 
 def integers(name: str, value, shape: tuple[int, ...] | None, like: Tensor, allowed=INTEGERS) -> Tensor:

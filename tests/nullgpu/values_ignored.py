@@ -1,14 +1,90 @@
-"""pytest plugin: no assertion fails. Kernels of the null GPU write nothing, so values say nothing; other exceptions do.
+"""pytest plugin: tests run to their end, whatever the values: the null GPU's kernels write nothing.
 
-python -m bench.nullgpu -m pytest -p tests.nullgpu.values_ignored -m "gpu or not slow" FILES
+    python -m bench.nullgpu -m pytest -p tests.nullgpu.values_ignored -m "gpu or not slow" FILES
+
+What counts is everything else: exceptions, and assertions that read shapes, dtypes, strides, devices or launches. Any
+other assertion of tests/ is evaluated and not judged.
 """
 
+import ast
+import functools
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
+import torch
+
+from bench.nullgpu import reads_zero
+
+ROOT = Path(__file__).parents[2]
+REAL = {"shape", "dtype", "device", "stride", "is_contiguous", "numel", "nbytes", "launches", "syncs", "refused"}
+VALUES = {"equal", "allclose", "all", "any", "item", "tolist", "sum", "max", "min", "isfinite", "isnan"}
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item, call):
-    outcome = yield
-    if call.excinfo is not None and call.excinfo.errisinstance((AssertionError, pytest.fail.Exception)):
-        report = outcome.get_result()
-        report.outcome, report.longrepr = "passed", None
+class _Unjudged(ast.NodeTransformer):
+    """``assert x`` becomes ``not x``, unless it reads what is real here and nothing that is not."""
+
+    def visit_Assert(self, node: ast.Assert) -> ast.stmt:
+        names = {getattr(part, "attr", getattr(part, "id", None)) for part in ast.walk(node.test)}
+        if names & REAL and not names & VALUES:
+            return node
+        return ast.copy_location(ast.Expr(ast.UnaryOp(ast.Not(), node.test)), node)
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def get_code(self, fullname: str):
+        """From the source, since what is compiled here is for here alone."""
+        tree = ast.parse(Path(self.path).read_bytes(), self.path)
+        return compile(ast.fix_missing_locations(_Unjudged().visit(tree)), self.path, "exec")
+
+
+class _Finder:
+    """Finds modules of tests/ before pytest's own finder, which rewrites their assertions."""
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None):
+        if not name.startswith("tests."):
+            return None
+        file = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+        loader = _Loader(name, str(file))
+        return importlib.util.spec_from_file_location(name, file, loader=loader) if file.is_file() else None
+
+
+def pytest_configure(config):
+    sys.meta_path.insert(0, _Finder)
+    config.stash[_ZEROS] = zeros = reads_zero()
+    zeros.__enter__()
+    _ignore_values()
+
+
+_ZEROS = pytest.StashKey()
+
+
+def pytest_unconfigure(config):
+    config.stash[_ZEROS].__exit__(None, None, None)
+
+
+def _ignore_values() -> None:
+    """Where others compare values on behalf of tests, they find them as they should be."""
+    from fastpeft.testing import accuracy, memory
+
+    judge = accuracy.error_vs_eager
+
+    def error_vs_eager(*arguments, **named):
+        judge(*arguments, **named)  # which refuses other shapes and dtypes
+        return accuracy.Ratios(0.0, 0.0)
+
+    def assert_close(actual, expected, *, check_dtype=True, **named):
+        if isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor):
+            if actual.shape != expected.shape or (check_dtype and actual.dtype != expected.dtype):
+                raise TypeError(
+                    f"{actual.dtype} {list(actual.shape)}, expected {expected.dtype} {list(expected.shape)}"
+                )
+
+    accuracy.error_vs_eager, torch.testing.assert_close = error_vs_eager, assert_close
+    # Without test_schema, which finds mutations by values.
+    traced = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
+    torch.library.opcheck = functools.partial(torch.library.opcheck, test_utils=traced)
+    memory.poisoned.__exit__ = lambda self, *raised: super(memory.poisoned, self).__exit__(*raised)

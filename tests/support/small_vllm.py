@@ -13,7 +13,7 @@ class PunicaWrapperGPU:
 
     def __init__(self, max_num_batched_tokens, max_batches, device, **kwargs):
         self.max_loras = kwargs["lora_config"].max_loras
-        self.token_mapping_meta = types.SimpleNamespace(no_lora_flag_cpu=torch.tensor([False]))
+        self.token_mapping_meta = types.SimpleNamespace(no_lora_flag_cpu=torch.tensor([False], device="cpu"))
         self._token_lora_indices = torch.empty(max_num_batched_tokens, dtype=torch.long)
 
     @property

@@ -35,8 +35,8 @@ MAY_IMPORT = {
         "_tape",
         "_C",
     },  # steps without a CUDA kernel are the Triton kernels'
-    "ops": {*_OPS, "_mask", "reference", "kernels", "cuda", "_C"},
-    "nn": {"nn", "ops", "_check", "_host"},
+    "ops": {*_OPS, "_device", "_mask", "reference", "kernels", "cuda", "_C"},
+    "nn": {"nn", "ops", "_check", "_device", "_host"},
     "testing": {"testing", *_OPS, "reference"},
     "methods": {"methods", "nn", "ops", "_check"},
     "serving": {"serving", "methods", "nn", "ops", "_check"},  # reads the checkpoints that methods write

@@ -19,6 +19,7 @@ API CUresult cuGetErrorName(CUresult error, const char** text) {
 API CUresult cuLogsRegisterCallback(CUlogsCallback callback, void* data, CUlogsCallbackHandle* handle) {
   return CUDA_SUCCESS;  // there is nothing to log
 }
+API CUresult cuLogsUnregisterCallback(CUlogsCallbackHandle handle) { return CUDA_SUCCESS; }
 
 // ---- device and context: there is one of each
 
@@ -53,6 +54,7 @@ API CUresult cuCtxSynchronize(void) { return (CUresult)nullgpu_wait_for_all(); }
 // ---- modules and launches
 
 API CUresult cuModuleLoadData(CUmodule* module, const void* image) { return (*module = malloc(1), CUDA_SUCCESS); }
+API CUresult cuModuleLoad(CUmodule* module, const char* path) { return cuModuleLoadData(module, path); }
 API CUresult cuModuleUnload(CUmodule module) { return (free(module), CUDA_SUCCESS); }
 API CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   *function = (CUfunction)module;

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastpeft.integrations import sglang
-from tests.support.backends import BACKENDS
+from tests.support.backends import BACKENDS, DEVICE
 from tests.support.small_sglang import RANK, SLOTS, ChunkedSgmvLoRABackend, K, Layer, LoRAMemoryPool
 
 sglang.spread_on_load(LoRAMemoryPool)
@@ -14,11 +14,17 @@ RANKS, SCALES = (3, 0, RANK, 5), (0.5, 0.0, -2.0, 1.0)  # slot 1 is the base mod
 WIDTHS = [(16,), (16, 16), (24, 8, 8), (8, 8, 16, 8)]
 
 
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with DEVICE:
+        yield
+
+
 @pytest.fixture
 def backend(monkeypatch):
-    monkeypatch.setattr(sglang, "_sequence_lengths", torch.tensor)
+    monkeypatch.setattr(sglang, "_sequence_lengths", lambda lengths: torch.tensor(lengths, device="cpu"))
     monkeypatch.setattr(sglang, "_LAYERS", Layer.__module__)
-    return sglang.backend_class(ChunkedSgmvLoRABackend)(SLOTS, torch.device("cpu"), None)
+    return sglang.backend_class(ChunkedSgmvLoRABackend)(SLOTS, DEVICE, None)
 
 
 def whole(*shape, dtype=torch.float32):

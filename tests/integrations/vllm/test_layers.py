@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from fastpeft.integrations import vllm
 from fastpeft.integrations._step import StepRouting, routing_of
 from fastpeft.ops import route
-from tests.support.backends import BACKENDS
+from tests.support.backends import BACKENDS, DEVICE
 from tests.support.small_vllm import (
     RANK,
     SLOTS,
@@ -28,8 +28,14 @@ vllm.record_ranks(BaseLinearLayerWithLoRA)
 FastPunicaWrapper = type("FastPunicaWrapper", (vllm._Fast, PunicaWrapperGPU), {})
 
 
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with DEVICE:
+        yield
+
+
 def wrapper(max_tokens=40, slots=SLOTS):
-    return FastPunicaWrapper(max_tokens, 8, torch.device("cpu"), lora_config=types.SimpleNamespace(max_loras=slots))
+    return FastPunicaWrapper(max_tokens, 8, DEVICE, lora_config=types.SimpleNamespace(max_loras=slots))
 
 
 def whole(*shape, dtype=torch.float32):
@@ -149,7 +155,7 @@ def test_what_the_op_does_not_serve_is_left_to_vllm(change):
 @pytest.mark.parametrize(("max_tokens", "slots"), [(40, 4), (700, 3), (2000, 90)])
 def test_the_step_routing_is_the_routing_of_every_padded_size(max_tokens, slots):
     """Also after a longer step: nothing of it remains. The buffers never move, as CUDA graphs need it."""
-    step = StepRouting(max_tokens, slots, "cpu")
+    step = StepRouting(max_tokens, slots, DEVICE)
     addresses = [table.data_ptr() for table in step.tables]
     for tokens in (max_tokens, max_tokens // 2, 7, 0, 520 if max_tokens > 520 else 1):
         mapping = torch.randint(-1, slots, (tokens,), dtype=torch.int32)

@@ -165,8 +165,8 @@ def test_conv1d():
     Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
     for form in ("rows", "columns"):
         torch.manual_seed(0)
-        conv = Conv1D(12, 10)
-        linear = nn.Linear(10, 12)
+        conv = Conv1D(12, 10).to(DEVICE)
+        linear = nn.Linear(10, 12, device=DEVICE)
         linear.weight.data, linear.bias.data = conv.weight.data.T.clone(), conv.bias.data.clone()
         ours, theirs = RowSparseLinear(conv, **{form: ROWS}), RowSparseLinear(linear, **{form: ROWS})
         assert train(ours, sgd([ours.trained]), 3) == pytest.approx(train(theirs, sgd([theirs.trained]), 3))
