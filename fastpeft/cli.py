@@ -119,6 +119,15 @@ def _add_serve(commands) -> None:
     add("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
     add("--port", type=int, default=8000, help="default: 8000; 0 takes a free one")
     add("--api-key", metavar="KEY", help="clients must send it; rather set FASTPEFT_API_KEY, which ps does not show")
+    add(
+        "--admin-key",
+        metavar="KEY",
+        help="needed to load and unload; rather set FASTPEFT_ADMIN_KEY (default: --api-key)",
+    )
+    add("--cors-origin", metavar="ORIGIN", action="append", default=[], help="whose web pages may ask; * for all")
+    add("--no-page", action="store_true", help="no page at /, which shows what /metrics says")
+    add("--follow-links", metavar="ROOT", action="append", default=[], help="let links in DIR lead into this folder")
+    add("--no-generation-config", action="store_true", help="do not take sampling defaults from the checkpoint")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     for name, default, what in (
@@ -133,6 +142,9 @@ def _add_serve(commands) -> None:
             "tokens of all running requests, each counted as the longest (default: rows x max-tokens)",
         ),
         ("max-body-bytes", 1 << 20, "size of a request; 413 beyond"),
+        ("max-adapter-bytes", 1 << 30, "size of an adapter that is loaded from a request's body; 413 beyond"),
+        ("max-connections", 1024, "connections at once; beyond, those without a request make room"),
+        ("head-seconds", 20, "how long the head of a request may take"),
         ("drain-seconds", 30, "how long SIGTERM waits for requests to end"),
         ("stall-seconds", 120, "how long a step may take before /health says 503"),
     ):

@@ -18,7 +18,7 @@ import httpx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastpeft.serving.http.server import background
+from fastpeft.serving.http.server import Door, background
 from fastpeft.serving.http.service import Limits, Service
 from tests.support.batching import until as until
 from tests.support.models import VOCAB, llama
@@ -39,14 +39,17 @@ def tokenizer(template=TEMPLATE):
 
 
 @contextlib.contextmanager
-def serving(adapters, api_key=None, template=TEMPLATE, step_seconds=0.0, **limits):
+def serving(adapters, api_key=None, template=TEMPLATE, step_seconds=0.0, door=None, tokens=None, model=None, **limits):
     """Yields the service and a client. Every forward takes ``step_seconds`` longer than it would."""
-    model = llama()
+    model = model or llama()
     if step_seconds:
         model.register_forward_pre_hook(lambda *_: time.sleep(step_seconds))
-    service = Service(model, tokenizer(template), adapters, "base", Limits(**{"max_rank": 16, **limits}))
+    service = Service(model, tokens or tokenizer(template), adapters, "base", Limits(**{"max_rank": 16, **limits}))
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    with background(service, api_key) as url, httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+    with (
+        background(service, door or Door(api_key)) as url,
+        httpx.Client(base_url=url, headers=headers, timeout=60) as client,
+    ):
         yield service, client
 
 

@@ -60,6 +60,21 @@ def read_safetensors(op: str, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{op}: {path} is truncated or no safetensors file ({error})") from None
 
 
+def read_safetensors_bytes(op: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file in memory, and its metadata.
+
+    Raises:
+        ValueError: truncated, or no safetensors file.
+    """
+    library = safetensors(op)
+    try:
+        tensors = library.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except Exception as error:  # SafetensorError is not public in every version
+        raise ValueError(f"{op}: the bytes are truncated or no safetensors file ({error})") from None
+    return tensors, header.get("__metadata__", {})
+
+
 def write_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A file of ``torch.save`` with nothing but tensors, for libraries that look for one."""
     _write(path, lambda temporary: torch.save(dict(tensors), temporary))

@@ -1,5 +1,6 @@
 """An adapter in host memory, read from a PEFT checkpoint. Everything is checked here, before a bank changes."""
 
+import itertools
 import math
 import os
 import re
@@ -44,7 +45,10 @@ class Adapter:
         pinned: whether it stays in its slot.
         retired: whether it was unloaded or replaced while it was held.
         ready: the event after which its slot can be read, or None.
+        version: a number of its own, larger than that of every adapter that was read before it.
     """
+
+    _numbers = itertools.count(1)
 
     def __init__(self, name: str, tensors: dict[Site, tuple[Tensor, Tensor]], ranks: Tensor, scales: Tensor):
         self.name, self.tensors, self.ranks, self.scales = name, tensors, ranks, scales
@@ -52,6 +56,7 @@ class Adapter:
         self.leases = self.used = 0
         self.pinned = self.retired = False
         self.ready: torch.cuda.Event | None = None
+        self.version = next(self._numbers)
 
     def in_slot(self) -> int:
         """Its slot, where it must have one."""

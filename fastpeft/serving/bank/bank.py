@@ -153,6 +153,17 @@ class AdapterBank:
         """The known adapters that are in slots, least recently used first."""
         return self._known.resident()
 
+    def version(self, name: str) -> int:
+        """Which of all loads gave the adapter that this name stands for now: what replaces it has a larger number.
+
+        Args:
+            name: as it was loaded.
+
+        Raises:
+            UnknownAdapter: no adapter has that name.
+        """
+        return self._known.version("version", name)
+
     def __contains__(self, name: object) -> bool:
         return name in self._known
 

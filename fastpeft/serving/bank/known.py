@@ -65,6 +65,10 @@ class Known:
         with self._lock:
             return [a.name for a in sorted(self._by_name.values(), key=lambda a: a.used) if a.slot is not None]
 
+    def version(self, op: str, name: str) -> int:
+        with self._lock:
+            return self._find(op, name).version
+
     def __contains__(self, name: object) -> bool:
         with self._lock:
             return name in self._by_name

@@ -22,6 +22,11 @@ class Lease:
         """The name that the adapter had when it was leased."""
         return self.adapter.name
 
+    @property
+    def version(self) -> int:
+        """Of the adapter, as ``AdapterBank.version`` told it when it was leased."""
+        return self.adapter.version
+
     def held(self, op: str, bank: object) -> Adapter:
         """The adapter.
 

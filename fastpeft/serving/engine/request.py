@@ -33,6 +33,7 @@ class Request:
             "error".
         error: the exception, after "error".
         lease: the hold on its adapter while it runs.
+        version: of the adapter that answers, None before it runs and for the bare model.
         overtaken: how many requests came later and began before it.
         generator: of its draws, None where it is greedy.
         concerned: tokens whose logits its ``params`` change, None before the first step or where they change none.
@@ -55,7 +56,8 @@ class Request:
         self.prompt_logprobs: list[Any] = []
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
-        self.lease: Lease | None = None
+        self.version: int | None = None
+        self._lease: Lease | None = None
         self.overtaken = 0
         self.generator: torch.Generator | None = None
         self.concerned: Any = None
@@ -71,6 +73,16 @@ class Request:
     def done(self) -> bool:
         """Whether it has ended."""
         return self._done.is_set()
+
+    @property
+    def lease(self) -> Lease | None:
+        return self._lease
+
+    @lease.setter
+    def lease(self, lease: Lease | None) -> None:
+        self._lease = lease
+        if lease is not None:
+            self.version = lease.version
 
     @property
     def cancelled(self) -> bool:
@@ -152,7 +164,7 @@ class Request:
             if self.done:
                 return
             self.finish_reason, self.error = reason, error
-            lease, self.lease = self.lease, None
+            lease, self._lease = self._lease, None
             if lease is not None:
                 lease.release()
             self._done.set()

@@ -4,6 +4,7 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import BankError, BankFull, NotFinite, QueueFull, UnknownAdapter
@@ -35,38 +36,64 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+@dataclass
+class Piece:
+    """Of one choice: what has come of it, or all of it.
+
+    Attributes:
+        text: that is certain.
+        finish: why it ended, with the last piece; else None.
+        logprobs: in the endpoint's form; None where they are not asked for.
+        message: the parts of a chat's answer that were parsed out of its text, in place of the text; else None.
+    """
+
+    text: str = ""
+    finish: str | None = None
+    logprobs: dict[str, Any] | None = None
+    message: dict[str, Any] | None = None
+
+
 class Answer:
     """Builds the response and the stream's chunks of one request: the same id, time and model in all of them."""
 
     def __init__(self, model: str, chat: bool):
         self.chat = chat
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": model,
+            "system_fingerprint": None,
         }
 
-    def whole(self, texts: Sequence[tuple[str, str | None]], usage: dict[str, int]) -> dict[str, Any]:
-        """The response: text and finish reason of each choice."""
+    def of_version(self, version: int | None) -> None:
+        """Name the adapter's version that answers, None for the base model: each load has a number of its own."""
+        if version is not None:
+            self.head["system_fingerprint"] = f"{self.head['model']}:{version}"
+
+    def whole(self, pieces: Sequence[Piece], usage: dict[str, int]) -> dict[str, Any]:
+        """The response; each choice in one piece."""
         choices = []
-        for index, (text, finish) in enumerate(texts):
-            content: dict[str, Any] = (
-                {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            )
-            choices.append({"index": index, **content, "logprobs": None, "finish_reason": finish})
+        for index, piece in enumerate(pieces):
+            message = piece.message or {"content": piece.text}
+            content = {"message": {"role": "assistant", **message}} if self.chat else {"text": piece.text}
+            choices.append({"index": index, **content, "logprobs": piece.logprobs, "finish_reason": piece.finish})
         return {**self.head, "choices": choices, "usage": usage}
 
-    def chunk(self, text: str, finish: str | None, index: int = 0, first: bool = False) -> dict[str, Any]:
+    def chunk(self, piece: Piece, index: int = 0, first: bool = False) -> dict[str, Any]:
         """Of a stream: a piece of one choice."""
         content: dict[str, Any]
         if not self.chat:
-            content = {"text": text}
+            content = {"text": piece.text}
         elif first:
-            content = {"delta": {"role": "assistant", "content": text}}
+            content = {"delta": {"role": "assistant", "content": piece.text}}
+        elif piece.message is not None:
+            calls = piece.message.get("tool_calls", [])
+            numbered = {"tool_calls": [{"index": i, **call} for i, call in enumerate(calls)]} if calls else {}
+            content = {"delta": {**piece.message, **numbered}}
         else:
-            content = {"delta": {"content": text} if text else {}}
-        return self._chunk([{"index": index, **content, "logprobs": None, "finish_reason": finish}])
+            content = {"delta": {"content": piece.text} if piece.text else {}}
+        return self._chunk([{"index": index, **content, "logprobs": piece.logprobs, "finish_reason": piece.finish}])
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         return {**self._chunk([]), "usage": usage}

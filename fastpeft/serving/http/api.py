@@ -3,232 +3,188 @@
 What asks for something that is not served is refused, never ignored; what asks for nothing is accepted.
 """
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ... import _check
+from ..engine.settings import SamplingParams
 from .answers import ApiError
+from .fields import CHOICES, WITHOUT_EFFECT, Bias, Prompts, Stops, only
+from .messages import Message, Strict, Tool
 
 _SEED = 2**63
-_STOPS, _STOP_LENGTH = 4, 256
-_CHOICES = 128
-# What these ask for is not served, so only the value that asks for nothing is accepted.
-_NEUTRAL = {
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "logprobs": (None, False),
-    "top_logprobs": (None,),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0, 0.0),
-    "frequency_penalty": (None, 0, 0.0),
-    "tools": (None, []),
-    "tool_choice": (None, "auto", "none"),
-    "functions": (None, []),
-    "function_call": (None, "auto", "none"),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
-    # vLLM's
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0, 0.0),
-    "min_tokens": (None, 0),
-    "repetition_penalty": (None, 1, 1.0),
-    "length_penalty": (None, 1, 1.0),
-    "ignore_eos": (None, False),
-    "use_beam_search": (None, False),
-    "skip_special_tokens": (None, True),
-    "spaces_between_special_tokens": (None, True),
-    "include_stop_str_in_output": (None, False),
-    "priority": (None, 0),
-}
-# They say who asks and what for, or allow what is not done: whatever they hold, the answer is the same.
-_WITHOUT_EFFECT = {
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("parallel_tool_calls", "request_id", "cache_salt"),
-}
+_LOGPROBS = 20
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_what_asks_nothing(cls, fields: object) -> object:
-        """Null asks for nothing, whatever it is under: clients send the fields that they have, and messages back."""
-        if not isinstance(fields, dict):
-            return fields
-        known = cls.model_fields
-        return {key: value for key, value in fields.items() if key in known or not (value is None or value == [])}
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # of the length of chunks, which nobody but the client can see here
-    continuous_usage_stats: object = None
-
-    @field_validator("continuous_usage_stats")
-    @classmethod
-    def _neutral(cls, value: object) -> object:
-        if value not in (None, False):
-            raise ValueError("is not supported, expected it to be absent or False")
-        return value
+    continuous_usage_stats: only("continuous_usage_stats") = None  # type: ignore[valid-type]
 
 
-class _Generation(_Strict):
-    """Fields of both endpoints. None stands for OpenAI's default, as there."""
+class GenerationRequest(Strict):
+    """Fields of both endpoints. None stands for the checkpoint's generation_config, else OpenAI's default."""
 
+    model_config = ConfigDict(
+        json_schema_extra=lambda schema: schema["properties"].update({name: {} for name in sorted(WITHOUT_EFFECT)})
+    )
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1, le=_CHOICES)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=CHOICES)
     seed: int | None = Field(None, ge=-_SEED, lt=_SEED)
-    stop: list[str] | None = None
+    stop: Stops | None = None
     stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: object = None
-    logit_bias: object = None
-    presence_penalty: object = None
-    frequency_penalty: object = None
-    modalities: object = None
-    top_k: object = None
-    min_p: object = None
-    min_tokens: object = None
-    repetition_penalty: object = None
-    length_penalty: object = None
-    ignore_eos: object = None
-    use_beam_search: object = None
-    skip_special_tokens: object = None
-    spaces_between_special_tokens: object = None
-    include_stop_str_in_output: object = None
-    priority: object = None
+    logit_bias: Bias | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, ge=1e-3, le=1e3)
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    length_penalty: only("length_penalty") = None  # type: ignore[valid-type]
+    modalities: only("modalities") = None  # type: ignore[valid-type]
+    use_beam_search: only("use_beam_search") = None  # type: ignore[valid-type]
+    skip_special_tokens: only("skip_special_tokens") = None  # type: ignore[valid-type]
+    spaces_between_special_tokens: only("spaces_between_special_tokens") = None  # type: ignore[valid-type]
+    include_stop_str_in_output: only("include_stop_str_in_output") = None  # type: ignore[valid-type]
+    priority: only("priority") = None  # type: ignore[valid-type]
 
     @model_validator(mode="before")
     @classmethod
     def _without_what_has_no_effect(cls, fields: object) -> object:
         if not isinstance(fields, dict):
             return fields
-        return {key: value for key, value in fields.items() if key not in _WITHOUT_EFFECT}
+        return {key: value for key, value in fields.items() if key not in WITHOUT_EFFECT}
 
-    @field_validator(*_NEUTRAL, check_fields=False)
-    @classmethod
-    def _neutral(cls, value: object, info: ValidationInfo) -> object:
-        accepted = _NEUTRAL[str(info.field_name)]
-        if not any(type(value) is type(a) and value == a for a in accepted):
-            raise ValueError(f"{info.field_name} is not supported, expected it to be absent or {accepted[-1]!r}")
-        return value
+    def sampling(self, defaults: Mapping[str, Any], choice: int) -> SamplingParams:
+        """Of one of the choices; ``defaults`` stand where the request says nothing."""
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _stops(cls, value: object) -> object:
-        stops = [value] if isinstance(value, str) else value or []
-        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-            raise ValueError("expected a string or a list of strings")
-        if len(stops) > _STOPS or any(not 0 < len(stop) <= _STOP_LENGTH for stop in stops):
-            raise ValueError(f"expected at most {_STOPS} strings of 1 to {_STOP_LENGTH} characters")
-        return stops
+        def asked(name: str, otherwise: float) -> Any:
+            value = getattr(self, name)
+            return value if value is not None else defaults.get(name, otherwise)
+
+        return SamplingParams(
+            temperature=asked("temperature", 1.0),
+            top_p=asked("top_p", 1.0),
+            top_k=max(asked("top_k", 0), 0),
+            min_p=asked("min_p", 0.0),
+            # Seeds go round, so that the largest has a next.
+            seed=None if self.seed is None else (self.seed + choice + _SEED) % (2 * _SEED) - _SEED,
+            repetition_penalty=asked("repetition_penalty", 1.0),
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            min_tokens=self.min_tokens or 0,
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=self.asked_logprobs,
+            prompt_logprobs=self.asked_logprobs if self.echoes else None,
+        )
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        """How many beside the token's own; None for none at all."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt is part of the answer."""
+        return False
 
     @property
     def new_tokens(self) -> int | None:
-        return self.max_tokens
+        """None for as many as there is room for."""
+        raise NotImplementedError
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions: a prompt, a text or its tokens, or a list of prompts, each with an answer of its own."""
 
-    prompt: list[str | list[int]]
+    prompt: Prompts
     add_special_tokens: bool | None = None
-    best_of: object = None
-    echo: object = None
-    suffix: object = None
+    best_of: int | None = Field(None, ge=1, le=CHOICES)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=_LOGPROBS)
+    suffix: only("suffix") = None  # type: ignore[valid-type]
 
-    @field_validator("prompt", mode="before")
+    @field_validator("logprobs", mode="before")
     @classmethod
-    def _prompts(cls, value: object) -> object:
-        """Always a list of prompts."""
-        if isinstance(value, str) or (isinstance(value, list) and _are_ids(value)):
-            value = [value]
-        if not isinstance(value, list) or not all(isinstance(each, str) or _are_ids(each) for each in value):
-            raise ValueError("expected a string, a list of token ids, or a list of one of them")
-        if not 0 < len(value) <= _CHOICES:
-            raise ValueError(f"{len(value)} prompts, expected 1 to {_CHOICES}")
-        return value
+    def _no_logprobs(cls, value: object) -> object:
+        return None if value is False else value
+
+    @model_validator(mode="after")
+    def _served(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of is not supported, expected it to be absent or n={self.n or 1}")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0, expected at least 1 without echo")
+        return self
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
     @property
     def new_tokens(self) -> int | None:
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
 
 
-class Message(_Strict):
-    """Of a chat. What an answer's message has besides, null or empty, may come back with it."""
-
-    role: str = Field(pattern="^(system|developer|user|assistant)$")
-    content: str = ""
-    name: str | None = None
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _text(cls, value: object, info: ValidationInfo) -> object:
-        """A text, or the texts of its parts, one after the other; an assistant may have said nothing."""
-        if value is None and info.data.get("role") == "assistant":
-            return ""
-        if isinstance(value, str):
-            return value
-        if not isinstance(value, list):
-            raise ValueError("expected a string or a list of parts")
-        for i, part in enumerate(value):
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, dict) else part
-                raise ValueError(f"part {i} is {_check.shown(kind)}, expected {{'type': 'text', 'text': ...}}")
-        return "".join(part["text"] for part in value)
-
-    @model_validator(mode="after")
-    def _said_something(self) -> "Message":
-        if self.role != "assistant" and "content" not in self.model_fields_set:
-            raise ValueError("content is missing")
-        return self
-
-    def plain(self) -> dict[str, str]:
-        """What a chat template takes."""
-        return {"role": self.role, "content": self.content}
-
-
-class ChatRequest(_Generation):
+class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions. Without max_tokens the answer may fill the context."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, object] | None = None
-    top_logprobs: object = None
-    tools: object = None
-    tool_choice: object = None
-    functions: object = None
-    function_call: object = None
-    response_format: object = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=_LOGPROBS)
+    tools: list[Tool] | None = None
+    tool_choice: only("tool_choice") = None  # type: ignore[valid-type]
+    parallel_tool_calls: bool | None = None
+    functions: only("functions") = None  # type: ignore[valid-type]
+    function_call: only("function_call") = None  # type: ignore[valid-type]
+    response_format: only("response_format") = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _served(self) -> "ChatRequest":
+        if self.max_tokens == 0:
+            raise ValueError("max_tokens is 0, expected at least 1")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is given, expected logprobs=true beside it")
+        return self
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """What the template is given."""
+        if self.tool_choice == "none":
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in self.tools or []]
 
     @property
     def template_variables(self) -> dict[str, object]:
-        """What the chat template is given besides the messages."""
+        """What the chat template is given besides messages and tools."""
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         return {**effort, **(self.chat_template_kwargs or {})}
+
+    @property
+    def asked_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
 
-class LoadRequest(_Strict):
+class LoadRequest(Strict):
     """POST /v1/load_lora_adapter, as in vLLM; lora_path is relative to the served folder, pin is ours."""
 
     lora_name: str
@@ -237,16 +193,11 @@ class LoadRequest(_Strict):
     pin: bool = False
 
 
-class UnloadRequest(_Strict):
+class UnloadRequest(Strict):
     """POST /v1/unload_lora_adapter, as in vLLM."""
 
     lora_name: str
     lora_int_id: int | None = None
-
-
-def _are_ids(value: object) -> bool:
-    """A list of numbers, which is no list of prompts; whether they are ids of the vocabulary is asked later."""
-    return isinstance(value, list) and (not value or all(isinstance(each, int) for each in value))
 
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
@@ -260,4 +211,7 @@ def parse(kind: type[Parsed], body: bytes) -> Parsed:
         first = error.errors(include_url=False, include_input=False)[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         message = first["msg"].removeprefix("Value error, ")
+        if param is None and message.split(" ")[0].rstrip(",") in kind.model_fields:
+            param = message.split(" ")[0]  # of a check that sees several fields
+            raise ApiError(400, message, param) from None
         raise ApiError(400, f"{param}: {message}" if param else message, param) from None

@@ -1,23 +1,22 @@
 """One request for tokens over HTTP: its body in, the answer out, whole or as server-sent events."""
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Sequence
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from .answers import Answer, ApiError, usage
+from .answers import Answer, ApiError, Piece, usage
 from .api import ChatRequest, CompletionRequest, parse
+from .bodies import body_of
 from .completion import Completion
 from .metrics import DISCONNECTED, Measured
 from .service import Service
 
-_BODY_SECONDS = 60.0
-_DISCARD_SECONDS, _DISCARD_BYTES = 1.0, 64 << 20
+_SEND_SECONDS = 60.0  # a client that takes nothing for so long is gone
 
 
 class Generation(Response):
@@ -29,7 +28,7 @@ class Generation(Response):
         self._streaming = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        measured, status = Measured(self.service.metrics), DISCONNECTED
+        measured, status, send = Measured(self.service.metrics), DISCONNECTED, _impatient(send)
         begun: list[Completion] = []
         try:
             asked = parse(self.kind, await body_of(self.request, self.service.limits.max_body_bytes))
@@ -57,29 +56,28 @@ class Generation(Response):
             measured.end(status)
 
     async def _whole(self, begun: Sequence[Completion], answer: Answer) -> Response:
-        texts = []
-        for completion in begun:
-            text, reason = "", None
-            async for piece, finish in completion.pieces():
-                text, reason = text + piece, finish
-            texts.append((text, reason))
-        return JSONResponse(answer.whole(texts, _counts(begun)))
+        pieces = [await completion.whole() for completion in begun]
+        answer.of_version(begun[0].handle.version)
+        return JSONResponse(answer.whole(pieces, _counts(begun)))
 
     async def _stream(
         self, begun: Sequence[Completion], answer: Answer, asked: CompletionRequest | ChatRequest, send: Send
     ) -> None:
-        async for index, piece, finish in _merged(begun):
+        async for index, piece in _merged(begun):
             if not self._streaming:  # only now: an error before the first token still has its own status
                 self._streaming = True
+                answer.of_version(begun[0].handle.version)
                 head = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
                 await send({"type": "http.response.start", "status": 200, "headers": head})
                 if answer.chat:
-                    await self._events(send, *(answer.chunk("", None, i, first=True) for i in range(len(begun))))
-            if finish is None or (piece and answer.chat):
-                await self._events(send, answer.chunk(piece, None, index))
-                piece = ""
+                    await self._events(send, *(answer.chunk(Piece(), i, first=True) for i in range(len(begun))))
+            finish, piece.finish = piece.finish, None
+            if finish is None or (answer.chat and (piece.text or piece.message)):
+                await self._events(send, answer.chunk(piece, index))
+                piece = Piece()
             if finish is not None:
-                await self._events(send, answer.chunk(piece, finish, index))
+                piece.finish = finish
+                await self._events(send, answer.chunk(piece, index))
         if asked.stream_options and asked.stream_options.include_usage:
             await self._events(send, answer.usage_chunk(_counts(begun)))
         await self._events(send, "[DONE]", last=True)
@@ -92,22 +90,22 @@ class Generation(Response):
 
 def _counts(begun: Sequence[Completion]) -> dict[str, int]:
     """Tokens of all choices; a prompt that has several counts once."""
-    prompts = sum(completion.prompt_tokens for completion in begun if completion.first)
+    prompts = sum(len(completion.prompt.ids) for completion in begun if completion.first)
     return usage(prompts, sum(completion.completion_tokens for completion in begun))
 
 
-async def _merged(begun: Sequence[Completion]) -> AsyncIterator[tuple[int, str, str | None]]:
-    """(choice, piece, finish reason) of several completions, as they come."""
+async def _merged(begun: Sequence[Completion]) -> AsyncIterator[tuple[int, Piece]]:
+    """Pieces of several completions with their choice's number, as they come."""
     if len(begun) == 1:
-        async for piece, finish in begun[0].pieces():
-            yield 0, piece, finish
+        async for piece in begun[0].pieces():
+            yield 0, piece
         return
-    arrived: asyncio.Queue[tuple[int, str, str | None] | BaseException] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[int, Piece] | BaseException] = asyncio.Queue()
 
     async def follow(index: int, completion: Completion) -> None:
         try:
-            async for piece, finish in completion.pieces():
-                arrived.put_nowait((index, piece, finish))
+            async for piece in completion.pieces():
+                arrived.put_nowait((index, piece))
         except Exception as error:
             arrived.put_nowait(error)
 
@@ -118,7 +116,7 @@ async def _merged(begun: Sequence[Completion]) -> AsyncIterator[tuple[int, str, 
             item = await arrived.get()
             if isinstance(item, BaseException):
                 raise item
-            left -= item[2] is not None
+            left -= item[1].finish is not None
             yield item
     finally:
         for task in tasks:
@@ -126,7 +124,17 @@ async def _merged(begun: Sequence[Completion]) -> AsyncIterator[tuple[int, str, 
 
 
 class _GoneError(Exception):
-    """The client has disconnected."""
+    """The client has disconnected, or does not read."""
+
+
+def _impatient(send: Send) -> Send:
+    async def within(message: Message) -> None:
+        try:
+            await asyncio.wait_for(send(message), _SEND_SECONDS)
+        except asyncio.TimeoutError:
+            raise _GoneError from None
+
+    return within
 
 
 async def _while_connected(receive: Receive, work: Awaitable[Response | None]) -> Response | None:
@@ -146,49 +154,6 @@ async def _while_connected(receive: Receive, work: Awaitable[Response | None]) -
         for each in (task, gone):
             each.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def body_of(request: Request, limit: int) -> bytes:
-    """The body of a POST, never more than ``limit`` bytes of it in memory. Raises ApiError 400, 408, 413, 415."""
-    # A page in a browser may send other types to a server on loopback without asking it first.
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"Content-Type is {kind[:100]!r}, expected application/json")
-    too_large = ApiError(413, f"The body is larger than {limit} bytes", code="body_too_large")
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > limit:
-        await _discard(request)
-        raise too_large
-    body = bytearray()
-
-    async def read():
-        async for chunk in request.stream():
-            body.extend(chunk)
-            if len(body) > limit:
-                return False
-        return True
-
-    try:
-        whole = await asyncio.wait_for(read(), _BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"The body did not arrive within {_BODY_SECONDS:.0f} s") from None
-    if not whole:
-        await _discard(request)
-        raise too_large
-    return bytes(body)
-
-
-async def _discard(request: Request) -> None:
-    """Read on for a moment: a connection that is closed over unread bytes is reset, and the answer lost with it."""
-
-    async def read(left: int):
-        async for chunk in request.stream():
-            left -= len(chunk)
-            if left < 0:
-                return
-
-    with contextlib.suppress(asyncio.TimeoutError, ClientDisconnect):
-        await asyncio.wait_for(read(_DISCARD_BYTES), _DISCARD_SECONDS)
 
 
 def error_response(error: ApiError) -> Response:

@@ -1,7 +1,6 @@
 """What a server does, without HTTP: names, prompts, requests in the batcher, text."""
 
 import asyncio
-import inspect
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from torch import nn
 
 from ..bank.bank import AdapterBank
 from ..engine.batcher import Batcher
+from ..engine.settings import SamplingParams
 from ..errors import BankError, QueueFull
 from .adapter_folder import AdapterFolder
 from .answers import ApiError, as_api_error
@@ -20,6 +20,9 @@ from .api import ChatRequest, CompletionRequest
 from .completion import Completion
 from .detokenize import TextStream
 from .metrics import Measured, Metrics
+from .prompts import Prompt, Prompts
+
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Limits:
             ``max_tokens``.
         drain_seconds: how long SIGTERM waits for requests to end.
         stall_seconds: how long a step may take before /health calls it stuck.
+        max_adapter_bytes: of an adapter that comes in a request's body; 413 beyond.
+        max_connections: at once; beyond, those without a request make room.
+        head_seconds: how long the head of a request may take.
+        links: folders into which symbolic links in the adapters' folder may lead.
+        generation_config: whether the checkpoint's sampling settings stand where a request has none.
     """
 
     slots: int = 8
@@ -48,6 +56,11 @@ class Limits:
     max_cached: int | None = None
     drain_seconds: float = 30.0
     stall_seconds: float = 120.0
+    max_adapter_bytes: int = 1 << 30
+    max_connections: int = 1024
+    head_seconds: float = 20.0
+    links: tuple[str | Path, ...] = ()
+    generation_config: bool = True
 
 
 class Service:
@@ -74,25 +87,35 @@ class Service:
             max_cached=limits.max_cached,
             stall_seconds=limits.stall_seconds,
         )
-        self.folder = AdapterFolder(self.bank, adapters, name)
+        self.folder = AdapterFolder(self.bank, adapters, name, limits.links)
         self.folder.scan()
         self.metrics = Metrics(self.batcher, name)
         # One thread each: tokenizers are not made for several at once, and one load at a time keeps memory in bounds.
         self.tokenizing, self.loading = (ThreadPoolExecutor(1, name) for name in ("tokenize", "load-adapter"))
-        self._template_reserved = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
+        self._prompts = Prompts(tokenizer)
+        self.defaults = sampling_defaults(model) if limits.generation_config else {}
         self._arrived: deque[tuple[Completion, int | None]] = deque()
         self._woken = False
-        self._prompts = 0  # that are being tokenized, or wait for it
+        self._tokenized = 0  # requests whose prompts are being tokenized, or wait for it
 
-    def adapter(self, name: str) -> str | None:
-        """What the request's ``model`` stands for. Raises ApiError 404."""
+    async def adapter(self, name: str) -> str | None:
+        """What the request's ``model`` stands for; a checkpoint that came into the folder since is loaded now.
+
+        Raises ApiError 404.
+        """
         if name == self.name:
             return None
+        if name not in self.bank and self.folder.path_of(name) is not None:
+            await self.in_loading(self.folder.discover, name)
         if name in self.bank:
             return name
         reason = self.folder.errors.get(name)
         detail = f", its checkpoint is refused: {reason}" if reason else ""
         raise ApiError(404, f"The model {name[:200]!r} does not exist{detail}", "model", "model_not_found")
+
+    async def in_loading(self, function, *arguments):
+        """On the thread that loads adapters, one after the other."""
+        return await asyncio.get_running_loop().run_in_executor(self.loading, function, *arguments)
 
     def problem(self) -> str | None:
         """Why nobody can be served, or None."""
@@ -100,56 +123,59 @@ class Service:
 
     async def begin(self, request: CompletionRequest | ChatRequest, measured: Measured) -> list[Completion]:
         """Queue the request: a completion for each choice, all or none. Raises ApiError: 400, 404, 429, 503."""
-        adapter = self.adapter(request.model)
+        adapter = await self.adapter(request.model)
         measured.adapter = adapter or self.name
-        stops = request.stop or []
         if isinstance(request, ChatRequest):
-            prompts = [await self._in_tokenizer(self._chat_ids, request)]
-            stops = stops if self.tokenizer.chat_template else [*stops, _NEXT_USER]
+            prompts = [await self._in_tokenizer(self._prompts.of_chat, request)]
         else:
-            special = request.add_special_tokens is not False
-            prompts = [
-                await self._in_tokenizer(self._ids, each, special) if isinstance(each, str) else each
-                for each in request.prompt
-            ]
+            prompts = await self._in_tokenizer(self._prompts.of_completion, request)
         begun: list[Completion] = []
         try:
-            for ids in prompts:
+            for prompt in prompts:
                 for i in range(request.n or 1):
-                    begun.append(self._begin(request, ids, i, adapter, measured, stops))
+                    begun.append(self._begin(request, prompt, i, adapter, measured))
         except BaseException:
             for completion in begun:
                 completion.close()
             raise
-        measured.prompt(sum(map(len, prompts)))
+        measured.prompt(sum(len(prompt.ids) for prompt in prompts))
         return begun
 
     def _begin(
         self,
         request: CompletionRequest | ChatRequest,
-        ids: list[int],
+        prompt: Prompt,
         choice: int,
         adapter: str | None,
         measured: Measured,
-        stops: list[str],
     ) -> Completion:
-        room = self.batcher.max_tokens - len(ids)
-        new = request.new_tokens or max(room, 1)
-        if new > room:
-            most, given = self.batcher.max_tokens, f"{len(ids)} in the prompt, {new} in the completion"
-            message = f"This model's maximum context length is {most} tokens. However, {len(ids) + new} were requested"
-            raise ApiError(400, f"{message} ({given}).", code="context_length_exceeded")
-        completion = Completion(self.deliver, measured, len(ids), new, TextStream(self.tokenizer, stops), choice == 0)
+        room = self.batcher.max_tokens - len(prompt.ids)
+        most = max(min(room, self.defaults.get("max_new_tokens", room)), 1)
+        new = most if request.new_tokens is None else request.new_tokens
+        if max(new, 1) > room:
+            given = f"{len(prompt.ids)} in the prompt, {new} in the completion"
+            message = f"This model's maximum context length is {self.batcher.max_tokens} tokens. However, "
+            message += f"{len(prompt.ids) + max(new, 1)} were requested ({given})."
+            raise ApiError(400, message, code="context_length_exceeded")
+        completion = Completion(
+            self.deliver,
+            measured,
+            prompt,
+            new,
+            TextStream(self.tokenizer, [*(request.stop or []), *prompt.stops]),
+            self.tokenizer,
+            first=choice == 0,
+            echo=request.echoes,
+            chat=isinstance(request, ChatRequest),
+        )
         try:
             completion.handle = self.batcher.submit(
-                ids,
+                prompt.ids,
                 adapter=adapter,
-                max_new_tokens=new,
-                temperature=1.0 if request.temperature is None else request.temperature,
-                top_p=1.0 if request.top_p is None else request.top_p,
-                seed=None if request.seed is None else request.seed + choice,
+                max_new_tokens=max(new, 1),
                 on_token=completion.on_token,
                 stop_token_ids=request.stop_token_ids or (),
+                sampling=request.sampling(self.defaults, choice),
             )
         except (BankError, ValueError, TypeError) as error:
             raise as_api_error(error) from None
@@ -157,33 +183,13 @@ class Service:
         return completion
 
     async def _in_tokenizer(self, function, *arguments):
-        if self._prompts >= self.limits.queue:
+        if self._tokenized >= self.limits.queue:
             raise as_api_error(QueueFull())
-        self._prompts += 1
+        self._tokenized += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self.tokenizing, function, *arguments)
         finally:
-            self._prompts -= 1
-
-    def _ids(self, text: str, special: bool = True) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-
-    def _chat_ids(self, request: ChatRequest) -> list[int]:
-        messages = [message.plain() for message in request.messages]
-        if not self.tokenizer.chat_template:
-            return self._ids(plain_chat(messages))
-        reserved = sorted(self._template_reserved & request.template_variables.keys())
-        if reserved:
-            raise ApiError(
-                400, f"chat_template_kwargs: {reserved[0]!r} is not the client's to set", "chat_template_kwargs"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **request.template_variables
-            )
-        except Exception as error:  # a template may refuse what it likes: roles that do not alternate, a system message
-            raise ApiError(400, f"messages: the chat template refuses them: {error}", "messages") from None
-        return self._ids(text, special=False)
+            self._tokenized -= 1
 
     def deliver(self, completion: Completion, token: int | None) -> None:
         """From the batcher's thread to the event loop, which is woken once for all tokens of a step; None is the end.
@@ -211,12 +217,14 @@ class Service:
         self.bank.close()
 
 
-_NEXT_USER = "\nuser:"
+def sampling_defaults(model: nn.Module) -> dict[str, Any]:
+    """What the checkpoint's generation_config says of sampling and length, of the settings that vLLM takes from it.
 
-
-def plain_chat(messages: list[dict[str, str]]) -> str:
-    """The prompt of a chat where the tokenizer has no template: ``role: content`` lines, then ``assistant:``.
-
-    The answer then also ends where the next line would begin with ``user:``.
+    Raises:
+        ValueError: one of them is out of its range.
     """
-    return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
+    config = getattr(model, "generation_config", None)
+    said = {} if config is None else config.to_diff_dict()
+    found = {name: said[name] for name in _DEFAULTS if said.get(name) is not None}
+    SamplingParams(**{name: value for name, value in found.items() if name != "max_new_tokens"})  # or nobody is served
+    return found

@@ -22,9 +22,14 @@ def serve(options: argparse.Namespace) -> int:
     for name, reason in service.folder.errors.items():
         print(f"fastpeft serve: {name} is not served: {reason}", file=sys.stderr)
     print(f"fastpeft serve: adapters: {', '.join(service.bank.names()) or 'none'}", file=sys.stderr)
-    key = options.api_key or os.environ.get("FASTPEFT_API_KEY") or None
+    door = server.Door(
+        api_key=options.api_key or os.environ.get("FASTPEFT_API_KEY") or None,
+        admin_key=options.admin_key or os.environ.get("FASTPEFT_ADMIN_KEY") or None,
+        origins=options.cors_origin,
+        page=not options.no_page,
+    )
     try:
-        return server.run(service, options.host, options.port, key)
+        return server.run(service, options.host, options.port, door)
     except OSError as error:
         print(f"fastpeft serve: --host {options.host} --port {options.port}: {error}", file=sys.stderr)
         return 1
@@ -40,10 +45,7 @@ def _service(options: argparse.Namespace) -> Service:
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     # safetensors only: nothing is unpickled, and no code of the checkpoint runs.
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, use_safetensors=True)
-    # A folder's name, not where it is: clients see it.
-    name = options.served_model_name or (
-        Path(options.model).resolve().name if Path(options.model).is_dir() else options.model
-    )
+    name = options.served_model_name or base_name(options.model)
     limits = Limits(
         slots=options.slots,
         max_rank=options.max_rank,
@@ -54,5 +56,24 @@ def _service(options: argparse.Namespace) -> Service:
         max_cached=options.max_cached,
         drain_seconds=options.drain_seconds,
         stall_seconds=options.stall_seconds,
+        max_adapter_bytes=options.max_adapter_bytes,
+        max_connections=options.max_connections,
+        head_seconds=options.head_seconds,
+        links=tuple(options.follow_links),
+        generation_config=not options.no_generation_config,
     )
     return Service(model.to(device).eval(), tokenizer, options.adapters, name, limits)
+
+
+def base_name(model: str) -> str:
+    """What clients call the base model: its hub id, or a folder's name, not where it is.
+
+    A snapshot in the hub's cache, models--ORG--NAME/snapshots/REVISION, is ORG/NAME.
+    """
+    if not Path(model).is_dir():
+        return model
+    folder = Path(model).resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name

@@ -60,6 +60,46 @@ def test_what_asks_for_nothing_is_accepted(client, fields):
     assert response.json()["choices"] == plain
 
 
+def test_settings_of_sampling_reach_the_draw(served):
+    service, client = served
+
+    def text(**fields):
+        response = complete(client, "bob", "hello", max_tokens=20, seed=1, **{"temperature": 1.5, **fields})
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["text"]
+
+    greedy = text(temperature=0)
+    for fields in ({"top_k": 1}, {"min_p": 1.0}, {"top_p": 0}, {"logit_bias": {}, "top_k": 1}):
+        assert text(**fields) == greedy
+    bias = {str(service.tokenizer("Q")["input_ids"][0]): 100}
+    assert text(logit_bias=bias) == "Q" * 20
+    assert len(set(text(temperature=0, repetition_penalty=1000.0))) > len(set(greedy))
+    ended = [service.tokenizer(greedy[0])["input_ids"][0]]
+    assert text(temperature=0, stop_token_ids=ended) == ""
+    assert len(text(temperature=0, stop_token_ids=ended, min_tokens=5)) >= 5
+
+
+def test_the_checkpoints_settings_stand_where_a_request_has_none(folder):
+    from tests.support.models import llama
+    from tests.support.small_server import serving
+
+    model = llama()
+    model.generation_config.update(top_k=1, temperature=0.7, do_sample=True, max_new_tokens=6)
+    for taken in (True, False):
+        with serving(folder, model=model, generation_config=taken) as (_, client):
+
+            def ask(seed, client=client, **fields):
+                body = {"model": "bob", "messages": [{"role": "user", "content": "a"}], "seed": seed, **fields}
+                return client.post("/v1/chat/completions", json=body).json()
+
+            texts = {ask(seed, max_tokens=20)["choices"][0]["message"]["content"] for seed in range(4)}
+            assert (len(texts) == 1) == taken
+            if taken:
+                assert ask(0)["usage"]["completion_tokens"] == 6
+                free = {ask(i, max_tokens=20, top_k=0)["choices"][0]["message"]["content"] for i in range(4)}
+                assert len(free) > 1
+
+
 def test_an_answer_may_be_sent_back(client):
     """As the OpenAI client dumps it, with its null fields; parts with hints for caches; an empty answer."""
     first = chat(client, "bob", max_tokens=5).json()["choices"][0]["message"]
