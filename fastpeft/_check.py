@@ -91,11 +91,16 @@ def dtype(op: str, name: Name, value: Tensor, *expected: torch.dtype) -> None:
 
 def items(op: str, name: str, values: Any, count: int | None = None) -> Sequence:
     """A list of ``count`` items, or of any number; a tensor is none, though it has a length."""
-    if not isinstance(values, Sized) or not hasattr(values, "__getitem__") or isinstance(values, (str, Tensor, dict)):
+    if type(values) not in (list, tuple) and not _is_sequence(values):
         raise TypeError(f"{op}: {name} is {shown(values)}, expected a list, an item for each projection")
     if count is not None and len(values) != count:
         raise ValueError(f"{op}: {name} has {len(values)} items, expected {count}")
     return cast(Sequence, values)
+
+
+def _is_sequence(values: Any) -> bool:
+    known = isinstance(values, (str, Tensor, dict))
+    return isinstance(values, Sized) and hasattr(values, "__getitem__") and not known
 
 
 def finite(op: str, name: Name, value: float) -> float:

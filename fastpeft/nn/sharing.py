@@ -34,6 +34,7 @@ class _Plan(NamedTuple):
 
     parts: list[int]
     branches: dict[int, Branch]
+    columns: list[tuple]  # the branches' tensors and numbers, side by side
     guards: Any
 
     def holds(self, me: int, branch: object, x: Tensor) -> bool:
@@ -192,17 +193,10 @@ class SharedInput:
             plan = self._plan(me, x)
         if plan is None or (reentrant_possible() and any(b.dropout for b in plan.branches.values())):
             return None
-        branches = plan.branches
-        columns = list(zip(*branches.values(), strict=True))
-        outputs = ops.lora_linear_shared(
-            x,
-            weights=columns[0],
-            lora_as=columns[1],
-            lora_bs=columns[2],
-            biases=[branch.folded_bias() for branch in branches.values()],
-            scales=columns[4],
-            dropouts=columns[5],
-        )
+        branches, (weights, lora_as, lora_bs, biases, scales, dropouts, lora_biases) = plan.branches, plan.columns
+        if any(bias is not None for bias in lora_biases):
+            biases = tuple([branch.folded_bias() for branch in branches.values()])
+        outputs = ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
         self.rounds += 1
         self._settled = self._settled or replayable()
         kept = dict(zip(branches, outputs, strict=True))
@@ -233,7 +227,7 @@ class SharedInput:
                     cast(Sharing, self.members[i]).fastpeft_guard(guards)
             guard_process(guards)
             guards.input(x)
-        self._plans[me] = plan = _Plan(parts, branches, guards)
+        self._plans[me] = plan = _Plan(parts, branches, list(zip(*branches.values(), strict=True)), guards)
         return plan
 
 
