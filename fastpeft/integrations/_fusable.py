@@ -5,13 +5,14 @@ notice: adapters, scales, dropout modules, hooks, replaced weights. Nothing here
 PEFT's attributes.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from .._check import PLAIN
+from ..nn import quantised
 from ..nn.guarding import GLOBAL_HOOKS, guard_child, guard_item, keep, kept
 from ..nn.plain import transform
 from ..nn.sharing import Branch
@@ -21,8 +22,16 @@ _DEVICES = frozenset({"cpu", "cuda"})
 _EMPTY: dict[str, object] = {}
 
 
+class Beside(list):
+    """Branches of a layer whose base is called as it is, without a weight; ``reason`` says why."""
+
+    reason = ""
+
+
 def plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
     """One branch for each active adapter of ``layer``, the first with the base layer; or why PEFT serves the call.
+
+    Where the base's weight cannot be read, they are ``Beside`` it.
 
     Args:
         x: the input; None stands for any plain tensor in the base weight's dtype and on its device.
@@ -32,19 +41,17 @@ def plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
     if layer.merged_adapters:
         return "its adapters are merged into the base layer"
     modules = layer._modules
-    base = modules["base_layer"]
-    kind = type(base)
-    if kind is not nn.Linear and not is_conv1d(base):
-        return f"base_layer is {_name(base)}, neither nn.Linear nor Conv1D"
-    if _intercepted(base):
-        return "base_layer has hooks or a replaced forward"
-    weight = _own(base, "weight")
-    if type(weight) not in PLAIN:
-        return f"base_layer.weight is {_name(weight)}, not a plain tensor"
-    branches = _branches(layer, modules, weight if kind is nn.Linear else weight.T, _own(base, "bias"))
+    weight = _weight(modules["base_layer"])
+    if isinstance(weight, str):
+        branches = _branches(layer, modules, None, None)
+    else:
+        branches = _branches(layer, modules, weight, _own(modules["base_layer"], "bias"))
     if isinstance(branches, str):
         return branches
-    return _unfit(layer, weight if x is None else x, weight, branches) or _transformed() or branches
+    if isinstance(weight, str):
+        branches, branches.reason = Beside(branches), weight
+    dense = weight if isinstance(weight, Tensor) else None
+    return _unfit(layer, x, dense, branches) or _transformed() or branches
 
 
 def kept_plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
@@ -52,8 +59,9 @@ def kept_plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
     found = kept(layer, x)
     if found is None:
         found = plan(layer, x)
-        if not isinstance(found, str) and type(layer.base_layer) is nn.Linear:
-            keep(layer, cast(Tensor, found[0].weight) if x is None else x, found)
+        if type(found) is list and not is_conv1d(layer.base_layer):
+            weight = found[0].weight
+            keep(layer, (weight if isinstance(weight, Tensor) else found[0].lora_a) if x is None else x, found)
     return found
 
 
@@ -73,6 +81,8 @@ def guard(layer: Any, guards: Any) -> None:
     if not isinstance(active, str):
         guards.items(active)
     guard_child(guards, modules, "base_layer")
+    if quantised.kind_of(modules["base_layer"]) is not None:
+        quantised.guard(guards, modules, "base_layer")
     for part in ("lora_A", "lora_B", "lora_dropout"):
         guards.is_(modules, part, modules[part])
     for name in (active,) if isinstance(active, str) else active:
@@ -88,6 +98,25 @@ def guard(layer: Any, guards: Any) -> None:
             guard_item(guards, modules["lora_dropout"]._modules[name].__dict__, setting)
 
 
+def alone(x: Tensor, branches: list[Branch]) -> bool:
+    """Whether the base layer is to be called as it is for this x, and the low-rank terms added to what it gives."""
+    weight = branches[0].weight
+    return weight is None or (isinstance(weight, ops.Base) and quantised.is_called(weight, x))
+
+
+def beside(layer: Any, x: Tensor, branches: list[Branch]) -> Tensor:
+    """What the base layer gives, with the terms of all adapters added to it."""
+    y = layer._modules["base_layer"](x)
+    first, *others = branches
+    delta = run(x, [first._replace(weight=None, bias=None), *others])
+    return y + delta.to(y.dtype)
+
+
+def described(branches: list[Branch]) -> str:
+    """What a report says of a plan."""
+    return f"fused beside its base: {branches.reason}" if isinstance(branches, Beside) else "fused"
+
+
 def run(x: Tensor, branches: list[Branch]) -> Tensor:
     """The fused op over a plan: one adapter, or the sum of several."""
     weights, lora_as, lora_bs, biases, scales, dropouts, lora_biases = map(list, zip(*branches, strict=True))
@@ -101,7 +130,9 @@ def run(x: Tensor, branches: list[Branch]) -> Tensor:
             lora_bs[i], scales[i] = lora_bs[i] * scale, 1.0
     if stack:  # without masks several adapters are one of the summed rank
         lora_as, lora_bs, weights = [torch.cat(lora_as)], [torch.cat(lora_bs, 1)], weights[:1]
-    if len(weights) == 1:
+    if isinstance(weights[0], ops.Base) and biases[0] is not None and biases[0].dtype != lora_as[0].dtype:
+        biases[0] = biases[0].to(quantised.computed_dtype(x))  # as its library does; a wider one may stay
+    if len(weights) == 1 and weights[0] is not None:
         return ops.lora_linear(x, weights[0], lora_as[0], lora_bs[0], biases[0], scales[0], dropouts[0])
     y, *deltas = ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
     return sum(deltas, y)
@@ -111,6 +142,21 @@ def is_conv1d(module: object) -> bool:
     """Exactly transformers' Conv1D, whose weight is ``[K, N]``."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _weight(base: Any) -> Any:
+    """The frozen weight ``[N, K]``, dense or quantised; or why it cannot be read and the layer must be called."""
+    if _intercepted(base):
+        return "base_layer has hooks or a replaced forward"
+    kind = type(base)
+    if kind is not nn.Linear and not is_conv1d(base):
+        if quantised.kind_of(base) is not None:
+            return quantised.base_of(base)
+        return f"base_layer is {_name(base)}, neither nn.Linear nor Conv1D"
+    weight = _own(base, "weight")
+    if type(weight) not in PLAIN:
+        return f"base_layer.weight is {_name(weight)}, not a plain tensor"
+    return weight if kind is nn.Linear else weight.T
 
 
 def _branches(layer: Any, modules: dict, weight: Any, bias: Tensor | None) -> list[Branch] | str:
@@ -144,17 +190,21 @@ def _branches(layer: Any, modules: dict, weight: Any, bias: Tensor | None) -> li
     return found or "no adapter is active"
 
 
-def _unfit(layer: Any, x: Tensor, weight: Tensor, branches: list[Branch]) -> str | None:
+def _unfit(layer: Any, x: Tensor | None, weight: Tensor | None, branches: list[Branch]) -> str | None:
+    """Why the op cannot serve x; ``weight`` is the dense one, if there is one."""
+    first = branches[0].lora_a
+    x = (first if weight is None else weight) if x is None else x
     if type(x) not in PLAIN:
         return f"the input is {_name(x)}, not a plain tensor"
-    if x.layout is not torch.strided or x.is_nested or weight.layout is not torch.strided:
+    if x.layout is not torch.strided or x.is_nested or (weight is not None and weight.layout is not torch.strided):
         return "the input or base_layer.weight is sparse or nested"
-    device, dtype, base_dtype = x.device, x.dtype, weight.dtype
-    adapter_dtype = branches[0].lora_a.dtype
+    device, dtype, adapter_dtype = x.device, x.dtype, first.dtype
+    base_dtype = dtype if weight is None else weight.dtype
     if device.type not in _DEVICES:
         return f"device {device.type}"
-    if weight.device != device:
-        return f"the input is on {device}, base_layer on {weight.device}"
+    read = branches[0].weight
+    if read is not None and read.device != device:
+        return f"the input is on {device}, base_layer on {read.device}"
     for branch in branches:
         a, b = branch.lora_a, branch.lora_b
         if type(a) not in PLAIN or type(b) not in PLAIN:

@@ -3,22 +3,25 @@
     model = fastpeft.accelerate(get_peft_model(model, config))     # swap the layers of an existing model, in place
     fastpeft.register(config)                                      # or have PEFT build them, before get_peft_model
 
-A call that the op cannot serve (DoRA and other variants, mixed batches, merged or disabled adapters, quantised bases,
-hooks on the inner modules, ...) runs PEFT's own forward. ``fastpeft.report(model)`` says which layers, and why.
+Around bitsandbytes' layers the weight is written out where it is read. Any other base that cannot be read (of another
+library, hooked, a subclass of nn.Linear) is called as it is, and the low-rank term, still fused, is added to what it
+gives. A call that the op cannot serve (DoRA and other variants, mixed batches, merged or disabled adapters, hooks on
+the inner modules, ...) runs PEFT's own forward. ``fastpeft.report(model)`` says which layers, and why.
 Three differences remain: dropout masks come from another generator than ``torch.nn.Dropout``'s; gradients of gradients
 are not defined; and the input itself is kept for backward, so it must not be modified in place after the call (PEFT
 keeps a copy where there is dropout or a float32 adapter).
 """
 
 import functools
+import importlib
 import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import _check
-from ..nn import LoraLinear, sharing
+from .. import _check, ops
+from ..nn import LoraLinear, quantised, sharing
 from ..nn.backend import serving_backend
 from ..nn.guarding import state_without_kept
 from ..nn.read_past import read_past
@@ -49,14 +52,14 @@ class FastParamWrapper(_experts.ExpertsForward, ParamWrapper):
         return "ParamWrapper"
 
 
-class FastLoraLinear(Linear):
-    """PEFT's LoRA layer around ``nn.Linear`` or ``Conv1D``; ``forward`` goes to the fused op wherever that serves."""
+class FastForward(nn.Module):
+    """What PEFT's LoRA layers around linear layers are given: ``forward`` goes to the fused op where that serves."""
 
     fastpeft_kind = LoraLinear.fastpeft_kind
     fastpeft_shared: sharing.SharedInput | None = None
 
     def _get_name(self):  # for repr, and for PEFT's status of layers, which reads it
-        return "Linear"
+        return next(_THEIRS[kind].__name__ for kind in type(self).__mro__ if kind in _THEIRS)
 
     def __getstate__(self) -> dict:
         return state_without_kept(self)
@@ -64,10 +67,13 @@ class FastLoraLinear(Linear):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not args and not kwargs:
             plan = _fusable.plan(self, x) if torch.compiler.is_compiling() else _fusable.kept_plan(self, x)
-            if type(plan) is list:
+            if not isinstance(plan, str):
+                if _fusable.alone(x, plan):
+                    return _fusable.beside(self, x, plan)
                 shared = self.fastpeft_shared
                 y = None if shared is None else shared.forward(self, x, _shared_branch(self, plan))
-                return _fusable.run(x, plan) if y is None else y
+                y = _fusable.run(x, plan) if y is None else y
+                return y.to(x.dtype) if isinstance(plan[0].weight, ops.Base) else y
         return super().forward(x, *args, **kwargs)
 
     def fastpeft_branch(self) -> sharing.Branch | str:
@@ -83,14 +89,23 @@ class FastLoraLinear(Linear):
         if isinstance(plan, str):
             return plan
         weight, lora_a = plan[0].weight, plan[0].lora_a
-        return serving_backend("lora_linear", weight.new_empty(1, weight.shape[1]), weight, lora_a)
+        dtype = lora_a.dtype if weight is None else weight.dtype or lora_a.dtype
+        x = lora_a.new_empty(1, lora_a.shape[1], dtype=dtype)
+        return serving_backend("lora_linear", x, weight, lora_a)
 
     def fastpeft_report(self) -> str:
-        """``"fused"``, or why PEFT's own forward serves this layer as it is now."""
+        """``"fused"``, "fused beside its base" and why, or why PEFT's own forward serves this layer as it is now."""
         return _report(self)
 
 
-_THEIRS = {FastLoraLinear: Linear, FastParamWrapper: ParamWrapper}
+class FastLoraLinear(FastForward, Linear):
+    """PEFT's LoRA layer around ``nn.Linear`` or ``Conv1D``; ``forward`` goes to the fused op wherever that serves."""
+
+
+_THEIRS: dict[type, type] = {FastLoraLinear: Linear, FastParamWrapper: ParamWrapper}
+_OURS: dict[type, type] = {Linear: FastLoraLinear}
+# Modules of PEFT's with layers around a quantised one, all of which call that and add the low-rank terms to its output.
+_QUANTISED = ("bnb", "gptq", "awq", "hqq", "eetq", "aqlm", "inc", "torchao")
 
 
 def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True) -> nn.Module:
@@ -105,16 +120,17 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
     if strict:
         passed = read_past(model)
         reports = {n: f"its weight is {passed[n]}" if n in passed else _report(m) for n, m in layers.items()}
-        reasons = {name: None if report == "fused" else report for name, report in reports.items()}
+        reasons = {name: None if report.startswith("fused") else report for name, report in reports.items()}
         refuse_unfused(reasons, "LoRA layers")
     for layer in layers.values():
-        if type(layer) is Linear:
-            layer.__class__ = FastLoraLinear
+        ours = _ours(type(layer))
+        if ours is not None:
+            layer.__class__ = ours
         elif _around_experts(layer):
             layer.__class__ = FastParamWrapper
     sharing.unshare_inputs(model)
     if share_inputs:
-        sharing.share_inputs(model, lambda module: type(module) is FastLoraLinear)
+        sharing.share_inputs(model, lambda module: isinstance(module, FastForward))
     return model
 
 
@@ -139,7 +155,8 @@ def restore(model: nn.Module) -> nn.Module:
 def register(lora_config: LoraConfig) -> LoraConfig:
     """Have PEFT build fused layers for this config wherever the layer to adapt is exactly nn.Linear or Conv1D.
 
-    Quantised and other layers get the layer that PEFT has for them. The setting is not saved with the config.
+    bitsandbytes' layers are served too; others get the layer that PEFT has for them. The setting is not saved with the
+    config.
     Modules of your own are registered with PEFT before this call: PEFT asks them in order.
 
     Args:
@@ -169,20 +186,54 @@ def describe(module: nn.Module) -> tuple[str, str] | None:
     if not isinstance(module, LoraLayer):
         return None
     own = f"{type(module).__name__} is PEFT's own layer; fastpeft.accelerate has not been called on it"
-    return LoraLinear.fastpeft_kind, own if type(module) is Linear or _around_experts(module) else _report(module)
+    served = _ours(type(module)) is not None or _around_experts(module)
+    return LoraLinear.fastpeft_kind, own if served else _report(module)
 
 
-def _build(lora_config: LoraConfig, target: nn.Module, adapter_name: str, **kwargs) -> FastLoraLinear | None:
-    """PEFT's layer for ``target`` with our forward; None makes PEFT go on to its own layers, quantised ones first."""
-    if type(target) not in (nn.Linear, Conv1D) or type(target.weight) is not nn.Parameter:
+def _build(lora_config: LoraConfig, target: nn.Module, adapter_name: str, **kwargs) -> FastForward | None:
+    """PEFT's layer for ``target`` with our forward; None makes PEFT go on to its own layers."""
+    known = quantised.kind_of(target)
+    if known is None and (type(target) not in (nn.Linear, Conv1D) or type(target.weight) is not nn.Parameter):
         return None
     if kwargs.get("parameter_name") is not None:
         return None
     if "config" not in kwargs:  # PEFT < 0.19 gives a custom module the config's fields, and its own layers the config
         kwargs["lora_config"] = lora_config
-    layer: Any = dispatch_default(target, adapter_name, **kwargs)
-    layer.__class__ = FastLoraLinear
+    layer: Any = None
+    if known is not None:
+        from peft.tuners.lora import bnb
+
+        dispatch = bnb.dispatch_bnb_4bit if known == "Linear4bit" else bnb.dispatch_bnb_8bit
+        layer = dispatch(target, adapter_name, **kwargs)  # None where the model was not loaded so
+    layer = layer or dispatch_default(target, adapter_name, **kwargs)
+    ours = _ours(type(layer))
+    if ours is not None:
+        layer.__class__ = ours
     return layer
+
+
+def _ours(theirs: Any) -> Any:
+    """Our class in place of one of PEFT's, or None."""
+    if theirs in _OURS:
+        return _OURS[theirs]
+    package, _, module = theirs.__module__.rpartition(".")
+    if package != "peft.tuners.lora" or module not in _QUANTISED or not issubclass(theirs, LoraLayer):
+        return None
+    made = type(f"Fast_{module}_{theirs.__name__}", (FastForward, theirs), {"__module__": __name__})
+    _THEIRS[made], _OURS[theirs] = theirs, made
+    return made
+
+
+def __getattr__(name: str) -> type:
+    """The classes around PEFT's quantised layers, which are made when they are first needed; pickle asks here."""
+    _, _, rest = name.partition("Fast_")
+    module, _, theirs = rest.partition("_")
+    if module in _QUANTISED:
+        found = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), theirs, None)
+        ours = None if found is None else _ours(found)
+        if ours is not None:
+            return ours
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _shared_branch(layer: Any, plan: list[sharing.Branch]) -> sharing.Branch | str:
@@ -190,6 +241,11 @@ def _shared_branch(layer: Any, plan: list[sharing.Branch]) -> sharing.Branch | s
         return "several adapters are active"
     if isinstance(plan[0].scale, Tensor):
         return "its scaling is a tensor"
+    weight, bias = plan[0].weight, plan[0].bias
+    if weight is None:
+        return "its base layer is called"
+    if isinstance(weight, ops.Base) and bias is not None and bias.dtype not in (weight.dtype, plan[0].lora_a.dtype):
+        return "its bias has a dtype of its own"
     return "its base layer is a Conv1D" if _fusable.is_conv1d(layer.base_layer) else plan[0]
 
 
@@ -198,9 +254,9 @@ def _lora_layers(op: str, model: nn.Module) -> dict[str, Any]:
 
 
 def _report(layer: Any) -> str:
-    if isinstance(layer, FastLoraLinear) or type(layer) is Linear:
+    if isinstance(layer, FastForward) or _ours(type(layer)) is not None:
         plan = _fusable.plan(layer)
-        return plan if isinstance(plan, str) else "fused"
+        return plan if isinstance(plan, str) else _fusable.described(plan)
     if isinstance(layer, FastParamWrapper) or _around_experts(layer):
         found = _experts.plan(layer)
         return found if isinstance(found, str) else "fused"

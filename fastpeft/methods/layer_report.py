@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+BESIDE = "fused beside its base: "
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -9,7 +11,8 @@ class LayerReport:
 
     Attributes:
         path: in the model.
-        status: "fused", or why it is not.
+        status: "fused"; "fused beside its base" and why, where the frozen layer is called as it is and the fused
+            low-rank term is added; or why it is not.
         backend: that would serve the layer on its weight's device; None where it is not fused.
         shares_with: paths of the layers that are computed in the same call when they get the same tensor.
         kind: what the layer is: "LoRA layers", "bottleneck adapters", ...
@@ -23,10 +26,12 @@ class LayerReport:
 
     @property
     def fused(self) -> bool:
-        return self.status == "fused"
+        return self.status == "fused" or self.status.startswith(BESIDE)
 
     def __str__(self) -> str:
         """What became of the layer, without its path."""
-        text = f"fused ({self.backend})" if self.fused else f"not fused: {self.status}"
+        head, _, why = self.status.partition(": ")
+        text = f"{head} ({self.backend})" if self.fused else f"not fused: {self.status}"
+        text += f", since {why}" if self.fused and why else ""
         partners = ", ".join(path.rpartition(".")[2] for path in self.shares_with)
         return f"{text}, reads x with {partners}" if partners else text

@@ -16,7 +16,7 @@ from ..nn.protocol import Reported, is_added, reported
 from ..nn.read_past import read_past
 from .attachment import attachment_of, check_module
 from .folding import folded
-from .layer_report import LayerReport
+from .layer_report import BESIDE, LayerReport
 from .registry import methods_of
 
 # For a layer of another library as it is, (kind, why it is not fused); None for any other module.
@@ -115,7 +115,7 @@ def _row(
     module: nn.Module, layer: Reported, path: str, paths: dict[nn.Module, str], passed: dict[str, str]
 ) -> LayerReport:
     status = f"its weight is {passed[path]}" if path in passed else layer.fastpeft_report()
-    if status != "fused":
+    if status != "fused" and not status.startswith(BESIDE):
         return LayerReport(path, status, None, (), layer.fastpeft_kind)
     group = module.__dict__.get("fastpeft_shared")
     partners = () if group is None else group.partners(module)

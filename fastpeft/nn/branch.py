@@ -1,6 +1,6 @@
 """What a layer tells its siblings about itself: its tensors and numbers, or why it keeps to itself."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -9,7 +9,7 @@ class Branch(NamedTuple):
     """One projection of x as ``fastpeft.ops.lora_linear`` takes it.
 
     Attributes:
-        weight: ``[N, K]`` frozen, any strides.
+        weight: ``[N, K]`` frozen, any strides or quantised; None where the frozen layer is called beside it.
         lora_a: ``[r, K]`` trained.
         lora_b: ``[N, r]`` trained.
         bias: ``[N]`` of the frozen layer, or None.
@@ -18,7 +18,7 @@ class Branch(NamedTuple):
         lora_bias: ``[N]`` of lora_b, trained, or None; it enters as ``bias + scale · lora_bias``.
     """
 
-    weight: Tensor
+    weight: Any
     lora_a: Tensor
     lora_b: Tensor
     bias: Tensor | None

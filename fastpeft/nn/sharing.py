@@ -277,7 +277,7 @@ def branch_of(module: nn.Module) -> Branch | str:
     if isinstance(branch, str):
         return branch
     for tensor in (branch.weight, branch.lora_a, branch.lora_b, branch.bias, branch.lora_bias):
-        if tensor is None:
+        if tensor is None or isinstance(tensor, ops.Base):
             continue
         if type(tensor) not in PLAIN or tensor.is_inference():
             return f"a parameter is a {type(tensor).__name__}" if type(tensor) not in PLAIN else "inference tensors"

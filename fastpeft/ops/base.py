@@ -32,7 +32,7 @@ class Base(NamedTuple):
         shape: N and K.
         block: elements that share a scale.
         block2: scales that share a scale.
-        dtype: in which the weight is multiplied, that of x.
+        dtype: in which its library multiplies by it; None: in that of x.
     """
 
     codes: Tensor
@@ -44,7 +44,7 @@ class Base(NamedTuple):
     shape: tuple[int, int]
     block: int
     block2: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +62,7 @@ def four_bit(
     code: Tensor,
     shape: Sequence[int],
     block: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     nested: tuple[Tensor, Tensor, Tensor, int] | None = None,
 ) -> Base:
     """A weight in NF4, FP4 or any other code of 16 values.
@@ -73,7 +73,7 @@ def four_bit(
         code: float32 ``[16]``, the value of each code.
         shape: N and K.
         block: elements that share a scale, a power of 2, and 2 at least.
-        dtype: in which the weight is multiplied.
+        dtype: in which its library multiplies by it; None: in that of x.
         nested: absmax2, code2 ``[256]``, offset (float32 each) and the number of scales that share one in absmax2.
 
     Raises:
@@ -97,13 +97,13 @@ def four_bit(
     return Base(flat, absmax.view(-1), code, absmax2, code2, offset, (n, k), block, block2, dtype)
 
 
-def eight_bit(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.bfloat16) -> Base:
+def eight_bit(codes: Tensor, absmax: Tensor, dtype: torch.dtype | None = None) -> Base:
     """A weight in int8 with a scale for each row.
 
     Args:
         codes: int8 ``[N, K]``.
         absmax: float32 ``[N]``, what 127 stands for.
-        dtype: in which the weight is multiplied.
+        dtype: in which its library multiplies by it; None: in that of x.
 
     Raises:
         TypeError: a tensor has another dtype.

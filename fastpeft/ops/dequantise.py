@@ -40,7 +40,7 @@ def dequantise(base: Base, dtype: torch.dtype | None = None, backend: str | None
 
     Args:
         base: made by ``fastpeft.ops.four_bit`` or ``fastpeft.ops.eight_bit``.
-        dtype: float16, bfloat16, float32 or float64; None is the base's.
+        dtype: float16, bfloat16, float32 or float64; None is the base's, float32 without one.
         backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
             None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
 
@@ -53,7 +53,7 @@ def dequantise(base: Base, dtype: torch.dtype | None = None, backend: str | None
     """
     if not isinstance(base, Base):
         raise TypeError(f"dequantise: base is {_check.shown(base)}, expected a fastpeft.ops.Base")
-    dtype = _check.dtype_or_none("dequantise", "dtype", dtype) or base.dtype
+    dtype = _check.dtype_or_none("dequantise", "dtype", dtype) or base.dtype or torch.float32
     backend = _backend.choose("dequantise", backend, REASONS, base.codes, dtype)
     shape = [int(size) for size in base.shape]
     return _dequantise(*base[: 1 + TABLES], shape, base.block, base.block2, dtype, backend)[0]
@@ -75,4 +75,4 @@ REASONS = {
 
 def facts(given: dict) -> tuple:
     """What ``REASONS`` look at, of the arguments of ``dequantise`` by name."""
-    return given["base"].codes, given.get("dtype", given["base"].dtype)
+    return given["base"].codes, given.get("dtype", given["base"].dtype or torch.float32)

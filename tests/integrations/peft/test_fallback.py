@@ -58,20 +58,15 @@ CHANGES = {
     "disabled": (lambda layer: layer.enable_adapters(False), "disabled"),
     "merged": (lambda layer: layer.merge(), "merged"),
     "no adapter": (lambda layer: layer.delete_adapter("default"), "no adapter"),
-    "hook on the base": (lambda layer: layer.base_layer.register_forward_hook(lambda m, x, y: 2 * y), "hooks"),
     "pre-hook on A": (lambda layer: layer.lora_A.default.register_forward_pre_hook(lambda m, x: 2 * x[0]), "hooks"),
     "hook on B": (lambda layer: layer.lora_B.default.register_forward_hook(lambda m, x, y: 2 * y), "hooks"),
     "hook on dropout": (lambda layer: layer.lora_dropout.default.register_forward_hook(lambda m, x, y: -y), "hooks"),
     "backward hook": (lambda layer: layer.lora_B.default.register_full_backward_hook(lambda m, gx, gy: None), "hooks"),
-    "forward replaced": (_replace_forward, "replaced forward"),
     "parametrised": (lambda layer: _parametrise(layer.lora_A.default), "Param"),
-    "parametrised base": (lambda layer: _parametrise(layer.base_layer), "Param"),
-    "hook of accelerate": (lambda layer: add_hook_to_module(layer.base_layer, ModelHook()), "replaced forward"),
-    "weight is a subclass": (lambda layer: _packed(layer.base_layer), "base_layer.weight is Packed"),
     "A is a subclass": (lambda layer: _packed(layer.lora_A.default), "Packed"),
     "B is a subclass": (lambda layer: _packed(layer.lora_B.default), "Packed"),
+    "forward replaced": (_replace_forward, "replaced forward"),
     "pruned": (lambda layer: prune.l1_unstructured(layer.lora_A.default, "weight", 0.5), "hooks"),
-    "base is a subclass": (_use_subclass, "base_layer is Quantised"),
     "dropout module": (lambda layer: layer.lora_dropout.update({"default": Shout()}), "lora_dropout is Shout"),
     "dropout of 1": (lambda layer: layer.lora_dropout.update({"default": nn.Dropout(1.0)}), "p=1.0"),
     "dropout in place": (lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5, True)}), "inplace=True"),
@@ -81,6 +76,15 @@ CHANGES = {
     "B is no Linear": (lambda layer: setattr(layer.lora_B.default, "__class__", Special), "and Special, not nn.Linear"),
     "narrow adapter": (lambda layer: layer.lora_A.to(torch.float16) and layer.lora_B.to(torch.float16), "float16"),
     "adapter dtypes differ": (lambda layer: layer.lora_B.to(torch.float64), "differ in dtype"),
+}  # fmt: skip
+
+# What is done to a base that is called for that reason, and the low-rank term added to what it gives.
+BESIDE = {
+    "hook on the base": (lambda layer: layer.base_layer.register_forward_hook(lambda m, x, y: 2 * y), "hooks"),
+    "parametrised base": (lambda layer: _parametrise(layer.base_layer), "Param"),
+    "hook of accelerate": (lambda layer: add_hook_to_module(layer.base_layer, ModelHook()), "replaced forward"),
+    "weight is a subclass": (lambda layer: _packed(layer.base_layer), "base_layer.weight is Packed"),
+    "base is a subclass": (_use_subclass, "base_layer is Quantised"),
 }  # fmt: skip
 
 
@@ -95,6 +99,27 @@ def assert_same(ours, plain, x):
     else:
         torch.manual_seed(0)
         assert torch.equal(ours(x.clone()), expected)
+
+
+@pytest.mark.parametrize("change", BESIDE)
+def test_a_base_that_cannot_be_read_is_called(change, monkeypatch):
+    apply, reason = BESIDE[change]
+    plain = peft_model()
+    ours = fastpeft.accelerate(copy.deepcopy(plain), strict=True)
+    for model in (plain, ours):
+        apply(up(model))
+    x = torch.randn(3, 12)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    with counted(monkeypatch) as fused:
+        found, wanted = up(ours)(leaves[0]), up(plain)(leaves[1])
+    assert len(fused) == 1
+    torch.testing.assert_close(found, wanted)
+    for one, other in zip(
+        *(torch.autograd.grad(y.sum(), leaf) for y, leaf in zip((found, wanted), leaves)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    assert statuses(ours)["up"].startswith("fused beside its base: ")
+    assert reason in statuses(ours)["up"]
 
 
 @pytest.mark.parametrize("change", CHANGES)

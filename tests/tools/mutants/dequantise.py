@@ -62,11 +62,7 @@ MUTANTS = {
     },
     "fastpeft/ops/dequantise.py": {
         "dequantise": {
-            "in the base's dtype": (
-                '"dtype", dtype) or base.dtype',
-                '"dtype", dtype) and base.dtype or base.dtype',
-                DTYPE,
-            ),
+            "in the base's dtype": ('_check.dtype_or_none("dequantise", "dtype", dtype) or base', "base", DTYPE),
         },
     },
     "fastpeft/ops/lora_linear.py": {
