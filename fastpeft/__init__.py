@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .methods.checkpoint import load as load
     from .methods.checkpoint import save as save
     from .methods.lora.config import Lora as Lora
+    from .methods.lora.experts import expert_parameters as expert_parameters
     from .methods.per_row import per_row as per_row
     from .methods.prefix.config import PrefixTuning as PrefixTuning
     from .methods.prompt.config import PromptTuning as PromptTuning
@@ -64,6 +65,7 @@ _HOME = {
     "delete_adapter": "methods.attach",
     "detach": "methods.attach",
     "disable_adapter": "methods.switch",
+    "expert_parameters": "methods.lora.experts",
     "explain": "ops",
     "load": "methods.checkpoint",
     "load_selective": "methods.selective.selection",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import _check, ops
 from ..nn import LoraLinear, quantised, sharing
 from ..nn.backend import serving_backend
+from ..nn.experts_call import layout_of
 from ..nn.guarding import state_without_kept
 from ..nn.read_past import read_past
 from . import _experts, _fusable
@@ -261,9 +262,9 @@ def _report(layer: Any) -> str:
         found = _experts.plan(layer)
         return found if isinstance(found, str) else "fused"
     if type(layer) is ParamWrapper:
-        return str(_experts.layout_of(_experts.innermost(layer)))
+        return str(layout_of(_experts.innermost(layer)))
     return f"{type(layer).__module__}.{type(layer).__qualname__} has no fused form"
 
 
 def _around_experts(layer: Any) -> bool:
-    return type(layer) is ParamWrapper and not isinstance(_experts.layout_of(_experts.innermost(layer)), str)
+    return type(layer) is ParamWrapper and not isinstance(layout_of(_experts.innermost(layer)), str)

@@ -4,6 +4,7 @@ from .attach import attach, delete_adapter, detach
 from .bottleneck.config import Bottleneck
 from .checkpoint import adapter_state_dict, load, save
 from .lora.config import Lora
+from .lora.experts import expert_parameters
 from .per_row import per_row
 from .prefix.config import PrefixTuning
 from .prompt.config import PromptTuning
@@ -29,6 +30,7 @@ __all__ = [
     "delete_adapter",
     "detach",
     "disable_adapter",
+    "expert_parameters",
     "load",
     "load_selective",
     "merge",

@@ -5,8 +5,8 @@ its original.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from ..nn.base_layer import is_conv1d, not_linear_reason
 from ..nn.lora import LoraLinear
 from ..nn.lora_embedding import LoraEmbedding, no_lora_embedding_reason
+from ..nn.lora_experts import LoraExperts
 from ..nn.protocol import is_added, original_child
 from ..nn.read_past import read_past
 from .embeddings import output_embeddings
@@ -25,10 +26,11 @@ _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 @dataclass(frozen=True)
 class Targets:
-    """Paths to adapt and paths to copy, in the model's order."""
+    """Paths to adapt and paths to copy, in the model's order; of experts, the names of the adapted parameters too."""
 
     linears: tuple[str, ...]
     copies: tuple[str, ...]
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -52,10 +54,13 @@ def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[
             yield from _walk(inner, f"{path}.{name}" if path else name, seen)
 
 
-def resolve(op: str, model: nn.Module, config: Lora, strict: bool = True) -> Targets:
+def resolve(
+    op: str, model: nn.Module, config: Lora, strict: bool = True, experts: Mapping[str, tuple[str, ...]] | None = None
+) -> Targets:
     """The modules that ``config`` means.
 
     Args:
+        experts: those that it means already (``lora.experts``), which are left out where they are copied.
         strict: every name in modules_to_save and every pattern must match something; a checkpoint's need not.
 
     Raises:
@@ -68,13 +73,14 @@ def resolve(op: str, model: nn.Module, config: Lora, strict: bool = True) -> Tar
     passed = read_past(model) if strict or config.targets == ALL_LINEAR else {}
     _refuse_foreign_adapters(op, modules)
     copies = _copies(op, modules, config)
+    kept = {p: n for p, n in (experts or {}).items() if not any(_within(p, copy) for copy in copies)}
     skipped = (*(_head_paths(model, modules) if config.targets == ALL_LINEAR else ()), *copies)
     linears = []
     for path, module in modules.items():
         reason = _not_linear(module)
         if reason is None or _is_embedding(module):
             reason = passed.get(path, reason)
-        if any(path == skip or path.startswith(f"{skip}.") for skip in skipped) or not _named(path, reason, config):
+        if path in kept or any(_within(path, skip) for skip in skipped) or not _named(path, reason, config):
             continue
         if reason is not None and (path in passed or not _is_embedding(module)):
             given = f"targets names {path or 'the model'}, which is {reason}"
@@ -83,20 +89,23 @@ def resolve(op: str, model: nn.Module, config: Lora, strict: bool = True) -> Tar
         if path == "":
             raise ValueError(f"{op}: model is itself the layer to adapt, expected a model around it: use LoraLinear")
         linears.append(path)
-    if not linears:
+    if not linears and not kept:
         raise ValueError(
             f"{op}: targets={_short(config.targets)} matches no module of {type(model).__name__}, "
             f"expected some of {_candidates(modules)}"
         )
     if strict:
-        _check_all_used(op, linears, copies, config)
-    return Targets(tuple(linears), copies)
+        parameters = (f"{path}.{name}" for path, names in kept.items() for name in names)
+        _check_all_used(op, [*linears, *parameters], copies, config)
+    return Targets(tuple(linears), copies, kept)
 
 
 def _not_linear(module: nn.Module) -> str | None:
     """Why "all-linear" does not mean this module, or None."""
     if isinstance(module, LoraEmbedding):
         return "an Embedding"
+    if isinstance(module, LoraExperts):
+        return "an experts module"
     return None if isinstance(module, LoraLinear) else not_linear_reason(module)
 
 
@@ -109,18 +118,27 @@ def names(path: str, config: Lora) -> bool:
     return _named(path, None, config)
 
 
+def excluded(path: str, config: Lora) -> bool:
+    """Whether the config leaves ``path`` out."""
+    exclude = config.exclude
+    if not exclude:
+        return False
+    return bool(re.fullmatch(exclude, path)) if isinstance(exclude, str) else ends_with(path, exclude)
+
+
 def _named(path: str, reason: str | None, config: Lora) -> bool:
-    exclude, targets = config.exclude, config.targets
-    if exclude and (re.fullmatch(exclude, path) if isinstance(exclude, str) else _ends(path, exclude)):
+    targets = config.targets
+    if excluded(path, config):
         return False
     if targets == ALL_LINEAR:
         return reason is None and path != ""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None
-    return path in targets or (_ends(path, targets) and _in_layers(path, config))  # a whole path is in any layer
+    return path in targets or (ends_with(path, targets) and _in_layers(path, config))  # a whole path is in any layer
 
 
-def _ends(path: str, names: Sequence[str]) -> bool:
+def ends_with(path: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is the path or its end, from a dot on."""
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 

@@ -4,6 +4,7 @@ from .adapter import LoraAdapter
 from .bottleneck import BottleneckAdapter
 from .branch import Branch
 from .lora import LoraLinear
+from .lora_experts import LoraExperts
 from .row_sparse import RowSparseLinear
 from .sharing import SharedInput, share_inputs, unshare_inputs
 from .token_rows import TokenRows
@@ -13,6 +14,7 @@ __all__ = [
     "BottleneckAdapter",
     "Branch",
     "LoraAdapter",
+    "LoraExperts",
     "LoraLinear",
     "RowSparseLinear",
     "SharedInput",

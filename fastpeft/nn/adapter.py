@@ -26,6 +26,8 @@ class LoraAdapter(nn.Module):
             the adapter acts from the first step.
         dtype: The parameters' dtype; None is torch's default.
         device: The parameters' device; None is torch's default.
+        experts: How many matrices the adapter is for, in PEFT's layout: ``lora_A [experts · r, K]``, the expert its
+            slow index, and ``lora_B [N, r · experts]``, the expert its fast one.
 
     Raises:
         ValueError: An argument has a value that it may not have; the error names it and what was expected.
@@ -48,6 +50,7 @@ class LoraAdapter(nn.Module):
         init: str = "kaiming",
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        experts: int = 1,
     ):
         super().__init__()
         self.r = _check.positive("LoraAdapter", "r", r)
@@ -57,8 +60,8 @@ class LoraAdapter(nn.Module):
         self.rslora = _check.boolean("LoraAdapter", "rslora", rslora)
         self.init = init
         self.scale = self.alpha / (math.sqrt(self.r) if rslora else self.r)
-        self.lora_A = nn.Parameter(torch.empty(self.r, in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(out_features, self.r, dtype=dtype, device=device))
+        self.lora_A = nn.Parameter(torch.empty(experts * self.r, in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(out_features, self.r * experts, dtype=dtype, device=device))
         bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if lora_bias else None
         self.register_parameter("lora_bias", bias)
         self.reset_parameters()

@@ -70,7 +70,7 @@ def _as_in_peft(op: str, source: str, model: nn.Module, fields: Mapping, config:
 
 
 def _lora(op: str, source: str, fields: dict, heads: tuple[str, ...]) -> list[Any]:
-    if fields.get("target_modules") is None:
+    if fields.get("target_modules") is None and not fields.get("target_parameters"):
         raise ValueError(f"{op}: {source} has target_modules=None, expected names or 'all-linear'")
     init = fields.get("init_lora_weights", True)
     if init not in FRESH_INITS:
@@ -79,6 +79,7 @@ def _lora(op: str, source: str, fields: dict, heads: tuple[str, ...]) -> list[An
     tokens = fields.pop("trainable_token_indices", None)
     saved = [name for name in fields.get("modules_to_save") or () if name not in heads]
     lora = from_peft(op, {**fields, "modules_to_save": [*saved, *heads] or None}, source)
+    lora = dataclasses.replace(lora, experts=lora.experts or True)
     return [lora, Selective(tokens=tokens)] if tokens else [lora]
 
 

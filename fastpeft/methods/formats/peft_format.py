@@ -23,6 +23,7 @@ _FIELDS = {
     "lora_bias": "lora_bias",
     "modules_to_save": "modules_to_save",
 }
+_PARAMETERS = "target_parameters"  # of experts, for PEFT since 0.17
 _REQUIRED = ("peft_type", "r", "target_modules")
 # Fields that do not change what a trained adapter computes, or that the model itself tells (fan_in_fan_out).
 _WITHOUT_EFFECT = {
@@ -47,9 +48,16 @@ _PLAIN_INITS = (*FRESH_INITS, None, "orthogonal", "eva")
 
 
 def to_peft(
-    config: Lora, linears: Sequence[str], paths: Sequence[str], fan_in_fan_out: bool, base_model: str | None
+    config: Lora,
+    linears: Sequence[str],
+    paths: Sequence[str],
+    fan_in_fan_out: bool,
+    base_model: str | None,
+    parameters: Sequence[str] = (),
 ) -> dict:
     """The fields of PEFT's LoraConfig for ``config``.
+
+    ``parameters`` are those of experts, by PEFT's names. PEFT refuses dropout beside them, so none is written.
 
     "all-linear" and ``layers`` become the paths of the adapted layers, ``linears``: which layers the former means, and
     which paths the latter finds, has changed between versions of PEFT. ``paths`` are those of all modules.
@@ -70,6 +78,8 @@ def to_peft(
         inference_mode=True,
         task_type=None,
     )
+    if parameters:  # targets may mean these too, which PEFT would not find among modules
+        fields.update({_PARAMETERS: list(parameters), "lora_dropout": 0.0, "target_modules": _exactly(linears, paths)})
     return dict(sorted(fields.items()))
 
 
@@ -92,12 +102,14 @@ def from_peft(op: str, fields: object, source: str = "adapter_config.json") -> L
     Raises:
         ValueError: not a LoRA config of PEFT, or a field asks for what is not served here (DoRA, other variants, ...).
     """
+    if isinstance(fields, dict) and fields.get(_PARAMETERS) and fields.get("target_modules") is None:
+        fields = {**fields, "target_modules": []}
     if not isinstance(fields, dict) or any(fields.get(name) is None for name in _REQUIRED):
         raise ValueError(f"{op}: {source} is no LoRA config, expected the fields {', '.join(_REQUIRED)}")
     if fields["peft_type"] != "LORA":
         raise ValueError(f"{op}: {source} has peft_type={fields['peft_type']!r}, expected 'LORA'")
     for name, value in fields.items():
-        if value and name not in _FIELDS and name not in _WITHOUT_EFFECT:
+        if value and name not in _FIELDS and name not in _WITHOUT_EFFECT and name != _PARAMETERS:
             raise Unserved(f"{op}: {source} has {name}={value!r}, which is not served")
     init = fields.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
@@ -112,4 +124,4 @@ def from_peft(op: str, fields: object, source: str = "adapter_config.json") -> L
         if name in settings and settings[name] in ("", []):
             del settings[name]
     known = {value: name for name, value in _INITS.items()}
-    return Lora(**settings, init=known.get(init, "kaiming"))
+    return Lora(**settings, init=known.get(init, "kaiming"), experts=fields.get(_PARAMETERS) or False)

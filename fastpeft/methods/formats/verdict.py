@@ -19,6 +19,8 @@ from ..method import Method
 from ..registry import METHODS
 from ..selective.files import DELTA, NORM, NORMS, TOKENS, tokens_beside_lora
 from ..selective.files import check_fields as check_selection
+from ..targets import ALL_LINEAR, ends_with
+from ..targets import names as means
 from .adapterhub_files import read_hub_tensors
 from .adapterhub_format import from_hub
 from .files import read_safetensors
@@ -196,19 +198,37 @@ def _judge_lora(found: Verdict, config: Lora) -> None:
         elif _BESIDE.fullmatch(key) is None:
             found.fault(f"{key} is no part of LoRA")
     for path, pair in pairs.items():
-        rank = config.rank_of(path)
+        ranks, parameter = _ranks(path, config)
         for half, other in ("AB", "BA"):
             if half not in pair:
                 found.fault(f"{path} has no lora_{half} beside its lora_{other}")
-            elif pair[half].dim() != 2 or pair[half].shape[0 if half == "A" else 1] != rank:
+            elif pair[half].dim() != 2 or not _is_of_rank(pair[half].shape["AB".index(half)], ranks, parameter):
                 found.fault(
-                    f"lora_{half} {list(pair[half].shape)} of {path} is not of rank {rank}, which the config says"
+                    f"lora_{half} {list(pair[half].shape)} of {path} is not of rank {' or '.join(map(str, ranks))}"
+                    f"{' for each expert' if parameter else ''}, which the config says"
                 )
             elif not pair[half].is_floating_point():
                 found.fault(f"lora_{half} of {path} is {pair[half].dtype}, expected floating point")
     ups = [pair["B"] for pair in pairs.values() if "B" in pair]
     if ups and not any(up.any() for up in ups):
         found.notes.append("every lora_B is zero: it has not been trained and does nothing")
+
+
+def _ranks(path: str, config: Lora) -> tuple[list[int], bool]:
+    """The ranks that a pair may have, and whether it is for a parameter: which one of its module's, the model knows."""
+    module = path
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    named = config.experts if isinstance(config.experts, tuple) else ()
+    ends = (name.rpartition(".") for name in named)
+    parameters = [end for where, _, end in ends if not where or ends_with(module, (where,))]
+    if not parameters or (module == path and config.targets != ALL_LINEAR and means(path, config)):
+        return [config.rank_of(path)], False
+    return sorted({config.rank_of(f"{module}.{parameter}") for parameter in parameters}), True
+
+
+def _is_of_rank(size: int, ranks: list[int], parameter: bool) -> bool:
+    return any(size and size % rank == 0 if parameter else size == rank for rank in ranks)
 
 
 def _judge_prompt(found: Verdict, length: int) -> None:

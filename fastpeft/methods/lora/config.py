@@ -24,6 +24,10 @@ class Lora:
         targets: Which linear layers to adapt [target_modules]. "all-linear" is all but the output head; another string
             is a regular expression for whole paths; a list holds paths or their ends, ``["q_proj", "v_proj"]``. An
             embedding is adapted where it is named.
+        experts: Whether the weights of experts are adapted too, which a model keeps as parameters of three dimensions,
+            where ``targets`` mean them: all of them with "all-linear", else those whose name, or an older name of
+            theirs (gate_proj, w1), is given. A list holds parameters' paths or their ends instead,
+            ``["experts.gate_up_proj"]``, also of two dimensions [target_parameters].
         exclude: A regular expression for whole paths, or a list of paths and their ends, that are left out
             [exclude_modules].
         layers: Only in these layers of the stack: their numbers, or a single one, with ``targets`` as a list only; a
@@ -50,6 +54,7 @@ class Lora:
     alpha: float = 8
     dropout: float = 0.0
     targets: str | Sequence[str] = ALL_LINEAR
+    experts: bool | Sequence[str] = True
     exclude: str | Sequence[str] | None = None
     layers: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
@@ -84,6 +89,8 @@ class Lora:
                 _check.pattern("Lora", name, value)
             elif value is not None:
                 self._set(name, _check.names("Lora", name, value))
+        if not isinstance(self.experts, bool):
+            self._set("experts", _check.names("Lora", "experts", self.experts))
         self._check_targets()
         if self.layers is not None:
             self._check_layers()
@@ -92,7 +99,7 @@ class Lora:
         object.__setattr__(self, name, value)
 
     def _check_targets(self) -> None:
-        if not self.targets:
+        if not self.targets and (self.targets == "" or not isinstance(self.experts, tuple) or not self.experts):
             raise ValueError(f'Lora: targets is {self.targets!r}, expected "{ALL_LINEAR}", a pattern or names')
         for word in (self.targets,) if isinstance(self.targets, str) else self.targets:
             meant = re.sub(r"[^a-z]", "", word.lower()) == "alllinear"
@@ -114,7 +121,7 @@ class Lora:
         """r of a layer.
 
         Args:
-            path: The layer's, in the model.
+            path: The layer's, in the model; of experts, the parameter's.
         """
         return _lookup(self.rank_pattern, path, self.r)
 
@@ -122,7 +129,7 @@ class Lora:
         """alpha of a layer.
 
         Args:
-            path: The layer's, in the model.
+            path: The layer's, in the model; of experts, the parameter's.
         """
         return _lookup(self.alpha_pattern, path, self.alpha)
 

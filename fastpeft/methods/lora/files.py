@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...nn.base_layer import is_conv1d
+from ...nn.experts_weights import sizes
 from ...nn.lora import LoraLinear
 from ...nn.lora_embedding import LoraEmbedding
+from ...nn.lora_experts import LoraExperts
 from ...nn.trained_copy import TrainedCopy
 from ..embeddings import tied_to_embeddings
 from ..formats.files import write_json, write_tensors
@@ -20,6 +22,7 @@ from ..method import Files
 from ..own import own_parameters
 from ..targets import Targets, walk
 from .config import Lora
+from .experts import keys_of, target_parameters
 from .record import bias_key, trained_biases
 
 
@@ -39,7 +42,10 @@ class LoraFiles(Files):
         conv1d = any(is_conv1d(layer.base_layer) for layer in layers.values())
         paths = [path for path, _ in walk(model)]
         base = getattr(model, "name_or_path", None) or None
-        fields = to_peft(self.method.configs(model)[name], list(layers), paths, conv1d, base)
+        experts = {p: tuple(layer.adapted([name])) for p, layer in layers.items() if isinstance(layer, LoraExperts)}
+        linears, config = [path for path in layers if path not in experts], self.method.configs(model)[name]
+        named = config.experts if isinstance(config.experts, tuple) else target_parameters(model, experts)
+        fields = to_peft(config, linears, paths, conv1d, base, named if experts else ())
         write_tensors(op, directory / WEIGHTS, {self.key(key): value for key, value in tensors.items()})
         write_json(directory / CONFIG, fields)
 
@@ -47,7 +53,11 @@ class LoraFiles(Files):
         record = self.method.record(model)
         tensors: dict[str, Tensor] = {}
         for path, layer in record.layers(model).items():
-            if name in layer.adapters:
+            if isinstance(layer, LoraExperts):
+                for parameter, key in keys_of(path, layer.adapted([name])).items():
+                    pair = layer.adapters[name][parameter]  # type: ignore[index]
+                    tensors |= {f"{key}.lora_A.weight": pair.lora_A, f"{key}.lora_B.weight": pair.lora_B}
+            elif name in layer.adapters:
                 adapter = layer.adapters[name]
                 for key, tensor in zip(_keys(path, layer), (adapter.lora_A, adapter.lora_B), strict=True):
                     tensors[key] = tensor
@@ -74,6 +84,12 @@ class LoraFiles(Files):
             shapes.update(zip(_keys(path, module), ((r, k), (n, r)), strict=True))
             if config.lora_bias:
                 shapes[f"{path}.lora_B.bias"] = (n,)
+        for path, parameters in targets.experts.items():
+            module = model.get_submodule(path)
+            base = module.base_layer if isinstance(module, LoraExperts) else module
+            for parameter, key in keys_of(path, parameters).items():
+                (e, k, n), r = sizes(base, parameter), config.rank_of(f"{path}.{parameter}")
+                shapes |= {f"{key}.lora_A.weight": (e * r, k), f"{key}.lora_B.weight": (n, r * e)}
         for path in targets.copies:
             module = model.get_submodule(path)
             original = module.original_module if isinstance(module, TrainedCopy) else module

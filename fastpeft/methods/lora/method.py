@@ -9,6 +9,7 @@ from ...nn.base_layer import not_linear_reason
 from ...nn.live_slice import LiveSlice
 from ...nn.lora import LoraLinear
 from ...nn.lora_embedding import LoraEmbedding
+from ...nn.lora_experts import LoraExperts
 from ...nn.protocol import is_added
 from ...nn.sharing import share_inputs, unshare_inputs
 from ...nn.trained_copy import TrainedCopy
@@ -24,7 +25,7 @@ from ..selective.plan import Plan
 from ..targets import Targets, resolve
 from ..targets import names as named
 from .config import ALL_LINEAR, Lora
-from .experts import frozen_experts
+from .experts import adapt, adapted_experts, frozen_experts
 from .files import LoraFiles
 from .record import LoraRecord, trained_biases
 
@@ -48,7 +49,7 @@ class LoraMethod(Mergeable):
                 raise ValueError(
                     f"{op}: adapter {biased[0]!r} trains the model's biases, expected bias='none' with two adapters"
                 )
-        targets = resolve(op, model, config, strict)
+        targets = resolve(op, model, config, strict, adapted_experts(op, model, config, strict))
         for path in targets.copies:
             for inner, module in model.get_submodule(path).named_modules():
                 if is_added(module) and not inner.startswith("fastpeft_"):
@@ -56,7 +57,7 @@ class LoraMethod(Mergeable):
                 if isinstance(module, LiveSlice):
                     raise ValueError(f"{op}: modules_to_save names {path}, but select trains rows of a layer inside")
         _refuse_copied(op, model, config, targets, record.copies if record else ())
-        check_values(op, model, targets.linears)
+        check_values(op, model, (*targets.linears, *targets.experts))
         check_values(op, model, (*targets.copies, *trained_biases(model, config, targets)), added=False)
         return config, targets
 
@@ -64,15 +65,17 @@ class LoraMethod(Mergeable):
         return frozenset({*trained_biases(model, *plan), *(f"{path}." for path in plan[1].copies)})
 
     def report(self, model: nn.Module) -> Sequence[LayerReport]:
-        return frozen_experts(model)
+        return frozen_experts(model, self.configs(model).values())
 
     def apply(self, model: nn.Module, plan: tuple[Lora, Targets], name: str) -> None:
         (config, targets), record = plan, self.record(model)
-        modules = {path: model.get_submodule(path) for path in (*targets.linears, *targets.copies)}
+        modules = {path: model.get_submodule(path) for path in (*targets.linears, *targets.experts, *targets.copies)}
         try:
             # Memory may run out up to here; only then is the model changed.
             biases = Change(model, Plan(whole=dict.fromkeys(trained_biases(model, config, targets), "bias")))
             layers = {path: _adapted(modules[path], path, config, name) for path in targets.linears}
+            experts = targets.experts.items()
+            layers |= {path: adapt(modules[path], path, parameters, config, name) for path, parameters in experts}
             wrappers = {path: _copied(modules[path], name) for path in targets.copies}
         except BaseException:
             _take_back(modules.values(), name)
@@ -170,18 +173,8 @@ class LoraMethod(Mergeable):
         for path, layer in self.record(model).layers(model).items():
             if not layer.active:
                 continue
-            if layer.base_layer._parameters.get("weight") is None:
-                raise ValueError(
-                    f"merge: the weight of {path} is computed anew for each call (weight_norm, spectral_norm, "
-                    "parametrize), expected a parameter: remove that first"
-                )
-            if layer.weight.is_meta:
-                raise ValueError(f"merge: the weight of {path} is offloaded or on the meta device, expected values")
-            tied = names[id(layer.weight)]
-            if len(tied) > 1:
-                raise ValueError(
-                    f"merge: the weight of {path} is also {next(n for n in tied if not n.startswith(path))}"
-                )
+            for weight in layer.adapted(layer.active) if isinstance(layer, LoraExperts) else ("weight",):
+                _check_mergeable(path, layer.base_layer, weight, names)
             try:
                 ready.append((layer, layer.merged_tensors()))
             except ValueError as error:
@@ -197,6 +190,21 @@ class LoraMethod(Mergeable):
         for layer in self.record(model).layers(model).values():
             if layer.merged:
                 layer.unmerge()
+
+
+def _check_mergeable(path: str, base: nn.Module, name: str, names: Mapping[int, list[str]]) -> None:
+    """Raise if a layer's parameter cannot be merged into."""
+    weight = base._parameters.get(name)
+    if weight is None:
+        raise ValueError(
+            f"merge: the {name} of {path} is computed anew for each call (weight_norm, spectral_norm, "
+            "parametrize), expected a parameter: remove that first"
+        )
+    if weight.is_meta:
+        raise ValueError(f"merge: the {name} of {path} is offloaded or on the meta device, expected values")
+    tied = names[id(weight)]
+    if len(tied) > 1:
+        raise ValueError(f"merge: the {name} of {path} is also {next(n for n in tied if not n.startswith(path))}")
 
 
 def _refuse_copied(op: str, model: nn.Module, config: Lora, targets: Targets, copies: Iterable[str]) -> None:

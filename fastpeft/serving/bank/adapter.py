@@ -21,6 +21,7 @@ from ...methods.formats.verdict import examine
 from ...methods.lora.config import Lora
 from ...methods.targets import ALL_LINEAR, names
 from ..errors import BadCheckpoint
+from .experts import ExpertSite, by_parameter
 from .sites import Site, unserved_reason
 
 _KEY = re.compile(r"(?P<path>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
@@ -88,15 +89,19 @@ def read_adapter(
             raise BadCheckpoint(f"{op}: {name!r} has {field}={getattr(lora, field)!r}, expected no trained biases")
     if lora.modules_to_save:
         raise BadCheckpoint(f"{op}: {name!r} has modules_to_save={list(lora.modules_to_save)}, which are not served")
+    tensors, parameters = by_parameter(model, lora, tensors)
     pairs = _pairs(op, name, model, {site.path: site for site in sites}, tensors)
-    _check_pairs(op, name, lora, sites, pairs, max_rank)
+    _check_pairs(op, name, lora, sites, pairs, max_rank, parameters)
     pin = sites[0].device.type == "cuda"
     padded = sites[0].device.type == "cpu"
     ranks, scales = torch.zeros(len(sites), dtype=torch.int32), torch.zeros(len(sites))
     host: dict[Site, tuple[Tensor, Tensor]] = {}
     for site, (a, b) in pairs.items():
         r = lora.rank_of(site.path)
-        served = _rank_class(r, max_rank) if padded else r
+        if isinstance(site, ExpertSite):
+            (a, b), served = site.stacked(a, b), r
+        else:
+            served = _rank_class(r, max_rank) if padded else r
         a, b = pad(a, (0, 0, 0, served - r)), pad(b, (0, served - r))
         host[site] = _host(op, name, site, a.T if site.embedding else a, pin), _host(op, name, site, b, pin)
         ranks[site.index] = served
@@ -166,13 +171,13 @@ def _pairs(
         if match is None:
             if not _same_as_model(modules, key, tensor):
                 unserved.append(f"{key}, which {_meaning(key)}")
-        elif match["path"] not in modules:
+        elif match["path"] not in modules and match["path"] not in sites:
             foreign.append(match["path"])
         elif match["path"] not in sites:
             reason = unserved_reason(match["path"], modules) or "not among the bank's targets"
             unserved.append(f"{match['path']}, which is {reason}")
         elif sites[match["path"]].embedding != (match["embedding"] is not None):
-            unserved.append(f"{key}, but the layer is a {type(modules[match['path']]).__name__}")
+            unserved.append(f"{key}, but the layer is a {type(sites[match['path']].module).__name__}")
         else:
             found.setdefault(sites[match["path"]], {})[match["embedding"] or match["linear"]] = tensor
     if foreign:
@@ -204,18 +209,25 @@ def _meaning(key: str) -> str:
 
 
 def _check_pairs(
-    op: str, name: str, lora: Lora, sites: Sequence[Site], pairs: Mapping[Site, tuple[Tensor, Tensor]], max_rank: int
+    op: str,
+    name: str,
+    lora: Lora,
+    sites: Sequence[Site],
+    pairs: Mapping[Site, tuple[Tensor, Tensor]],
+    max_rank: int,
+    parameters: set[str],
 ) -> None:
     missing, problems = [], []
     for site in sites:
         meant = site.plain_linear if lora.targets == ALL_LINEAR else True
         if site not in pairs:
-            missing += [site.path] if meant and names(site.path, lora) else []
+            wanted = site.path in parameters if isinstance(site, ExpertSite) else meant and names(site.path, lora)
+            missing += [site.path] if wanted else []
             continue
         (a, b), r = pairs[site], lora.rank_of(site.path)
         if r > max_rank:
             problems.append(f"rank {r} at {site.path}, expected at most the bank's max_rank={max_rank}")
-        for part, tensor, shape in (("A", a, (r, site.in_features)), ("B", b, (site.out_features, r))):
+        for part, tensor, shape in zip("AB", (a, b), site.shapes(r), strict=True):
             if tuple(tensor.shape) != shape:
                 problems.append(f"{part} {list(tensor.shape)} at {site.path}, expected {list(shape)}")
             elif not tensor.is_floating_point():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ... import _check
 from .adapter import read_adapter
 from .batch import Batch, Running
+from .experts import attach_experts, expert_sites
 from .known import Known
 from .lease import Lease, checked_rows
 from .sites import find_sites, refuse_adapted
@@ -34,8 +35,9 @@ class AdapterBank:
         max_rank: the largest rank that is served.
         dtype: of the slots; None is each layer's own.
         targets: the layers that adapters may touch, as in ``fastpeft.Lora``: a pattern or a list of names or their
-            ends; "all-linear" stands for every linear layer, embedding and head. Memory, ``slots * max_rank * (K + N)``
-            numbers a layer, is taken when the first adapter that touches the layer is loaded.
+            ends; "all-linear" stands for every linear layer, embedding, head and weight of experts. Memory, ``slots *
+            max_rank * (K + N)`` numbers a layer, so many for each expert, is taken when the first adapter that touches
+            the layer is loaded.
 
     Attributes:
         model: as given.
@@ -66,13 +68,15 @@ class AdapterBank:
             )
         refuse_adapted("AdapterBank", model)
         self.model, self.max_rank = model, max_rank
-        self._sites = find_sites("AdapterBank", model, targets, dtype)
+        experts = expert_sites("AdapterBank", model, targets, dtype)
+        self._sites = find_sites("AdapterBank", model, targets, dtype, experts)
         self.device = self._sites[0].device
         self._slots = Slots(slots, self._sites, max_rank)
         self._known = Known(self._slots)
         self._running = Running()
         for site in self._sites:
             site.attach(self._running)
+        self._experts = attach_experts(experts, self._running)
 
     @property
     def slots(self) -> int:
@@ -94,7 +98,8 @@ class AdapterBank:
         Args:
             name: what batches call it by.
             source: the folder of a PEFT checkpoint (safetensors), or its state dict. Served are LoRA and rsLoRA of any
-                rank up to ``max_rank`` with patterns, on linear layers, embeddings and the head, with bias="none".
+                rank up to ``max_rank`` with patterns, on linear layers, embeddings, the head and weights of experts,
+                with bias="none".
             pin: keep it in a slot.
             config: beside a state dict, the fields of adapter_config.json as a dict, or ``peft.LoraConfig``; with a
                 folder None, or what is to stand for its adapter_config.json.
@@ -275,6 +280,8 @@ class AdapterBank:
         if self._known.close("close"):
             for site in self._sites:
                 site.detach()
+            for forward in self._experts:
+                forward.detach()
 
     def __enter__(self) -> "AdapterBank":
         return self

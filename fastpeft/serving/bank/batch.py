@@ -43,7 +43,7 @@ class Batch:
         # What siblings of one input left for each other, and what each group computes.
         self.shared: dict[Any, tuple[Tensor, int, dict[Any, Tensor]]] = {}
         self.plans: dict[Any, tuple[Any, ...]] = {}
-        self._slot_count = slot_count
+        self.slot_count = slot_count
         self._routings: dict[torch.Size, Routing] = {}
         self._slots = torch.tensor(slots, dtype=torch.int32, device=device)
         if lengths is not None:
@@ -57,7 +57,7 @@ class Batch:
         if found is None:
             if len(self._routings) >= _KEPT:
                 self._routings.clear()
-            found = self._routings[shape] = ops.route(self.token_slots(shape), self._slot_count)
+            found = self._routings[shape] = ops.route(self.token_slots(shape), self.slot_count)
         return found
 
     def token_slots(self, shape: torch.Size) -> Tensor:

@@ -88,6 +88,10 @@ class Site:
             raise RuntimeError(f"AdapterBank: {self.path} has no slots, expected an adapter that needs them")
         return self.lora_a, self.lora_b, self.scales, self.ranks
 
+    def shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and B in a checkpoint of rank r."""
+        return (r, self.in_features), (self.out_features, r)
+
     def write(self, slot: int, a: Tensor, b: Tensor) -> None:
         """Copy an adapter's tensors into a slot."""
         lora_a, lora_b, *_ = self.tables()
@@ -181,15 +185,17 @@ class Siblings:
         return plan
 
 
-def find_sites(op: str, model: nn.Module, targets: str | Sequence[str], dtype: torch.dtype | None) -> list[Site]:
-    """Every layer of the model that can be adapted and that ``targets`` means, in the model's order.
+def find_sites(
+    op: str, model: nn.Module, targets: str | Sequence[str], dtype: torch.dtype | None, experts: Sequence[Site] = ()
+) -> list[Site]:
+    """Every layer of the model that can be adapted and that ``targets`` means, in the model's order, after ``experts``.
 
     Raises:
         ValueError: there is none, or they do not lie on one device.
     """
     config = Lora(targets=targets)  # which checks them
     modules, head = dict(model.named_modules()), _head(model)
-    sites: list[Site] = []
+    sites: list[Site] = list(experts)
     for path, module in modules.items():
         if path and unserved_reason(path, modules) is None and (targets == ALL_LINEAR or names(path, config)):
             sites.append(Site(len(sites), path, module, dtype, module is head))
@@ -200,7 +206,7 @@ def find_sites(op: str, model: nn.Module, targets: str | Sequence[str], dtype: t
     if len(devices) > 1 or devices == {torch.device("meta")}:
         given = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"{op}: model's layers are on {given}, expected one device that holds values")
-    by_module = {site.module: site for site in sites}
+    by_module = {site.module: site for site in sites[len(experts) :]}
     for group in siblings(model, lambda module: module in by_module):
         members = [by_module[module] for module in group]
         if len(members) <= 4 and len({(m.dtype, m.in_features) for m in members}) == 1:

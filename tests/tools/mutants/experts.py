@@ -24,10 +24,17 @@ BIASES = "tests/integrations/peft/test_experts.py::test_biases_of_experts"
 REASONS = "tests/integrations/peft/test_experts.py::test_what_peft_serves_itself"
 STRICT = "tests/integrations/peft/test_experts.py::test_strict_names_what_is_not_fused"
 RESTORE = "tests/integrations/peft/test_experts.py::test_restore_gives_pefts_own"
+LIFE = "tests/methods/lora/test_experts.py::test_disabled_merged_and_detached"
+DROPOUT = "tests/methods/lora/test_experts.py::test_dropout_is_the_definitions"
+UNFUSED = "tests/methods/lora/test_experts.py::test_experts_on_their_own_path"
+MERGED = "tests/methods/lora/test_experts.py::test_merged_is_the_sum"
+NAMED = "tests/methods/lora/test_experts.py::test_what_targets_mean"
+OURS = "tests/methods/lora/test_experts_peft.py::test_outputs_and_gradients_of_every_family[gpt_oss]"
 
 _OP = (GUARDS, CHOSEN, ONE, FORMULA, ZERO, TRAINS, SEEDS, SECOND, STRIDES, SPLIT, KEPT, ALONE, OFFSETS, INTEGERS)
 _MODELS = (COLUMNS, QWEN3, GPT_OSS, LLAMA4, NEMOTRON, ADAPTERS, BIASES, REASONS, STRICT, RESTORE)
-TESTS = (*_OP, *_MODELS)
+_ATTACHED = (NAMED, LIFE, DROPOUT, UNFUSED, MERGED, OURS)
+TESTS = (*_OP, *_MODELS, *_ATTACHED)
 
 MUTANTS = {
     "kernels/experts.py": {
@@ -81,31 +88,57 @@ MUTANTS = {
             "tokens are rows": ("order // top_k_index.shape[1]", "order"),
         },
     },
-    "fastpeft/integrations/_experts.py": {
-        "_stacked": {
+    "fastpeft/nn/experts_call.py": {
+        "by_expert": {
             "B's slow index taken for the expert": (
-                "term.lora_b.view(len(term.lora_b), -1, experts).permute(2, 0, 1)",
-                "term.lora_b.view(len(term.lora_b), experts, -1).permute(1, 0, 2)",
+                "lora_b.view(len(lora_b), -1, experts).permute(2, 0, 1)",
+                "lora_b.view(len(lora_b), experts, -1).permute(1, 0, 2)",
                 COLUMNS,
             ),
             "A's fast index taken for the expert": (
-                "term.lora_a.view(experts, -1, term.lora_a.shape[1])",
-                "term.lora_a.view(-1, experts, term.lora_a.shape[1]).transpose(0, 1)",
+                "lora_a.view(experts, -1, lora_a.shape[1])",
+                "lora_a.view(-1, experts, lora_a.shape[1]).transpose(0, 1)",
                 QWEN3,
             ),
+        },
+        "_stacked": {
             "Llama 4 as the others": ("if term.swapped == transposed:", "if False:", LLAMA4),
             "the second adapter's scale": ("[b * term.scale for", "[b * terms[0].scale for", ADAPTERS),
         },
-        "_linear": {
+        "_projection": {
             "transposed weights taken as they are": ("weight.mT if layout.transposed else weight", "weight", GPT_OSS),
             "biases left out": ('_bias") if layout.bias else None', '_bias") if False else None', GPT_OSS),
+            "dropout of no adapter": ("layout.transposed), pairs[0].dropout)", "layout.transposed))", DROPOUT),
         },
         "_registered_layout": {
             "a gate where there is none": ('if module.has_gate else ("up_proj", module.act_fn)',
                                            "if True else None", NEMOTRON),
         },
+    },
+    "fastpeft/integrations/_experts.py": {
         "plan": {"hooks of inner wrappers skipped": ("map(_fusable._intercepted, nest[1:])", "()", REASONS)},
         "_terms": {"disabled adapters computed": ("if wrapper._disable_adapters:", "if False:", REASONS)},
+    },
+    "fastpeft/nn/lora_experts.py": {
+        "LoraExperts.forward": {
+            "disabled adapters act": ("self.disabled or self.merged", "self.merged", LIFE),
+            "what is not fused drops nothing": ("if self.training and any(", "if False and any(", UNFUSED),
+        },
+        "LoraExperts._terms": {
+            "dropout in evaluation": ("pair.dropout if self.training else 0.0", "pair.dropout", DROPOUT),
+        },
+        "LoraExperts.unmerge": {"merged for good": ("self._exchange(self._before_merge)", "pass", LIFE)},
+    },
+    "fastpeft/nn/experts_weights.py": {
+        "composed": {"transposed terms": ("delta if term.swapped else delta.mT", "delta", UNFUSED)},
+        "deltas": {"merged the other way round": ("yield delta.mT if turned else delta", "yield delta", MERGED)},
+        "sizes": {"A and B of another width": ("(shape[0], shape[2], shape[1]) if swapped(base, parameter)",
+                                               "(shape[0], shape[1], shape[2]) if swapped(base, parameter)", OURS)},
+    },
+    "fastpeft/methods/lora/experts.py": {
+        "keys_of": {"the first parameter outermost": ("(depth - i)", "i", OURS)},
+        "_meant": {"excluded experts adapted": ("or excluded(path, config) or excluded(whole, config)", "", NAMED)},
+        "adapt": {"one rank for all": ('config.rank_of(f"{path}.{parameter}")', "config.r", NAMED)},
     },
     "fastpeft/integrations/peft.py": {
         "restore": {"experts stay": ("_THEIRS.get(type(layer), type(layer))", "type(layer)", RESTORE)},
