@@ -171,10 +171,11 @@ def _pairs(
         if match is None:
             if not _same_as_model(modules, key, tensor):
                 unserved.append(f"{key}, which {_meaning(key)}")
-        elif match["path"] not in modules and match["path"] not in sites:
+        elif match["path"] not in modules and not _is_parameter(modules, match["path"]):
             foreign.append(match["path"])
         elif match["path"] not in sites:
-            reason = unserved_reason(match["path"], modules) or "not among the bank's targets"
+            reason = unserved_reason(match["path"], modules) if match["path"] in modules else None
+            reason = reason or "not among the bank's targets"
             unserved.append(f"{match['path']}, which is {reason}")
         elif sites[match["path"]].embedding != (match["embedding"] is not None):
             unserved.append(f"{key}, but the layer is a {type(sites[match['path']].module).__name__}")
@@ -190,6 +191,11 @@ def _pairs(
     if halves:
         raise BadCheckpoint(f"{op}: {name!r} has A without B, or B without A, of {_some(halves)}")
     return {site: (pair["A"], pair["B"]) for site, pair in found.items()}
+
+
+def _is_parameter(modules: Mapping[str, nn.Module], path: str) -> bool:
+    module, _, name = path.rpartition(".")
+    return module in modules and name in modules[module]._parameters
 
 
 def _same_as_model(modules: Mapping[str, nn.Module], key: str, tensor: Tensor) -> bool:
