@@ -254,12 +254,14 @@ def test_explain():
     assert {said.backend, *said.reasons} == {"cuda", "triton", "reference"}
 
 
-def test_gradients_of_gradients_are_refused():
+@pytest.mark.parametrize("of", ["x", "the router's weights"])
+def test_gradients_of_gradients_are_refused(of):
     p = ExpertsProblem.make(device=DEVICE)
-    x = p.x.clone().requires_grad_()
-    y = experts(x, p.top_k_index, p.top_k_weights, p.up, p.down, p.activation)
+    x, weights = p.x.clone(), p.top_k_weights.clone()
+    leaf = (x if of == "x" else weights).requires_grad_()
+    y = experts(x, p.top_k_index, weights, p.up, p.down, p.activation)
     with pytest.raises(RuntimeError, match="experts: gradients of gradients are not served"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+        torch.autograd.grad(y.sum(), leaf, create_graph=True)
 
 
 def test_gradients_of_gradients_are_refused_where_the_activation_is_trained():

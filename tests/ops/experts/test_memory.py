@@ -147,11 +147,14 @@ def test_a_second_backward_finds_everything_unchanged(backend):
     assert all(map(torch.equal, first, second))
 
 
+ALL = {"x", "top_k_weights", "up.lora_a", "up.lora_b", "down.lora_a", "down.lora_b"}
+
+
+@pytest.mark.parametrize("trained", [ALL, {"up.lora_b"}], ids=["all", "B alone"])
 @pytest.mark.parametrize(("backend", "dtype", "adapter"), served((FP32, FP32), (FP16, FP16), (FP16, FP32)))
-def test_what_is_kept_for_backward(backend, dtype, adapter):
+def test_what_is_kept_for_backward(backend, dtype, adapter, trained):
     """x once, not its copies; u, not what the activation computes; S of both; the routing; never a mask."""
     p = ExpertsProblem.make(24, 64, 32, 4, 2, (8, 4), dtype, adapter, DEVICE, 0.5)
-    trained = {"x", "top_k_weights", "up.lora_a", "up.lora_b", "down.lora_a", "down.lora_b"}
     kept, given = {}, {name: t.requires_grad_(name in trained) for name, t in p.leaves().items()}
     own = {t.data_ptr() for name, t in given.items() if name != "x"}
 
@@ -163,7 +166,15 @@ def test_what_is_kept_for_backward(backend, dtype, adapter):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         experts(p.x, p.top_k_index, p.top_k_weights, p.up, p.down, p.activation, p.seeds, backend)
     rows = 24 * 2
-    assert sum(kept.values()) == 24 * 64 * dtype.itemsize + rows * 64 * dtype.itemsize + rows * (8 + 4) * 4
+    u, ranks = rows * 64 * dtype.itemsize, 8 + 4 if trained == ALL else 8
+    assert sum(kept.values()) == u + rows * ranks * 4 + (24 * 64 * dtype.itemsize if trained == ALL else 0)
+
+
+@each_backend
+def test_sums_that_are_cut_along_k(backend):
+    """More columns than one sum has, of x and of dy."""
+    p = integers(tokens=5, hidden=260, inner=6)
+    assert_same(p.exact(), p.fused(backend, 16))
 
 
 @each_backend

@@ -7,6 +7,7 @@ GUARDS = "tests/ops/experts/test_memory.py::test_nothing_is_read_or_written_outs
 KEPT = "tests/ops/experts/test_memory.py::test_what_is_kept_for_backward"
 STRIDES = "tests/ops/experts/test_memory.py::test_any_strides"
 OFFSETS = "tests/ops/experts/test_memory.py::test_offsets_are_64_bit[triton]"
+PLANES = "tests/ops/experts/test_memory.py::test_sums_that_are_cut_along_k[triton]"
 TRAINS = "tests/ops/experts/test_edges.py::test_an_activation_that_trains"
 ZERO = "tests/ops/experts/test_edges.py::test_scale_0_is_no_adapter"
 SEEDS = "tests/ops/experts/test_edges.py::test_seeds_are_drawn_where_none_are_given"
@@ -31,7 +32,23 @@ MERGED = "tests/methods/lora/test_experts.py::test_merged_is_the_sum"
 NAMED = "tests/methods/lora/test_experts.py::test_what_targets_mean"
 OURS = "tests/methods/lora/test_experts_peft.py::test_outputs_and_gradients_of_every_family[gpt_oss]"
 
-_OP = (GUARDS, CHOSEN, ONE, FORMULA, ZERO, TRAINS, SEEDS, SECOND, STRIDES, SPLIT, KEPT, ALONE, OFFSETS, INTEGERS)
+_OP = (
+    GUARDS,
+    CHOSEN,
+    ONE,
+    FORMULA,
+    ZERO,
+    TRAINS,
+    SEEDS,
+    SECOND,
+    STRIDES,
+    SPLIT,
+    KEPT,
+    ALONE,
+    OFFSETS,
+    PLANES,
+    INTEGERS,
+)
 _MODELS = (COLUMNS, QWEN3, GPT_OSS, LLAMA4, NEMOTRON, ADAPTERS, BIASES, REASONS, STRICT, RESTORE)
 _ATTACHED = (NAMED, LIFE, DROPOUT, UNFUSED, MERGED, OURS)
 TESTS = (*_OP, *_MODELS, *_ATTACHED)
@@ -46,7 +63,7 @@ MUTANTS = {
         },
         "dlora_a": {"x not gathered": ("order=routing.tokens) if gather", "order=routing.rows.order) if gather")},
         "expand_": {"mask left out": ("1.0, dropout, seeds)", "1.0, 0.0, None)")},
-        "shrink": {"one plane of several": ("reduce_partials(s, s.dtype)", "s[0]", OFFSETS)},
+        "shrink": {"one plane of several": ("reduce_partials(s, s.dtype)", "s[0]", PLANES)},
     },
     "fastpeft/reference/experts.py": {
         "shrink": {
