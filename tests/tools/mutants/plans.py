@@ -1,7 +1,9 @@
 # ruff: noqa: E501
 """Mutants of plans as Python runs them, and of what records them, as run.py says. The C++ of csrc/host/ has the same tests."""
 
-CALLS, AUTOGRAD, GUARDS, LAUNCHES = (f"tests/plans/test_{name}.py" for name in ("calls", "autograd", "guards", "launches"))
+CALLS, AUTOGRAD, GUARDS, LAUNCHES = (
+    f"tests/plans/test_{name}.py" for name in ("calls", "autograd", "guards", "launches")
+)
 SEEN = f"{CALLS}::test_what_changes_between_two_calls_is_seen"
 CHANGE = f"{GUARDS}::test_a_change_is_seen"
 BITS = f"{CALLS}::test_a_plan_has_the_bits_of_python"
