@@ -1,6 +1,7 @@
 """What every launcher needs: configurations, launch options, and how a loop is cut for more programs."""
 
 from dataclasses import dataclass
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -23,13 +24,19 @@ def next_power_of_2(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def split(size: int, block: int, programs: int, least: int = 4) -> tuple[int, int]:
+def alignment(*sizes: int) -> int:
+    """The largest power of 2 up to 16 that divides every size; 1 where one is 1, which is a constant in a kernel."""
+    return gcd(16, *sizes)
+
+
+def split(size: int, block: int, programs: int, least: int = 4, full: bool = False) -> tuple[int, int]:
     """Cut a loop over ``size`` in steps of ``block`` so that ``programs`` times the parts fills the device.
 
-    Returns the number of parts, each of at least ``least`` steps, and the span of one, a multiple of ``block``.
+    With ``full`` twice so, for kernels that compute more than they wait, as those that draw a mask. Returns the number
+    of parts, each of at least ``least`` steps, and the span of one, a multiple of ``block``.
     """
     steps = max(1, cdiv(size, block))
-    parts = max(1, min(TARGET_PROGRAMS // max(programs, 1), steps // least))
+    parts = max(1, min((TARGET_PROGRAMS << full) // max(programs, 1), steps // least))
     span = cdiv(steps, parts)
     return cdiv(steps, span), span * block
 

@@ -2,13 +2,13 @@
 
     down            S  = scale · drop(x) Aᵀ            one read of x for all branches
     up              Y  = S Bᵀ + bias                   one write of Y
-    up_backward     dS = scale · dY B, dB = dYᵀ S      one read of dY, up to rank 64
+    up_backward     dS = scale · dY B, dB = dYᵀ S      one read of dY, up to rank 16
     down_backward   dX = mask ∘ (dS A) / (1 - p)       the up kernel with a mask
                     dA = dSᵀ drop(x)                   one read of x for all branches
 
 Alphabet: x [M, K] or dY [M, N] has rows m and columns k; S has columns r < R. Branches are groups of columns of S.
-x may be 16-bit while A, B and S are float32: tiles of x are widened in registers (exact), and the product is taken in
-three TF32 terms (float32 accuracy on tensor cores). Sums that cross programs go through partial results.
+x may be 16-bit while A, B and S are float32, and is never widened in memory: beside bfloat16 these are multiplied as
+bfloat16 planes (``planes.py``), beside float16 in three TF32 terms, both on tensor cores. Sums that cross programs go through partial results.
 """
 
 from collections.abc import Sequence

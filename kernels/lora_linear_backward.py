@@ -8,25 +8,26 @@ from torch import Tensor
 
 from .._mask import threshold
 from .dropout import keep_tile
-from .launch import capability, cdiv, launch, math, split
+from .launch import alignment, capability, cdiv, launch, split
 from .lora_linear_products import (
     FIELDS,
     INVERSE_KEEP,
     SCALE,
     THRESHOLD,
+    aligned,
+    bounds_of,
     branch_table,
-    columns_of,
     config,
-    dot,
     expand,
     project,
     ranks_of,
     stacked,
 )
 from .partials import reduce_partials, sum_into
+from .planes import dot, products
 
-# Above these ranks the partial results of up_backward outweigh a second read of dY (and float32 ones spill).
-ONE_PASS_RANK, ONE_PASS_RANK_WIDE = 64, 32
+# Above, the partial results of up_backward, written and read again, outweigh a second read of dY.
+ONE_PASS_RANK = 16
 
 
 @triton.jit
@@ -35,12 +36,13 @@ def _up_backward_kernel(
     M, K, R, SPAN,
     stride_ym, stride_yk, stride_sm, stride_sr, stride_bk, stride_br,
     stride_dsp, stride_dsm, stride_dsr, stride_dbp, stride_dbk, stride_dbr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_k, pid_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R).to(tl.int64)
+    R, stride_sm, stride_bk = aligned(R, ALIGN), aligned(stride_sm, ALIGN), aligned(stride_bk, ALIGN)
     b_tile = b_ptr + k[:, None] * stride_bk + r[None, :] * stride_br
     b = tl.load(b_tile, mask=(k < K)[:, None] & (r < R)[None, :], other=0.0)  # [BLOCK_K, BLOCK_R], stays in registers
     scale = tl.load(branch_ptr + SCALE)
@@ -63,14 +65,19 @@ def _up_backward_kernel(
 @triton.jit
 def _outer_kernel(
     s_ptr, x_ptr, g_ptr, branch_ptr, seed_ptr,
-    M, K, R, SPAN,
+    M, K, R, SPAN, blocks,
     stride_sm, stride_sr, stride_xm, stride_xk, stride_gp, stride_gr, stride_gk,
-    BRANCHES: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCHES: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_k, pid_r, pid_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    stride_sm = aligned(stride_sm, ALIGN)
+    branch, start, stop = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), aligned(tl.full((), R, tl.int64), ALIGN)
+    if DROPOUT:  # every branch has an x of its own, and programs that multiply it with the branch's columns alone
+        branch, pid_r = pid_r // blocks, pid_r % blocks
+        start, stop = bounds_of(branch_ptr, branch, R, BRANCHES, ALIGN)
+    r = start + pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_K, BLOCK_R), ACC)
     first = pid_p * SPAN
     for m0 in range(first, tl.minimum(first + SPAN, M), BLOCK_M):
@@ -78,22 +85,16 @@ def _outer_kernel(
         x_tile = x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk
         s_tile = s_ptr + m[:, None] * stride_sm + r[None, :] * stride_sr
         x = tl.load(x_tile, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        s = tl.load(s_tile, mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
+        s = tl.load(s_tile, mask=(m < M)[:, None] & (r < stop)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         if DROPOUT:
-            for p in tl.static_range(BRANCHES):
-                threshold = tl.load(branch_ptr + p * FIELDS + THRESHOLD).to(tl.int32)
-                keep = keep_tile(tl.load(seed_ptr + p), threshold, m, pid_k * BLOCK_K, BLOCK_K)
-                mine = columns_of(branch_ptr, p, r)
-                s_p = s if BRANCHES == 1 else tl.where(mine[None, :], s, 0.0).to(s.dtype)
-                acc = dot(tl.trans(tl.where(keep, x, 0.0).to(x.dtype)), s_p, acc, PRECISION)
-        else:
-            acc = dot(tl.trans(x), s, acc, PRECISION)
-    factor = tl.zeros((BLOCK_R,), ACC)
-    for p in tl.static_range(BRANCHES):
-        mine = columns_of(branch_ptr, p, r)
-        factor = tl.where(mine, tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP), factor)
+            threshold = tl.load(branch_ptr + branch * FIELDS + THRESHOLD).to(tl.int32)
+            keep = keep_tile(tl.load(seed_ptr + branch), threshold, m, pid_k * BLOCK_K, BLOCK_K)
+            x = tl.where(keep, x, 0.0).to(x.dtype)
+        acc = dot(tl.trans(x), s, acc, PRECISION)
+    if DROPOUT:
+        acc *= tl.load(branch_ptr + branch * FIELDS + INVERSE_KEEP)
     g_tile = g_ptr + pid_p * stride_gp + k[:, None] * stride_gk + r[None, :] * stride_gr
-    tl.store(g_tile, acc * factor[None, :], mask=(k < K)[:, None] & (r < R)[None, :])
+    tl.store(g_tile, acc, mask=(k < K)[:, None] & (r < stop)[None, :])
 
 
 def run(
@@ -145,14 +146,14 @@ def up_backward(
 ) -> Tensor | None:
     """Writes ``scale · dY B`` into ds ``[M, r]``, columns of a tensor, unless it is None; ``dB = dYᵀ S`` ``[N, r]``."""
     rank = b.shape[1]
-    if rank > (ONE_PASS_RANK_WIDE if b.dtype.itemsize > 2 else ONE_PASS_RANK) or ds is None or not need_db:
+    if rank > ONE_PASS_RANK or ds is None or not need_db:
         if ds is not None:
             project(dy, b.T, [rank], [scale], [0.0], None, ds)
-        return _outer(s, dy, [rank], [0.0], None).T.contiguous() if need_db else None
-    (m, n), c = dy.shape, config("up_backward", rank, b.dtype, capability(dy))
+        return _outer(s, dy, [rank], [0.0], None, transposed=True) if need_db else None
+    (m, n), c = dy.shape, config("up_backward", rank, b.dtype, capability(dy), dy.dtype)
     blocks = cdiv(n, c.block_k)
     parts, span = split(m, c.block_m, blocks)
-    acc = math(dy, b)
+    acc = products(dy, b, b.dtype)
     several = blocks > 1 or parts > 1
     ds_parts = dy.new_empty(blocks, m, rank, dtype=acc.torch) if several else ds[None]
     db_parts = dy.new_empty(parts, n, rank, dtype=acc.torch if several else b.dtype)
@@ -161,6 +162,7 @@ def up_backward(
         _up_backward_kernel, (blocks, parts), c, acc,
         dy, s, b, ds_parts, db_parts, table, m, n, rank, span,
         *dy.stride(), *s.stride(), *b.stride(), *ds_parts.stride(), *db_parts.stride(),
+        ALIGN=alignment(rank, s.stride(0), b.stride(0)),
     )  # fmt: skip
     if not several:
         return db_parts[0]
@@ -187,17 +189,20 @@ def down_backward(
     return dx, das
 
 
-def _outer(s, x, ranks, dropouts, seeds):
-    """``Sᵀ drop(x)``: ``[R, K]`` in S's dtype."""
-    (m, k), rank, c = x.shape, s.shape[1], config("down_backward", s.shape[1], s.dtype, capability(x))
-    acc = math(x, s)
-    grid = cdiv(k, c.block_k), cdiv(rank, c.block_r)
-    parts, span = split(m, c.block_m, grid[0] * grid[1])
-    g = x.new_empty(parts, rank, k, dtype=acc.torch if parts > 1 else s.dtype)
+def _outer(s, x, ranks, dropouts, seeds, transposed=False):
+    """``Sᵀ drop(x)``: ``[R, K]`` in S's dtype, or ``[K, R]``."""
+    (m, k), rank, dropout = x.shape, s.shape[1], any(map(threshold, dropouts))
+    widest = max(ranks) if dropout else rank
+    acc, c = products(x, s, s.dtype), config("down_backward", widest, s.dtype, capability(x), x.dtype)
+    blocks = cdiv(widest, c.block_r)
+    grid = cdiv(k, c.block_k), blocks * (len(ranks) if dropout else 1)
+    parts, span = split(m, c.block_m, grid[0] * grid[1], full=dropout and c.num_warps < 8)
+    g = x.new_empty((parts, k, rank) if transposed else (parts, rank, k), dtype=acc.torch if parts > 1 else s.dtype)
     table = branch_table(tuple(ranks), (1.0,) * len(ranks), tuple(dropouts), acc.torch, x.device)
     launch(
         _outer_kernel, (*grid, parts), c, acc,
-        s, x, g, table, seeds, m, k, rank, span, *s.stride(), *x.stride(), *g.stride(),
-        BRANCHES=len(ranks), DROPOUT=any(map(threshold, dropouts)),
+        s, x, g, table, seeds, m, k, rank, span, blocks,
+        *s.stride(), *x.stride(), *(g.mT if transposed else g).stride(),
+        BRANCHES=len(ranks) if dropout else 1, DROPOUT=dropout, ALIGN=alignment(*ranks, s.stride(0)),
     )  # fmt: skip
     return reduce_partials(g, s.dtype)

@@ -8,6 +8,7 @@ See ``lora_linear.py`` for the alphabet.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -17,27 +18,51 @@ from torch import Tensor
 from .._device import on_device
 from .._mask import inverse_keep, threshold
 from .dropout import keep_tile
-from .launch import Config, capability, cdiv, launch, math, next_power_of_2, split
+from .launch import Config, alignment, capability, cdiv, launch, next_power_of_2, split
 from .partials import sum_into
+from .planes import dot, products
 
 STEPS = ("down", "up", "up_backward", "down_backward")
 
 
-def config(step: str, rank: int, dtype: torch.dtype, capability: int) -> Config:
-    """The tile sizes of ``step`` for S's dtype: by shape, dtype and capability, never by a GPU's name."""
+def config(step: str, rank: int, dtype: torch.dtype, capability: int, other: torch.dtype | None = None) -> Config:
+    """The tile sizes of ``step`` for S's dtype: by shape, dtype and capability, never by a GPU's name.
+
+    ``other`` is the dtype of x, y or dY, where it is not S's.
+    """
     block_r = min(max(16, next_power_of_2(rank)), 64)
+    if dtype == torch.float32 and other == torch.bfloat16:
+        return _config_of_planes(step, block_r)
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
+    large = block_r > 16  # two warpgroups of 64 rows each, so that A, B or S are read again less often
     if step == "down":
-        warps = 8 if block_r > 16 else 4
-        return Config(32 if wide and block_r > 32 else 64, 32 if wide else 64, block_r, warps, 4)
+        if large and not wide:
+            return Config(128, 64, block_r, 8, 3)
+        return Config(32 if wide and block_r > 32 else 64, 32 if wide else 64, block_r, 8 if large else 4, 4)
     if step == "up":
-        return Config(64, 64 if wide else 128, 16 if wide else block_r, 8 if wide or block_r > 16 else 4, 2)
+        if large and not wide:
+            return Config(128, 128, block_r, 8, 2)
+        return Config(64, 64 if wide else 128, 16 if wide else block_r, 8 if wide else 4, 2)
     if step == "up_backward":  # columns decide how many partial dS there are: 2 r / block_k of dY's bytes
-        return Config(32, 64 if wide and block_r > 16 else 128, block_r, 8 if wide or block_r > 16 else 4, 2)
+        return Config(32, 128, 16, 8, 2) if wide else Config(32, 256, 16, 8, 3)
     if step == "down_backward":
         if wide:
             return Config(32, 64, min(block_r, 32), 4, 2)
-        return Config(64, 64, block_r, 8 if block_r > 16 else 4, 3)
+        return Config(64, 128 if block_r > 32 else 64, block_r, 8 if large else 4, 3)
+    raise ValueError(f"config: step is {step!r}, expected down, up, up_backward or down_backward")
+
+
+def _config_of_planes(step: str, block_r: int) -> Config:
+    """The same for float32 A, B and S beside bfloat16: large tiles, as every program splits its own into planes."""
+    large = block_r > 16
+    if step == "down":
+        return Config(128 if large else 64, 64, block_r, 8 if large else 4, 3)
+    if step == "up":
+        return Config(128 if large else 64, 128, min(block_r, 32), 8 if large else 4, 2)
+    if step == "up_backward":
+        return Config(64, 128, 16, 4, 3)
+    if step == "down_backward":
+        return Config(32 if large else 64, 128 if large else 64, block_r, 8 if large else 4, 3)
     raise ValueError(f"config: step is {step!r}, expected down, up, up_backward or down_backward")
 
 
@@ -72,22 +97,36 @@ def columns_of(branch_ptr, p, r):
 
 
 @triton.jit
-def dot(x, a, acc, PRECISION: tl.constexpr):
-    """``acc + x a``, x in the dtype of a, which is exact."""
-    return tl.dot(x.to(a.dtype), a, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+def bounds_of(branch_ptr, p, R, BRANCHES: tl.constexpr, ALIGN: tl.constexpr):
+    """The first of branch p's columns of S and the one past its last, of which the compiler knows the alignment."""
+    start, stop = tl.full((), 0, tl.int64), tl.full((), R, tl.int64)
+    if BRANCHES > 1:
+        start = tl.load(branch_ptr + p * FIELDS + START).to(tl.int64)
+        stop = tl.load(branch_ptr + p * FIELDS + STOP).to(tl.int64)
+    return aligned(start, ALIGN), aligned(stop, ALIGN)
+
+
+@triton.jit
+def aligned(size, ALIGN: tl.constexpr):
+    """``size``, a multiple of ``ALIGN``, so that the compiler sees it: columns of S are then loaded side by side."""
+    return size // ALIGN * ALIGN if ALIGN > 1 else size
 
 
 @triton.jit
 def _down_kernel(
     x_ptr, a_ptr, s_ptr, branch_ptr, seed_ptr,
-    M, K, R, SPAN,
+    M, K, R, SPAN, blocks,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_sp, stride_sm, stride_sr,
     BRANCHES: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_r, pid_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    branch, start, stop = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64), tl.full((), R, tl.int64)
+    if DROPOUT:  # every branch has an x of its own, and programs that multiply it with the branch's columns alone
+        branch, pid_r = pid_r // blocks, pid_r % blocks
+        start, stop = bounds_of(branch_ptr, branch, R, BRANCHES, 1)
+    r = start + pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     first = pid_p * SPAN
     k = first + tl.arange(0, BLOCK_K)
     x_tile = x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk  # [BLOCK_M, BLOCK_K]
@@ -97,16 +136,12 @@ def _down_kernel(
     for k0 in range(first, tl.minimum(first + SPAN, K), BLOCK_K):
         k_ok = k0 + tl.arange(0, BLOCK_K) < K
         x = tl.load(x_tile, mask=(m < M)[:, None] & k_ok[None, :], other=0.0)
-        a = tl.load(a_tile, mask=k_ok[:, None] & (r < R)[None, :], other=0.0)
+        a = tl.load(a_tile, mask=k_ok[:, None] & (r < stop)[None, :], other=0.0)
         if DROPOUT:
-            for p in tl.static_range(BRANCHES):
-                threshold = tl.load(branch_ptr + p * FIELDS + THRESHOLD).to(tl.int32)
-                keep = keep_tile(tl.load(seed_ptr + p), threshold, m, k0, BLOCK_K)
-                mine = columns_of(branch_ptr, p, r)
-                a_p = a if BRANCHES == 1 else tl.where(mine[None, :], a, 0.0).to(a.dtype)
-                acc = dot(tl.where(keep, x, 0.0).to(x.dtype), a_p, acc, PRECISION)
-        else:
-            acc = dot(x, a, acc, PRECISION)
+            threshold = tl.load(branch_ptr + branch * FIELDS + THRESHOLD).to(tl.int32)
+            keep = keep_tile(tl.load(seed_ptr + branch), threshold, m, k0, BLOCK_K)
+            x = tl.where(keep, x, 0.0).to(x.dtype)
+        acc = dot(x, a, acc, PRECISION)
         x_tile += step * stride_xk
         a_tile += step * stride_ak
     scale = tl.zeros((BLOCK_R,), ACC)
@@ -115,7 +150,7 @@ def _down_kernel(
         factor = tl.load(branch_ptr + p * FIELDS + SCALE) * tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP)
         scale = tl.where(mine, factor, scale)
     s_tile = s_ptr + pid_p * stride_sp + m[:, None] * stride_sm + r[None, :] * stride_sr
-    tl.store(s_tile, acc * scale[None, :], mask=(m < M)[:, None] & (r < R)[None, :])
+    tl.store(s_tile, acc * scale[None, :], mask=(m < M)[:, None] & (r < stop)[None, :])
 
 
 @triton.jit
@@ -123,23 +158,20 @@ def _up_kernel(
     s_ptr, b_ptr, bias_ptr, y_ptr, branch_ptr, seed_ptr,
     M, K, R,
     stride_sm, stride_sr, stride_bk, stride_br, stride_bias, stride_ym, stride_yk,
-    BRANCHES: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BRANCHES: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_B: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    stride_sm, stride_bk = aligned(stride_sm, ALIGN), aligned(stride_bk, ALIGN_B)
     y = tl.zeros((BLOCK_M, BLOCK_K), ACC)
     if BIAS:
         y += tl.load(bias_ptr + k * stride_bias, mask=k < K, other=0.0).to(ACC)[None, :]
-    for p in tl.static_range(BRANCHES):
-        if DROPOUT:
-            start = tl.load(branch_ptr + p * FIELDS + START).to(tl.int32)
-            stop = tl.load(branch_ptr + p * FIELDS + STOP).to(tl.int32)
-            acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
-        else:
-            start, stop = 0, R
-            acc = y
+    for p in range(BRANCHES):  # not unrolled: the masks of two branches at a time take too many registers
+        start, stop = bounds_of(branch_ptr, p, R, BRANCHES, ALIGN)
+        acc = tl.zeros((BLOCK_M, BLOCK_K), ACC) if DROPOUT else y
         for r0 in range(start, stop, BLOCK_R):
             r = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)
             s_tile = s_ptr + m[:, None] * stride_sm + r[None, :] * stride_sr  # [BLOCK_M, BLOCK_R]
@@ -167,18 +199,20 @@ def project(
     s: Tensor | None = None,
 ) -> Tensor:
     """``scale_p · drop_p(x) A_pᵀ`` of the branches side by side: ``[M, R]`` in A's dtype, in s where it is given."""
-    (m, k), rank, c = x.shape, a.shape[0], config("down", a.shape[0], a.dtype, capability(x))
-    acc = math(x, a)
-    grid = cdiv(m, c.block_m), cdiv(rank, c.block_r)
-    parts, span = split(k, c.block_k, grid[0] * grid[1])
+    (m, k), rank, dropout = x.shape, a.shape[0], any(map(threshold, dropouts))
+    widest = max(ranks) if dropout else rank
+    acc, c = products(x, a, a.dtype), config("down", widest, a.dtype, capability(x), x.dtype)
+    blocks = cdiv(widest, c.block_r)
+    grid = cdiv(m, c.block_m), blocks * (len(ranks) if dropout else 1)
+    parts, span = split(k, c.block_k, grid[0] * grid[1], full=dropout and c.num_warps < 8)
     if s is None:
         s = x.new_empty(m, rank, dtype=a.dtype)
     partials = x.new_empty(parts, m, rank, dtype=acc.torch) if parts > 1 else s[None]
     table = branch_table(tuple(ranks), tuple(scales), tuple(dropouts), acc.torch, x.device)
     launch(
         _down_kernel, (*grid, parts), c, acc,
-        x, a, partials, table, seeds, m, k, rank, span, *x.stride(), *a.stride(), *partials.stride(),
-        BRANCHES=len(ranks), DROPOUT=any(map(threshold, dropouts)),
+        x, a, partials, table, seeds, m, k, rank, span, blocks, *x.stride(), *a.stride(), *partials.stride(),
+        BRANCHES=len(ranks), DROPOUT=dropout,
     )  # fmt: skip
     if parts > 1:
         sum_into(partials, s)
@@ -196,7 +230,10 @@ def expand(
 ) -> Tensor:
     """``Σ_p mask_p ∘ (S_p B_pᵀ) / (1 - p_p) + bias``: ``[M, N]`` in ``dtype``."""
     (m, rank), k, dropout = s.shape, b.shape[0], any(map(threshold, dropouts))
-    acc, c = math(s, b), config("down_backward" if dropout else "up", rank, s.dtype, capability(s))
+    widest = max(ranks) if dropout else rank
+    acc, c = products(s, b, dtype), config("up", widest, s.dtype, capability(s), dtype)
+    if dropout and (len(ranks) > 1 or c.block_m > 64):  # y, one branch's product and its mask take registers
+        c = replace(c, block_k=min(c.block_k, 64))
     y = s.new_empty(m, k, dtype=dtype)
     table = branch_table(tuple(ranks), (1.0,) * len(ranks), tuple(dropouts), acc.torch, s.device)
     launch(
@@ -204,6 +241,7 @@ def expand(
         s, b, bias, y, table, seeds, m, k, rank,
         *s.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
         BRANCHES=len(ranks) if dropout else 1, DROPOUT=dropout, BIAS=bias is not None,
+        ALIGN=alignment(*ranks, s.stride(0)), ALIGN_B=alignment(*ranks, b.stride(0)),
     )  # fmt: skip
     return y
 

@@ -1,15 +1,18 @@
 """What tests need before their imports: the interpreter where there is no GPU, no network, threads to fit the cores."""
 
+import importlib.util
 import os
 
 import pytest
 import torch
 
-from tests.support import session
+from tests.support import interpreter, session
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set before any test module is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        interpreter.correct()
 elif os.environ.get("TRITON_INTERPRET") == "1":
     pytest.exit("a GPU is visible, yet TRITON_INTERPRET=1 would test the interpreter: unset it or hide the GPU", 2)
 

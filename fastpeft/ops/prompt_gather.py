@@ -196,9 +196,7 @@ def prompt_gather(
 
 def _triton_reason(source: Tensor, prompts: Tensor) -> str | None:
     reason = _backend.triton_reason(source.device)
-    if reason is None and not source.is_cuda and torch.bfloat16 in (source.dtype, prompts.dtype):
-        return "dtype bfloat16 (Triton's interpreter truncates where GPUs round)"
-    return reason
+    return reason or _backend.bfloat16_reason(source.device, source.dtype, prompts.dtype)
 
 
 REASONS = {

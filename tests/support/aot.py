@@ -9,24 +9,19 @@ strides, warps, stages), so what is examined is what a GPU would be given. Needs
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import re
-import subprocess
 import tempfile
-import time
-from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction, MockTensor
 
+from bench.static import sass
+from bench.static.launches import compiling
 from tests.support.aot_bottleneck import BOTTLENECK, bottleneck
 from tests.support.aot_experts import EXPERTS, experts
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 89, 90, 100, 120)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -94,51 +89,6 @@ DEQUANTISE = (
     ),
     (BF16, FP32, (32,), 0.0, 1, 127, 1001),
 )
-
-
-class _Driver:
-    """A GPU as far as a compilation asks. The device's number is the architecture: compiled kernels are kept apart."""
-
-    def __init__(self, architecture: int):
-        self.architecture = architecture
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self):
-        return self.architecture
-
-    def get_current_stream(self, device):
-        return 0
-
-
-@contextlib.contextmanager
-def compiling(architecture: int, record):
-    """Inside, every launch compiles for ``architecture`` instead, and ``record(name, kernel, seconds)`` is called."""
-    from fastpeft import _device
-
-    run, capability = JITFunction.run, _device.capability
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        def fake(value):
-            if isinstance(value, tuple):
-                return tuple(map(fake, value))
-            return MockTensor(value.dtype) if isinstance(value, torch.Tensor) else value
-
-        kwargs = {name: fake(value) for name, value in kwargs.items()}
-        began = time.perf_counter()
-        kernel = run(self, *map(fake, args), grid=grid, warmup=True, **kwargs)
-        record(self.__name__, kernel, time.perf_counter() - began)
-        return kernel
-
-    triton.runtime.driver.set_active(_Driver(architecture))
-    JITFunction.run = compile_only
-    _device.capability = lambda _: architecture
-    try:
-        yield
-    finally:
-        JITFunction.run = run
-        _device.capability = capability
 
 
 def lora_linear(x_dtype, dtype, ranks, dropout, m, k, n) -> None:
@@ -224,24 +174,15 @@ def dequantise(dtype, _, blocks, dropout, nested, n, k) -> None:
 
 def examine(kernel) -> dict:
     """What ptxas made of a compiled kernel: registers, stack and spill instructions, shared memory, dot instruction."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        sass = _tool("nvdisasm", "-c", file.name) if stack else ""  # spills live on the stack
+    found = sass.code(kernel)
     dots = re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", kernel.asm["ptx"])
     return {
-        "registers": registers,
-        "stack": stack,
-        "spills": len(re.findall(r"\b(STL|LDL)\b", sass)),
-        "shared": kernel.metadata.shared,
+        "registers": found.registers,
+        "stack": found.stack,
+        "spills": found.spills,
+        "shared": found.shared,
         "dot": dots[0] if dots else "",
     }
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 OPS = {
@@ -259,11 +200,11 @@ def rows(architecture: int, name: str):
     """One dict for each distinct kernel that the cases of an op launch, as soon as it is compiled."""
     seen, found, case = set(), [], ()
 
-    def record(kernel_name, kernel, seconds):
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
-            numbers = {"seconds": round(seconds, 2), **examine(kernel)}
-            found.append({"arch": architecture, "kernel": kernel_name, "case": case, **numbers})
+    def record(launch):
+        if launch.kernel.hash not in seen:
+            seen.add(launch.kernel.hash)
+            numbers = {"seconds": round(launch.seconds, 2), **examine(launch.kernel)}
+            found.append({"arch": architecture, "kernel": launch.name, "case": case, **numbers})
 
     op, cases = OPS[name]
     with compiling(architecture, record):

@@ -202,10 +202,10 @@ def test_what_is_trained(backend, norm, trained):
 
 
 @pytest.mark.parametrize(("backend", "dtype", "wide"), served((FP32, FP32)))
-def test_autocast_is_the_same_as_casting_by_hand(backend, dtype, wide):
+@pytest.mark.parametrize("low", [BF16, FP16], ids=str)
+def test_autocast_is_the_same_as_casting_by_hand(backend, dtype, wide, low):
     """The residual keeps float32, and with it y, as in eager."""
     p = BottleneckProblem.make((19, 24), 5, dtype=dtype, device=DEVICE, norm="layer")
-    low = BF16 if backend == "reference" else FP16
     with torch.autocast(DEVICE.type, low):
         inside, own = call(p, backend), call(p, backend, residual=p.x)
     assert inside.dtype == own.dtype == FP32

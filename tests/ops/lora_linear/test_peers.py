@@ -121,8 +121,8 @@ def test_scale_negative_zero_and_large(backend):
 
 
 @each_backend
-def test_fp32_activation_into_a_16_bit_fused_op_under_autocast(backend):
-    to = BF16 if DEVICE.type == "cuda" or backend == "reference" else FP16
+@pytest.mark.parametrize("to", [BF16, FP16], ids=str)
+def test_fp32_activation_into_a_16_bit_fused_op_under_autocast(backend, to):
     operands = [ONES, EYE.to(to), EYE, EYE]
     with torch.autocast(DEVICE.type, to):
         y = lora_linear(*operands, backend=backend)

@@ -221,9 +221,9 @@ def test_what_is_trained(backend, trained):
 
 
 @pytest.mark.parametrize(("backend", "dtype", "adapter"), served((FP32, FP32)))
-def test_autocast_is_the_same_as_casting_by_hand(backend, dtype, adapter):
+@pytest.mark.parametrize("low", [BF16, FP16], ids=str)
+def test_autocast_is_the_same_as_casting_by_hand(backend, dtype, adapter, low):
     p = MultiLoraProblem.make(dtype=dtype, device=DEVICE)
-    low = BF16 if backend == "reference" else FP16
     args = p.lora_as[0], p.lora_bs[0], p.token_slots, p.scales, p.ranks
     with torch.autocast(DEVICE.type, low):
         inside = multi_lora(p.x, *args, p.ys[0], backend)

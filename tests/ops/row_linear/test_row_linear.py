@@ -131,8 +131,6 @@ def test_fp32_masters_get_fp32_gradients(columns, backend, dtype, trained):
 @pytest.mark.parametrize(("backend", "dtype", "trained"), served((FP32, FP32)))
 @pytest.mark.parametrize("to", [BF16, FP16], ids=str)
 def test_autocast_is_the_same_as_casting_by_hand(columns, backend, dtype, trained, to):
-    if backend == "triton" and to == BF16 and DEVICE.type == "cpu":
-        to = FP16  # the interpreter has no bfloat16
     p = RowProblem.make((9, 20), 12, 4, dtype, trained, DEVICE, columns)
 
     def run(x, weight, bias):

@@ -5,6 +5,7 @@ OFFSETS = "tests/ops/lora_linear/test_memory.py::test_offsets_are_64_bit[triton]
 BIAS_STRIDES = "tests/ops/lora_linear/test_memory.py::test_any_strides[sliced-biases-triton-lora_linear]"
 DY_STRIDES = "tests/ops/lora_linear/test_memory.py::test_any_strides[transposed-dys-triton-lora_linear]"
 GRADIENT_STRIDES = "tests/ops/lora_linear/test_torch.py::test_opcheck[x lora_as lora_bs-(70,)-triton]"
+PLANES = "tests/ops/lora_linear/test_planes.py"
 PARTS = "tests/ops/lora_linear/test_lora_linear.py::test_parts_cover_the_loop"
 NO_DROPOUT = (
     "tests/ops/lora_linear/test_lora_linear.py::test_integers_are_exact[reference-float32-0.0-lora_linear_shared]"
@@ -64,10 +65,11 @@ MUTANTS = {
             ),
             "down: parts overlap": ("tl.minimum(first + SPAN, K)", "K"),
             "down: dropout not applied": ("tl.where(keep, x, 0.0).to(x.dtype)", "x"),
-            "down: one seed for all": ("seed_ptr + p", "seed_ptr"),
-            "down: one probability for all": ("p * FIELDS + THRESHOLD", "THRESHOLD"),
+            "down: one seed for all": ("seed_ptr + branch", "seed_ptr"),
+            "down: one probability for all": ("branch * FIELDS + THRESHOLD", "THRESHOLD"),
             "down: mask of the first block everywhere": ("m, k0, BLOCK_K", "m, first, BLOCK_K"),
-            "down: branches mixed": ("a if BRANCHES == 1 else tl.where(mine[None, :], a, 0.0).to(a.dtype)", "a"),
+            "down: branches mixed": ("pid_r // blocks, pid_r % blocks", "pid_r % blocks, pid_r // blocks"),
+            "down: the first branch's columns for all": ("bounds_of(branch_ptr, branch,", "bounds_of(branch_ptr, 0,"),
             "down: no 1 / (1 - p)": (
                 "(branch_ptr + p * FIELDS + SCALE) * tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP)",
                 "(branch_ptr + p * FIELDS + SCALE)",
@@ -81,11 +83,11 @@ MUTANTS = {
             "down: x's columns taken as adjacent": ("step * stride_xk", "BLOCK_K"),
             "down: 32-bit step": ("+= step * stride_xk", "+= BLOCK_K * stride_xk", OFFSETS),
             "down: A's columns taken as adjacent": ("* stride_ak +", "+"),
-            "down: rank blocks swapped with row blocks": ("r = pid_r *", "r = pid_m *"),
+            "down: rank blocks swapped with row blocks": ("r = start + pid_r *", "r = start + pid_m *"),
             "down: stores past the last row": ("[None, :], mask=(m < M)[:, None]", "[None, :], mask=(m <= M)[:, None]"),
             "down: stores past the last rank": (
-                "(s_tile, acc * scale[None, :], mask=(m < M)[:, None] & (r < R)[None, :])",
-                "(s_tile, acc * scale[None, :], mask=(m < M)[:, None] & (r <= R)[None, :])",
+                "(s_tile, acc * scale[None, :], mask=(m < M)[:, None] & (r < stop)[None, :])",
+                "(s_tile, acc * scale[None, :], mask=(m < M)[:, None] & (r <= stop)[None, :])",
             ),
             "down: 32-bit row": (
                 ".to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)",
@@ -97,8 +99,6 @@ MUTANTS = {
             "up: no bias": ("if BIAS:", "if False:"),
             "up: bias's stride ignored": ("* stride_bias", "* 1", BIAS_STRIDES),
             "up: bias's last element lost": ("k < K, other", "k < K - 1, other"),
-            "up: ranks of the next branch": ("tl.load(branch_ptr + p * FIELDS + STOP).to(tl.int32)", "R"),
-            "up: branch starts one late": ("FIELDS + START).to(tl.int32)", "FIELDS + START).to(tl.int32) + 1"),
             "up: rank not bounded": ("& (r < stop)[None, :]", "& (r >= 0)[None, :]"),
             "up: only the first ranks": ("start, stop,", "start, tl.minimum(start + BLOCK_R, stop),"),
             "up: B's stride ignored": ("* stride_br +", "+"),
@@ -116,8 +116,21 @@ MUTANTS = {
             ),
             "up: program ids swapped": ("(0).to(tl.int64), tl.program_id(1)", "(1).to(tl.int64), tl.program_id(0)"),
         },
+        "bounds_of": {
+            "ranks of the next branch": ("tl.load(branch_ptr + p * FIELDS + STOP).to(tl.int64)", "stop"),
+            "branch starts one late": ("FIELDS + START).to(tl.int64)", "FIELDS + START).to(tl.int64) + 1"),
+        },
+    },
+    "kernels/planes.py": {
+        "split_planes": {
+            "the middle plane twice": ("low, _ = _upper(rest - wide)", "low = middle", PLANES),
+            "no low plane": ("low, _ = _upper(rest - wide)", "low = middle * 0", PLANES),
+            "the rest of nothing": ("rest = a - wide", "rest = a", PLANES),
+        },
         "dot": {
             "float32 adapters narrowed": (".to(a.dtype), a", ", a.to(x.dtype)"),
+            "planes: no low plane": ("acc = tl.dot(x, low, acc, out_dtype=acc.dtype)", "", PLANES),
+            "pairs: the high planes alone": ("acc = tl.dot(x_high, low, acc, out_dtype=acc.dtype)", "", PLANES),
         },
     },
     "kernels/lora_linear_backward.py": {
@@ -146,8 +159,8 @@ MUTANTS = {
         },
         "_outer_kernel": {
             "dA: mask not applied": ("tl.where(keep, x, 0.0).to(x.dtype)", "x"),
-            "dA: branches mixed": ("s if BRANCHES == 1 else tl.where(mine[None, :], s, 0.0).to(s.dtype)", "s"),
-            "dA: no 1 / (1 - p)": ("tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP)", "1.0"),
+            "dA: branches mixed": ("pid_r // blocks, pid_r % blocks", "pid_r % blocks, pid_r // blocks"),
+            "dA: no 1 / (1 - p)": ("tl.load(branch_ptr + branch * FIELDS + INVERSE_KEEP)", "1.0"),
             "dA: mask of the first columns": ("* BLOCK_K,", "* 0,"),
             "dA: last rows skipped": ("(first + SPAN, M), BLOCK_M", "(first + SPAN, M) // BLOCK_M * BLOCK_M, BLOCK_M"),
             "dA: parts overlap": ("tl.minimum(first + SPAN, M)", "M"),
@@ -158,7 +171,7 @@ MUTANTS = {
             "sums in 16 bits": ("acc.torch if parts > 1 else s.dtype", "torch.float16"),
         },
         "up_backward": {
-            "dB with the strides of its transpose": (".contiguous()", "", GRADIENT_STRIDES),
+            "dB with the strides of its transpose": ("None, transposed=True)", "None).T", GRADIENT_STRIDES),
             "dS's scale dropped for large ranks": (", [scale]", ", [1.0]"),
         },
         "down_backward": {
