@@ -8,7 +8,8 @@
 
 Alphabet: x [M, K] or dY [M, N] has rows m and columns k; S has columns r < R. Branches are groups of columns of S.
 x may be 16-bit while A, B and S are float32, and is never widened in memory: beside bfloat16 these are multiplied as
-bfloat16 planes (``planes.py``), beside float16 in three TF32 terms, both on tensor cores. Sums that cross programs go through partial results.
+bfloat16 planes (``planes.py``), beside float16 in three TF32 terms, both on tensor cores. Sums that cross programs go
+through partial results.
 """
 
 from collections.abc import Sequence

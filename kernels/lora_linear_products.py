@@ -23,6 +23,7 @@ from .partials import sum_into
 from .planes import dot, products
 
 STEPS = ("down", "up", "up_backward", "down_backward")
+WARPGROUPS = (90, 100)  # where tensor cores read shared memory themselves, so that tiles take no registers
 
 
 def config(step: str, rank: int, dtype: torch.dtype, capability: int, other: torch.dtype | None = None) -> Config:
@@ -32,7 +33,7 @@ def config(step: str, rank: int, dtype: torch.dtype, capability: int, other: tor
     """
     block_r = min(max(16, next_power_of_2(rank)), 64)
     if dtype == torch.float32 and other == torch.bfloat16:
-        return _config_of_planes(step, block_r)
+        return _config_of_planes(step, block_r, capability)
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
     large = block_r > 16  # two warpgroups of 64 rows each, so that A, B or S are read again less often
     if step == "down":
@@ -48,11 +49,12 @@ def config(step: str, rank: int, dtype: torch.dtype, capability: int, other: tor
     if step == "down_backward":
         if wide:
             return Config(32, 64, min(block_r, 32), 4, 2)
-        return Config(64, 128 if block_r > 32 else 64, block_r, 8 if large else 4, 3)
+        stages = 2 if block_r == 32 and capability not in WARPGROUPS else 3  # a third spills there
+        return Config(64, 128 if block_r > 32 else 64, block_r, 8 if large else 4, stages)
     raise ValueError(f"config: step is {step!r}, expected down, up, up_backward or down_backward")
 
 
-def _config_of_planes(step: str, block_r: int) -> Config:
+def _config_of_planes(step: str, block_r: int, capability: int) -> Config:
     """The same for float32 A, B and S beside bfloat16: large tiles, as every program splits its own into planes."""
     large = block_r > 16
     if step == "down":
@@ -60,7 +62,7 @@ def _config_of_planes(step: str, block_r: int) -> Config:
     if step == "up":
         return Config(128 if large else 64, 128, min(block_r, 32), 8 if large else 4, 2)
     if step == "up_backward":
-        return Config(64, 128, 16, 4, 3)
+        return Config(64, 128, 16, 4, 3) if capability in WARPGROUPS else Config(32, 128, 16, 4, 2)
     if step == "down_backward":
         return Config(32 if large else 64, 128 if large else 64, block_r, 8 if large else 4, 3)
     raise ValueError(f"config: step is {step!r}, expected down, up, up_backward or down_backward")

@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from .launches import Launch, Other, size_of
+from .launches import Launch, Other
 from .sass import Code, code
 from .traffic import Work, work
 
@@ -118,11 +118,12 @@ def executed(found: Code, does: Work) -> Counter:
     return total
 
 
+def instructions(launch: Launch) -> float:
+    """Instructions that all warps of a launch execute."""
+    found = code(launch.kernel)
+    return executed(found, work(launch)).total() * found.warps * math.prod(launch.grid)
+
+
 def seconds(found: Launch | Other) -> float:
     """The predicted time of any launch."""
     return predict(found).seconds if isinstance(found, Launch) else found.bytes / ELEMENTWISE + START
-
-
-def moved(found: Launch | Other) -> int:
-    """Bytes from and to device memory, each tensor counted once."""
-    return sum(map(size_of, found.tensors.values())) if isinstance(found, Launch) else found.bytes

@@ -95,7 +95,7 @@ def _code(cubin: bytes, shared: int, warps: int) -> Code:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         text = _tool("nvdisasm", "-c", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    names, loops, end = _parse(text)
+    names, loops, end = parse(text)
     owner = [None] * len(names)
     for index in sorted(range(len(loops)), key=lambda i: loops[i][0] - loops[i][1]):  # inner loops last
         first, last = loops[index]
@@ -110,7 +110,7 @@ def _code(cubin: bytes, shared: int, warps: int) -> Code:
     return Code(registers, stack, spills, shared, warps, counts[-1], found)
 
 
-def _parse(text: str) -> tuple[list[str], list[tuple[int, int]], int]:
+def parse(text: str) -> tuple[list[str], list[tuple[int, int]], int]:
     """Names of the instructions, the loops as (first, last), and where the code ends in a branch to itself."""
     names, labels, waiting, branches = [], {}, [], []
     for line in text.splitlines():

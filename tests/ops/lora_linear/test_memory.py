@@ -137,7 +137,9 @@ def test_offsets_are_64_bit(backend):
 
 
 @form
-@pytest.mark.parametrize(("backend", "dtype", "adapter"), served((FP32, FP32), (FP16, FP32), (BF16, BF16)))
+@pytest.mark.parametrize(
+    ("backend", "dtype", "adapter"), served((FP32, FP32), (FP16, FP32), (BF16, BF16), (BF16, FP32))
+)
 def test_the_same_bits_every_time(form, backend, dtype, adapter):
     problem = LoraProblem.make((131, 260), *FORMS[form], dtype, adapter, DEVICE, 0.1)
     first = problem.fused(backend)
