@@ -80,8 +80,10 @@ class Answer:
             choices.append({"index": index, **content, "logprobs": piece.logprobs, "finish_reason": piece.finish})
         return {**self.head, "choices": choices, "usage": usage}
 
-    def chunk(self, piece: Piece, index: int = 0, first: bool = False) -> dict[str, Any]:
-        """Of a stream: a piece of one choice."""
+    def chunk(
+        self, piece: Piece, index: int = 0, first: bool = False, used: dict[str, int] | None = None
+    ) -> dict[str, Any]:
+        """Of a stream: a piece of one choice, with the tokens of all so far if that is ``used``."""
         content: dict[str, Any]
         if not self.chat:
             content = {"text": piece.text}
@@ -93,7 +95,8 @@ class Answer:
             content = {"delta": {**piece.message, **numbered}}
         else:
             content = {"delta": {"content": piece.text} if piece.text else {}}
-        return self._chunk([{"index": index, **content, "logprobs": piece.logprobs, "finish_reason": piece.finish}])
+        choice = {"index": index, **content, "logprobs": piece.logprobs, "finish_reason": piece.finish}
+        return {**self._chunk([choice]), **({} if used is None else {"usage": used})}
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         return {**self._chunk([]), "usage": usage}

@@ -20,7 +20,7 @@ _LOGPROBS = 20
 class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None  # of the length of chunks, which nobody but the client can see here
-    continuous_usage_stats: only("continuous_usage_stats") = None  # type: ignore[valid-type]
+    continuous_usage_stats: bool | None = None
 
 
 class GenerationRequest(Strict):

@@ -21,7 +21,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "spaces_between_special_tokens": (None, True),
     "include_stop_str_in_output": (None, False),
     "priority": (None, 0),
-    "continuous_usage_stats": (None, False),
 }
 # They say who asks and what for, or allow what is not done: whatever they hold, the answer is the same.
 WITHOUT_EFFECT = {

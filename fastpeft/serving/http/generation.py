@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from .answers import Answer, ApiError, Piece, usage
-from .api import ChatRequest, CompletionRequest, parse
+from .api import ChatRequest, CompletionRequest, StreamOptions, parse
 from .bodies import body_of
 from .completion import Completion
 from .metrics import DISCONNECTED, Measured
@@ -63,6 +63,8 @@ class Generation(Response):
     async def _stream(
         self, begun: Sequence[Completion], answer: Answer, asked: CompletionRequest | ChatRequest, send: Send
     ) -> None:
+        options = asked.stream_options or StreamOptions()
+        used = (lambda: _counts(begun)) if options.continuous_usage_stats else (lambda: None)
         async for index, piece in _merged(begun):
             if not self._streaming:  # only now: an error before the first token still has its own status
                 self._streaming = True
@@ -73,12 +75,12 @@ class Generation(Response):
                     await self._events(send, *(answer.chunk(Piece(), i, first=True) for i in range(len(begun))))
             finish, piece.finish = piece.finish, None
             if finish is None or (answer.chat and (piece.text or piece.message)):
-                await self._events(send, answer.chunk(piece, index))
+                await self._events(send, answer.chunk(piece, index, used=used()))
                 piece = Piece()
             if finish is not None:
                 piece.finish = finish
-                await self._events(send, answer.chunk(piece, index))
-        if asked.stream_options and asked.stream_options.include_usage:
+                await self._events(send, answer.chunk(piece, index, used=used()))
+        if options.include_usage:
             await self._events(send, answer.usage_chunk(_counts(begun)))
         await self._events(send, "[DONE]", last=True)
 

@@ -82,6 +82,9 @@ class Tool(Strict):
 class Message(Strict):
     """Of a chat. What an answer's message has besides, null or empty, may come back with it."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"properties": {"role": {"const": "assistant"}}}, {"required": ["content"]}]}
+    )
     role: str = Field(pattern="^(system|developer|user|assistant|tool)$")
     content: Annotated[
         str,

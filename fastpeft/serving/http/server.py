@@ -96,7 +96,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         served = "served are /v1/completions, /v1/chat/completions and /v1/models"
         detail = f"There is no {request.url.path[:200]} here; {served}" if error.status_code == 404 else error.detail
-        error = ApiError(error.status_code, str(detail))
+        allowed, error = error.headers or {}, ApiError(error.status_code, str(detail))
+        error.headers.update(allowed)  # the methods that there are
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         error = ApiError(400, f"{first['loc'][-1]}: {first['msg']}", str(first["loc"][-1]))

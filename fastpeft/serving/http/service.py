@@ -155,7 +155,8 @@ class Service:
         if max(new, 1) > room:
             given = f"{len(prompt.ids)} in the prompt, {new} in the completion"
             message = f"This model's maximum context length is {self.batcher.max_tokens} tokens. However, "
-            message += f"{len(prompt.ids) + max(new, 1)} were requested ({given})."
+            # langchain knows the class by the code in the text, litellm by the sentence.
+            message += f"{len(prompt.ids) + max(new, 1)} were requested ({given}): context_length_exceeded"
             raise ApiError(400, message, code="context_length_exceeded")
         completion = Completion(
             self.deliver,

@@ -119,7 +119,9 @@ def test_unknown_model_path_and_method(client):
     error(complete(client, "nobody"), 404, "model_not_found")
     error(complete(client, "../alice"), 404, "model_not_found")
     error(client.get("/v1/nothing"), 404)
-    error(client.get("/v1/completions"), 405)
+    wrong = client.get("/v1/completions")
+    error(wrong, 405)
+    assert wrong.headers["allow"] == "POST"
     assert "There is no /v1/responses here" in error(client.post("/v1/responses", json={}), 404)
     error(client.post("/v1/embeddings", json={}), 404)
     error(client.get("/docs"), 404)
@@ -127,7 +129,9 @@ def test_unknown_model_path_and_method(client):
 
 def test_too_large(client):
     error(complete(client, prompt="x" * 5000), 413, "body_too_large")
-    assert "maximum context length is 64" in error(complete(client, prompt="x" * 100), 400, "context_length_exceeded")
+    long = error(complete(client, prompt="x" * 100), 400, "context_length_exceeded")
+    assert "maximum context length is 64" in long
+    assert "context_length_exceeded" in long
     error(complete(client, max_tokens=62), 400, "context_length_exceeded")
     assert complete(client, max_tokens=61).json()["usage"]["total_tokens"] == 64
     assert chat(client, content="x").json()["usage"]["total_tokens"] == 64  # without max_tokens, what fits

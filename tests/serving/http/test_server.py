@@ -78,6 +78,15 @@ def test_streamed_completion(client):
     assert (last["choices"], last["usage"]) == ([], whole["usage"])
 
 
+def test_usage_in_every_chunk(client):
+    """As vLLM's benchmark clients ask for it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    response = complete(client, "bob", "hello", max_tokens=9, stream=True, stream_options=options)
+    counts = [event["usage"]["completion_tokens"] for event in events(response)]
+    assert counts == sorted(counts)
+    assert (counts[0] >= 1, counts[-1]) == (True, 9)
+
+
 def test_streamed_chat(client):
     whole = chat(client, "dave", "hello", max_tokens=9).json()
     chunks = events(chat(client, "dave", "hello", max_tokens=9, stream=True))
