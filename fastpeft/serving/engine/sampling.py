@@ -34,9 +34,10 @@ def next_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int | None]
     tokens = logits.argmax(-1)  # of a row with NaN, the place of one
     best = logits.gather(-1, tokens[:, None])[:, 0]
     drawn = [i for i, request in enumerate(requests) if request.params.temperature > 0]
-    if drawn:
-        rows = logits if len(drawn) == len(requests) else logits[drawn]
-        tokens[drawn] = _draw(rows, [requests[i] for i in drawn])
+    if len(drawn) == len(requests):
+        tokens = _draw(logits, requests)
+    elif drawn:
+        tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn])
     found = tokens.masked_fill(torch.isnan(best), -1).tolist()
     chosen = [None if token < 0 else token for token in found]
     note_logprobs(given, chosen, requests)

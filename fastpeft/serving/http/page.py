@@ -17,7 +17,7 @@ _STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.2rem; margin: 0 0 1rem; }
 #state { font-weight: normal; opacity: .7; }
-#tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; }
+#tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .75rem; }
 .tile { border: 1px solid #8885; border-radius: .5rem; padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
 .tile span { opacity: .7; }
