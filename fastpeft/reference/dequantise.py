@@ -11,6 +11,8 @@ rounded once more, to the dtype it is written in. Source: Dettmers et al., "QLoR
 import torch
 from torch import Tensor
 
+_STEP = 1 << 18  # elements whose values in float32 fit a core's cache
+
 
 def dequantise(
     codes: Tensor,
@@ -62,10 +64,16 @@ def write(
         absmax = code2.index_select(0, absmax.int()) * absmax2.repeat_interleave(block2)[: absmax.numel()] + offset
     # Both values of a byte are found by one look-up, of eight bytes.
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1).view(torch.int64).view(-1)
-    flat, values = out.view(-1), pairs.index_select(0, codes.int()).view(torch.float32)
-    whole = flat.numel() // block * block
-    if whole:
-        scales = absmax[: whole // block, None]
-        torch.mul(values[:whole].view(-1, block), scales, out=flat[:whole].view(-1, block))
+    flat = out.view(-1)
+    whole, step = flat.numel() // block * block, max(block, _STEP)
+    for first in range(0, whole, step):
+        end = min(first + step, whole)
+        values = _values(pairs, codes, first, end).view(-1, block)
+        flat[first:end].view(-1, block).copy_(values.mul_(absmax[first // block : end // block, None]))
     if whole < flat.numel():
-        torch.mul(values[whole : flat.numel()], absmax[-1], out=flat[whole:])
+        flat[whole:].copy_(_values(pairs, codes, whole, flat.numel()).mul_(absmax[-1]))
+
+
+def _values(pairs: Tensor, codes: Tensor, first: int, end: int) -> Tensor:
+    """The codes' values from an element that begins a byte to another."""
+    return pairs.index_select(0, codes[first // 2 : (end + 1) // 2].int()).view(torch.float32)[: end - first]

@@ -27,6 +27,12 @@ def test_four_bits_are_the_formats(backend, shape, block, nested):
     assert torch.equal(ops.dequantise(on_device(base), backend=backend).cpu(), by_hand(base))
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_more_elements_than_a_step(nested):
+    base = four_bit(521, 1100, 4096, nested)
+    assert torch.equal(ops.dequantise(base, backend="reference"), by_hand(base))
+
+
 @each_backend
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_eight_bits_are_the_formats(backend, shape):

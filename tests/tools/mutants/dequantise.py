@@ -3,6 +3,7 @@
 FOUR = "tests/ops/dequantise/test_dequantise.py::test_four_bits_are_the_formats"
 EIGHT = "tests/ops/dequantise/test_dequantise.py::test_eight_bits_are_the_formats"
 OUTSIDE = "tests/ops/dequantise/test_dequantise.py::test_nothing_is_written_outside"
+STEPS = "tests/ops/dequantise/test_dequantise.py::test_more_elements_than_a_step"
 DTYPE = "tests/ops/dequantise/test_dequantise.py::test_one_rounding_to_the_dtype_asked_for"
 BAD = "tests/ops/dequantise/test_dequantise.py::test_bad_bases"
 DENSE = "tests/ops/lora_linear/test_quantised.py::test_bits_are_those_of_the_dense_call"
@@ -44,6 +45,7 @@ MUTANTS = {
             "one scale for all scales": ("absmax2.repeat_interleave(block2)[: absmax.numel()]", "absmax2[0]"),
             "the part of a block left out": ("if whole < flat.numel():", "if False:"),
             "the part of a block by the first scale": ("absmax[-1]", "absmax[0]"),
+            "scales of the first step": ("absmax[first // block : end", "absmax[0 : (end - first)", STEPS),
             "128 steps": ("1.0 / 127.0", "1.0 / 128.0"),
         },
     },
