@@ -13,6 +13,12 @@ from typing import Any
 Wanted = tuple[str, ...] | str
 Present = inspect.Signature | str
 
+# What a plug-in says once it is in place, so that nobody takes an engine's own kernels for ours.
+SERVED = (
+    "fastpeft: LoRA of linear layers is served by fastpeft's kernels; those of experts (MoE) keep {0}'s own kernels, "
+    "as do embeddings and heads"
+)
+
 
 def problems(interface: Mapping[str, Wanted], look: Callable[[str], Present] | None = None) -> list[str]:
     """What differs, one line each, or nothing. ``look`` finds what a name stands for, by default by import."""

@@ -17,6 +17,7 @@ Interface read in SGLang 0.5.23; 0.5.21 and earlier differ (layers do not call `
 
 import functools
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,7 @@ INTERFACE: dict[str, _interface.Wanted] = {
     ),
 }  # fmt: skip
 
+_log = logging.getLogger("sglang.fastpeft")
 # For checkers: what the backend's base has is SGLang's, and known by INTERFACE alone.
 _Backend: Any = object
 _LAYERS = "sglang.srt.lora.layers"
@@ -117,6 +119,7 @@ def create_backend() -> type:
     from sglang.srt.lora.mem_pool import LoRAMemoryPool
 
     spread_on_load(LoRAMemoryPool)
+    _log.info(_interface.SERVED.format("SGLang"))
     return backend_class(ChunkedSgmvLoRABackend)
 
 

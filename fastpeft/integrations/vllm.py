@@ -82,6 +82,7 @@ def plugin() -> None:
         reasons = _reasons(current_platform, name)
         if not reasons:
             _prepare()
+            _log.info(_interface.SERVED.format("vLLM"))
             return f"{__name__}.FastPunicaWrapper"
         text = "fastpeft: vLLM's own LoRA kernels serve: " + "; ".join(reasons)
         if _setting() == "strict":

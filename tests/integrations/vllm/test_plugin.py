@@ -140,7 +140,8 @@ def engine(monkeypatch):
     ],
     ids=str,
 )
-def test_off_unless_asked_for(engine, monkeypatch, environment, enabled):
+def test_off_unless_asked_for(engine, monkeypatch, environment, enabled, caplog):
+    caplog.set_level(logging.INFO, "vllm.fastpeft")
     before = vars(engine)["get_punica_wrapper"]
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -149,6 +150,7 @@ def test_off_unless_asked_for(engine, monkeypatch, environment, enabled):
     expected = "fastpeft.integrations.vllm.FastPunicaWrapper" if enabled else vllm.REPLACED
     assert engine.get_punica_wrapper() == expected
     keys = {name: value() for name, value in sys.modules["vllm.envs"].environment_variables.items()}
+    assert ("those of experts (MoE) keep vLLM's own kernels" in caplog.text) is enabled
     assert keys == ({"FASTPEFT_VLLM": fastpeft.__version__} if enabled else {}), "what keys vLLM's compiled models"
 
 
