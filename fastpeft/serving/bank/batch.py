@@ -40,8 +40,7 @@ class Batch:
         for slot in slots:
             self.mask |= 1 << slot if slot >= 0 else 0
         self.total = None if lengths is None else sum(lengths)
-        # What siblings of one input left for each other, and what each group computes.
-        self.shared: dict[Any, tuple[Tensor, int, dict[Any, Tensor]]] = {}
+        # What each group of siblings computes.
         self.plans: dict[Any, tuple[Any, ...]] = {}
         self.slot_count = slot_count
         self._routings: dict[torch.Size, Routing] = {}

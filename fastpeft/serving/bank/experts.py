@@ -68,6 +68,10 @@ class ExpertSite(Site):
         self.lora_b = torch.empty(slots, self.experts, self.out_features, rank, **of)  # type: ignore[call-overload]
         self.lora_a = lora_a
 
+    def slot_bytes(self, rank: int) -> int:
+        """What one slot of the tables takes."""
+        return self.experts * super().slot_bytes(rank)
+
     def write(self, slot: int, a: Tensor, b: Tensor) -> None:
         """Copy an adapter's tensors into a slot."""
         lora_a, lora_b, *_ = super().tables()

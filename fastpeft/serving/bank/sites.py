@@ -16,9 +16,10 @@ from ...methods.lora.config import Lora
 from ...methods.targets import ALL_LINEAR, names
 from ...nn.base_layer import is_conv1d
 from ...nn.lora import LoraLinear
-from ...nn.siblings import siblings
+from ...nn.siblings import families
 from ...ops.routing import Routing
 from .batch import Batch, Running
+from .shared_input import Siblings, writable
 
 _BYPASS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -70,6 +71,8 @@ class Site:
         self.module.__dict__.pop("forward", None)
         if self._own is not None:
             self.module.forward = self._own
+        if self.siblings is not None:
+            self.siblings.detach()
         self.lora_a = self.lora_b = self.ranks = self.scales = self.siblings = None
 
     def make_tables(self, slots: int, rank: int) -> None:
@@ -81,6 +84,10 @@ class Site:
         if self.embedding:
             self._eye = torch.eye(rank, dtype=self.dtype, device=self.device).expand(slots, rank, rank)
         self.lora_a = lora_a
+
+    def slot_bytes(self, rank: int) -> int:
+        """What one slot of the tables takes."""
+        return rank * (self.in_features + self.out_features) * self.dtype.itemsize
 
     def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, B, scales and ranks of all slots, once an adapter has needed them."""
@@ -109,7 +116,7 @@ class Site:
             return self.base(x, *args, **kwargs)
         if self.siblings is not None and not args and not kwargs and self.siblings.shares(x):
             return self.siblings.forward(self, x, batch)
-        y = _writable(self.base(x, *args, **kwargs))
+        y = writable(self.base(x, *args, **kwargs))
         self._add(y, x, batch.routing(x.shape[:-1]))
         return y
 
@@ -131,58 +138,9 @@ class Site:
         slots = batch.token_slots(ids.shape).clamp(min=0).long().view(ids.shape)
         lora_a, lora_b, scales, ranks = self.tables()
         s = nn.functional.embedding(ids + slots * self.in_features, lora_a.flatten(0, 1)).to(y.dtype)
-        y = _writable(y)
+        y = writable(y)
         ops.multi_lora_(y, s, self._eye, lora_b, batch.routing(ids.shape), scales, ranks)
         return y
-
-
-class Siblings:
-    """Layers that usually receive one tensor (q, k and v; gate and up): the first that is called computes all.
-
-    The others hand out what it left if they are called with the very same, unchanged tensor. A group whose results were
-    not asked for is no group, and stays apart from then on.
-    """
-
-    def __init__(self, members: list[Site]):
-        self.members = members
-        self._apart = False
-
-    def shares(self, x: Tensor) -> bool:
-        """Whether this call may be shared. Without a version, as in inference mode, x cannot be known as unchanged."""
-        return not (self._apart or torch.compiler.is_compiling() or x.is_inference())
-
-    def forward(self, site: Site, x: Tensor, batch: Batch) -> Tensor:
-        left = batch.shared.get(self)
-        if left is not None:
-            same, version, outputs = left
-            if same is x and version == x._version and site in outputs:
-                y = outputs.pop(site)
-                if not outputs:
-                    del batch.shared[self]
-                return y
-            self._apart = True
-            del batch.shared[self]
-        members, *tables = self._plan(batch)
-        # A layer that was called leaves its output complete: the model may go on with it before it calls the next.
-        outputs = {member: _writable(member.base(x)) for member in (members if not self._apart else ())}
-        if site not in outputs:
-            return site._forward(x)
-        ops.multi_lora_(list(outputs.values()), x, tables[0], tables[1], batch.routing(x.shape[:-1]), *tables[2:])
-        y = outputs.pop(site)
-        if outputs:
-            batch.shared[self] = x, x._version, outputs
-        return y
-
-    def _plan(self, batch: Batch) -> tuple:
-        """The members that have something for this batch, and their tables as multi_lora_ takes them."""
-        plan = batch.plans.get(self)
-        if plan is None:
-            members = [member for member in self.members if member.mask & batch.mask]
-            scales, ranks = (torch.stack([getattr(m, name) for m in members]) for name in ("scales", "ranks"))
-            tables = [m.tables() for m in members]
-            columns = [lora_a for lora_a, *_ in tables], [lora_b for _, lora_b, *_ in tables]
-            plan = batch.plans[self] = (members, *columns, scales, ranks)
-        return plan
 
 
 def find_sites(
@@ -207,10 +165,10 @@ def find_sites(
         given = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"{op}: model's layers are on {given}, expected one device that holds values")
     by_module = {site.module: site for site in sites[len(experts) :]}
-    for group in siblings(model, lambda module: module in by_module):
+    for caller, group in families(model, lambda module: module in by_module):
         members = [by_module[module] for module in group]
-        if len(members) <= 4 and len({(m.dtype, m.in_features) for m in members}) == 1:
-            together = Siblings(members)
+        if caller is not None and len(members) <= 4 and len({(m.dtype, m.in_features) for m in members}) == 1:
+            together = Siblings(caller, members)
             for member in members:
                 member.siblings = member.siblings or together
     return sites
@@ -264,7 +222,3 @@ def _head(model: Any) -> nn.Module | None:
         return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):  # what models without one raise
         return None
-
-
-def _writable(y: Tensor) -> Tensor:
-    return y if y.dim() <= 2 or y.is_contiguous() else y.contiguous()

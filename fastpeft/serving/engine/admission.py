@@ -1,12 +1,17 @@
-"""Which of the waiting requests begin now: first come, first served, as far as rows, cache and slots reach."""
+"""Which of the waiting requests begin now: adapters by turns, as far as rows, cache and slots reach.
 
-from collections.abc import Sequence
+An adapter of which nothing runs does not wait for the rows of those that have several: the youngest row of the one that
+has most is put out for it, and goes on later.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from ..bank.bank import AdapterBank
 from ..errors import BankFull
 from .request import Request
-
-_PREFILL_TOKENS = 4096  # padded prompt tokens that are read at once between two steps
+from .rows import Rows
+from .turns import Turns
 
 
 class Admission:
@@ -14,53 +19,88 @@ class Admission:
 
     Args:
         bank: whose slots the requests' adapters need.
-        max_rows: requests that run at once, and how often one that waits for a slot may be overtaken.
-        max_cached: rows times the longest of them, in tokens.
+        rows: that have room for them, or not.
+        max_rows: requests that run at once, and how often one that waits for a slot or room may be overtaken.
+        adapter_rows: of one adapter.
+        weights: of the adapters' turns.
     """
 
-    def __init__(self, bank: AdapterBank, max_rows: int, max_cached: int):
-        self._bank, self._max_rows, self._max_cached = bank, max_rows, max_cached
+    def __init__(
+        self,
+        bank: AdapterBank,
+        rows: Rows,
+        max_rows: int,
+        adapter_rows: int,
+        weights: Mapping[str | None, float],
+    ):
+        self._bank, self._rows, self._max_rows, self._adapter_rows = bank, rows, max_rows, adapter_rows
+        self._turns = Turns(weights)
 
-    def admit(self, waiting: Sequence[Request], running: Sequence[Request]) -> list[Request]:
-        """Those that begin now, each with a lease on its adapter. One that cannot ever begin ends in error.
+    def admit(self, waiting: Sequence[Request]) -> tuple[list[Request], list[Request]]:
+        """Those that begin now, each with a lease on its adapter, and the rows that are put out for them.
+
+        One that cannot ever begin ends in error.
 
         Args:
             waiting: in the order in which they came.
-            running: that have rows.
         """
-        admitted: list[Request] = []
-        blocked: Request | None = None
+        running = self._rows.requests
+        staying, admitted, put_out = list(running), [], []
+        blocked: Request | None = None  # the first that found no slot or no room
         full: BankFull | None = None
-        for request in waiting:
-            if request.done:
+        no_room = False
+        skipped: set[str | None] = set()
+        for request in self._turns.order(waiting, skipped):
+            held = Counter(other.adapter for other in staying)
+            if held[request.adapter] >= self._adapter_rows or (no_room and held[request.adapter]):
+                skipped.add(request.adapter)
                 continue
-            if not self._has_room(request, admitted, running):
-                break
             if blocked is not None and (
-                blocked.overtaken >= self._max_rows or not _needs_no_slot(request, (*running, *admitted))
+                blocked.overtaken >= self._max_rows or not (_has_slot(request, staying) or no_room)
             ):
+                skipped.add(request.adapter)
+                continue
+            ways = self._ways(request, staying, put_out or admitted)
+            if ways is None:
+                no_room, blocked = True, blocked or request
+                skipped.add(request.adapter)
                 continue
             try:
-                request.lease = None if request.adapter is None else self._bank._lease("submit", request.adapter)
+                if request.lease is None and request.adapter is not None:
+                    request.lease = self._bank._lease("submit", request.adapter)
             except BankFull as error:
-                blocked, full = request, error
+                blocked, full = blocked or request, full or error
+                skipped.add(request.adapter)
                 continue
             except Exception as error:
                 request.finish("error", error)
                 continue
             if blocked is not None:
                 blocked.overtaken += 1
+            put_out += ways
+            staying = [other for other in staying if other not in ways] + [request]
             admitted.append(request)
-        if blocked is not None and not admitted and not running:
+            self._turns.taken(request)
+        if full is not None and blocked is not None and not admitted and not running:
             blocked.finish("error", full)  # nobody here will give a slot back
-        return admitted
+        return admitted, put_out
 
-    def _has_room(self, request: Request, admitted: Sequence[Request], running: Sequence[Request]) -> bool:
-        rows = [*running, *admitted, request]
-        read = max(len(r.prompt) for r in (*admitted, request)) * (len(admitted) + 1)
-        cached = max(len(r.prompt) + r.max_new_tokens for r in rows) * len(rows)
-        return len(rows) <= self._max_rows and cached <= self._max_cached and (not admitted or read <= _PREFILL_TOKENS)
+    def _ways(self, request: Request, staying: Sequence[Request], moved: Sequence[Request]) -> list[Request] | None:
+        """The rows that must go so that the request can begin, none if there is room; None if there can be none."""
+        staying, ways = list(staying), []
+        held = Counter(other.adapter for other in staying)
+        while not (len(staying) < self._max_rows and self._rows.has_room(request, staying)):
+            crowded, count = held.most_common(1)[0] if held else (None, 0)
+            if held[request.adapter] or count < 2 or not hasattr(self._rows, "put_out"):
+                return None
+            victim = next(other for other in reversed(staying) if other.adapter == crowded)
+            if victim in moved:
+                return None
+            staying.remove(victim)
+            held[crowded] -= 1
+            ways.append(victim)
+        return ways
 
 
-def _needs_no_slot(request: Request, others: Sequence[Request]) -> bool:
+def _has_slot(request: Request, others: Sequence[Request]) -> bool:
     return request.adapter is None or any(other.adapter == request.adapter for other in others)

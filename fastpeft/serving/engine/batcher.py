@@ -4,27 +4,29 @@
         request = batcher.submit(input_ids, adapter="alice", max_new_tokens=64, on_token=print)
         tokens = request.result()
 
-First come, first served. A request whose adapter finds no slot waits for one; later requests that need no new slot may
-overtake it, but only ``max_rows`` times. An error in one request ends that request alone, in a step too.
+Adapters take turns, and within one it is first come, first served: however many requests one has, another's first
+begins in the next step, for which a row of the first is put out for a while. A request whose adapter finds no slot
+waits for one; later requests that need no new slot may overtake it, but only ``max_rows`` times. An error in one
+request ends that request alone, in a step too.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ... import _check
 from ..bank.bank import AdapterBank
-from ..errors import BankError, NotFinite, QueueFull, UnknownAdapter
+from ..errors import BankError, QueueFull, UnknownAdapter
 from .admission import Admission
 from .request import Request, end_ids, prompt_ids
-from .rows import Rows
-from .sampling import next_tokens
+from .rows import make_rows
 from .scoring import score_prompts
 from .settings import SamplingParams, one_of
+from .steps import Steps
 
 
 class Batcher:
@@ -36,17 +38,22 @@ class Batcher:
         max_rows: how many requests run at once.
         max_tokens: of the longest prompt and completion together; None is the model's ``max_position_embeddings``.
         max_waiting: how many requests may wait; None for any number.
-        max_cached: tokens that the cache may come to hold, its rows times the longest of them (they are padded to one
-            length); requests wait for room. None is ``max_rows`` times ``max_tokens``.
+        max_cached: tokens that the cache may come to hold, in whole blocks; a padded one holds rows times the longest
+            of them. Requests wait for room. None is ``max_rows`` times ``max_tokens``, or, if that is less, what fits
+            into 80 % of a GPU's free memory, or 25 % of the host's where the model is on the CPU.
         stall_seconds: how long a step may take before ``problem`` calls it stuck.
+        weights: by adapter's name, None for the bare model: how many of its requests begin for one of an adapter whose
+            weight is 1, as one without a weight has, while both have requests that wait.
+        adapter_rows: how many requests of one adapter run at once; None for ``max_rows``.
+        adapter_waiting: how many requests of one adapter may wait; None for any number.
 
     Attributes:
         bank: as given.
         tokenizer: as given.
         max_rows: as given.
         max_tokens: as given, or the model's; at most ``max_cached``.
-        max_waiting: as given.
-        max_cached: as given, or the product.
+        max_waiting, adapter_waiting: as given.
+        max_cached: as given, or what None stands for.
 
     Raises:
         TypeError: ``bank`` is no AdapterBank.
@@ -63,29 +70,37 @@ class Batcher:
         max_waiting: int | None = None,
         max_cached: int | None = None,
         stall_seconds: float = 120.0,
+        weights: Mapping[str | None, float] | None = None,
+        adapter_rows: int | None = None,
+        adapter_waiting: int | None = None,
     ):
         if not isinstance(bank, AdapterBank):
             raise TypeError(f"Batcher: bank is {_check.shown(bank)}, expected an AdapterBank")
         limits = {"max_tokens": max_tokens, "max_waiting": max_waiting, "max_cached": max_cached}
+        limits |= {"adapter_rows": adapter_rows, "adapter_waiting": adapter_waiting}
         _check.positive("Batcher", "max_rows", max_rows)
         for name, value in limits.items():
             if value is not None:
                 _check.positive("Batcher", name, value)
+        for name, weight in (weights or {}).items():
+            if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                given = f"weights[{name!r}] is {_check.shown(weight)}"
+                raise ValueError(f"Batcher: {given}, expected a finite number above 0")
         if bank.model.training:
             raise ValueError("Batcher: the bank's model is in training mode, expected model.eval()")
         config = getattr(bank.model, "config", None)
         self.bank, self.tokenizer, self.max_rows, self.max_waiting = bank, tokenizer, max_rows, max_waiting
+        self.adapter_waiting = adapter_waiting
         self.max_tokens = max_tokens or getattr(config, "max_position_embeddings", None) or 4096
-        self.max_cached = max_cached or max_rows * self.max_tokens
+        self._rows, self.max_cached = make_rows(bank, max_rows, self.max_tokens, max_cached)
         self.max_tokens = min(self.max_tokens, self.max_cached)
         model: Any = bank.model
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._stop_ids = end_ids(bank.model, tokenizer)
-        self._rows = Rows(bank)
-        self._admission = Admission(bank, max_rows, self.max_cached)
+        self._steps = Steps(self._rows)
+        self._admission = Admission(bank, self._rows, max_rows, adapter_rows or max_rows, weights or {})
         self._stall_seconds = stall_seconds
         self._began: float | None = None  # the turn that runs
-        self._broken: BaseException | None = None
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -132,7 +147,7 @@ class Batcher:
 
         Raises:
             UnknownAdapter: no adapter has that name.
-            QueueFull: ``max_waiting`` requests wait.
+            QueueFull: ``max_waiting`` requests wait, and one of this adapter among them; or ``adapter_waiting`` of it.
             BankError: the batcher is stopping.
             TypeError: text without a tokenizer.
             ValueError: another argument is out of its range, or the request is longer than ``max_tokens``.
@@ -151,11 +166,23 @@ class Batcher:
         with self._changed:
             if self._stopping:
                 raise BankError("submit: the batcher is stopping")
-            if self.max_waiting is not None and len(self._waiting) >= self.max_waiting:
-                raise QueueFull(f"submit: {len(self._waiting)} requests wait, expected fewer than {self.max_waiting}")
+            self._check_queue(adapter)
             self._waiting.append(request)
             self._changed.notify_all()
         return request
+
+    def _check_queue(self, adapter: str | None) -> None:
+        """Refuse one request too many; a crowd of one adapter's does not close the queue to another's first."""
+        own = sum(request.adapter == adapter for request in self._waiting)
+        if self.max_waiting is not None and own and len(self._waiting) >= self.max_waiting:
+            raise QueueFull(f"submit: {len(self._waiting)} requests wait, expected fewer than {self.max_waiting}")
+        if self.adapter_waiting is not None and own >= self.adapter_waiting:
+            given = f"{own} requests of adapter {adapter!r} wait"
+            raise QueueFull(f"submit: {given}, expected fewer than {self.adapter_waiting}")
+
+    def explain(self) -> str:
+        """Which cache the batch runs over, and why not over a paged one where it does not."""
+        return f"{type(self.bank.model).__name__}: {self._rows.kind} cache of {self.max_cached} tokens"
 
     def start(self) -> "Batcher":
         """Run on a thread of its own, until ``stop``.
@@ -211,7 +238,7 @@ class Batcher:
         began = self._began
         if began is not None and time.monotonic() - began > self._stall_seconds:
             return f"the step that runs began {time.monotonic() - began:.0f} s ago"
-        broken = self._broken
+        broken = self._steps.broken
         return None if broken is None else f"the model's forward fails ({type(broken).__name__})"
 
     def _run(self) -> None:
@@ -233,59 +260,15 @@ class Batcher:
     def _turn(self) -> None:
         """Let requests in, and take one step with all."""
         self._began = time.monotonic()
-        before = self._rows.succeeded, self._rows.failed
         try:
             if self._cancelling:  # here, where no request is between the queue and the rows
                 for request in (*self._waiting, *self._rows.requests):
                     request.cancel()
-            for request in self._rows.requests:
-                if request.cancelled:
-                    request.finish("cancelled")
-            self._rows.leave()
-            self._join(self._admit())
-            logits = self._rows.step()
-            if logits is not None:
-                self._deal(logits, self._rows.requests)
+            self._steps.end_cancelled()
+            self._steps.turn(self._admit())
         except Exception as error:  # not a forward's, which ends its own rows alone; who waits is not concerned
             self._rows.clear("error", error)
-        if self._rows.succeeded > before[0]:
-            self._broken = None
-        elif self._rows.failed > before[1]:
-            self._broken = self._probed()
         self._began = None
-
-    def _probed(self) -> BaseException | None:
-        """What the bare model raises for one token: whether the fault is the requests' or the engine's."""
-        try:
-            self._rows.probe()
-        except Exception as error:
-            return error
-        return None
-
-    def _deal(self, logits: Tensor, requests: Sequence[Request]) -> None:
-        for request, token in zip(requests, next_tokens(logits, requests), strict=True):
-            if request.cancelled:
-                request.finish("cancelled")
-            elif token is None:
-                request.finish("error", NotFinite(f"submit: the logits of adapter {request.adapter!r} are not numbers"))
-            else:
-                request.take(token)
-        self._rows.leave()
-
-    def _join(self, requests: Sequence[Request]) -> None:
-        """Read the prompts together, or, if that fails, one by one to find whose fault it is."""
-        if not requests:
-            return
-        try:
-            logits = self._rows.join(requests)
-        except Exception as error:
-            if len(requests) == 1:
-                requests[0].finish("error", error)
-                return
-            for request in requests:
-                self._join([request])
-            return
-        self._deal(logits, list(requests))
 
     def _admit(self) -> list[Request]:
         """The requests that begin now, with leases on their adapters."""
@@ -294,7 +277,11 @@ class Batcher:
         for request in waiting:
             if request.cancelled:
                 request.finish("cancelled")
-        admitted = score_prompts(self.bank, self._admission.admit(waiting, self._rows.requests))
+        admitted, put_out = self._admission.admit(waiting)
+        for request in put_out:
+            self._rows.put_out(request)
+        admitted = score_prompts(self.bank, admitted)
         with self._changed:
-            self._waiting = deque(r for r in self._waiting if not r.done and r not in admitted)
+            stay = (r for r in self._waiting if not r.done and r not in admitted)
+            self._waiting = deque((*put_out, *stay))
         return admitted

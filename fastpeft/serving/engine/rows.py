@@ -1,216 +1,96 @@
-"""The rows of a running batch and their KV cache: rows join after their prompt, take a step together, and leave.
-
-Rows are padded on the left to one length, with an attention mask and positions of their own. The cache is the model's
-own kind; it must be a plain one, keys and values ``[B, heads, L, D]`` for every layer.
-
-A step that fails is taken back and repeated: without the youngest row where memory ran out, else in halves, until the
-rows are found that fail by themselves. They end; nobody else does.
-"""
+"""Which rows a batcher has: over a paged cache, or, where the model cannot be served so, over one of its own kind."""
 
 import contextlib
-import inspect
-import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bank.bank import AdapterBank
+from .memory import cache_bytes
+from .padded_rows import PaddedRows
+from .paged_rows import PagedRows, unpaged_reason
+from .pages import LayerShape, token_bytes
 from .request import Request
+from .row_rope import length_dependent
 
 
-class Rows:
-    """Requests that run, each with its lease, and what the model remembers of them.
+class Rows(Protocol):
+    """Requests that run, each with its lease; ``paged_rows`` and ``padded_rows`` have the two kinds."""
 
-    Attributes:
-        requests: in the order in which they joined.
-        succeeded, failed: how many forwards did, so far.
-    """
+    kind: str
+    succeeded: int
+    failed: int
 
-    def __init__(self, bank: AdapterBank):
-        self.requests: list[Request] = []
-        self.succeeded = self.failed = 0
-        self._bank, self._model, self._device = bank, bank.model, bank.device
-        self._cache: Any = None
-        self._length = 0
-        self._use = contextlib.ExitStack()  # the bank's batch of these rows, kept from step to step
-        self._in_use = False
-        self._takes = inspect.signature(type(self._model).forward).parameters
-        with bank.use([None]):
-            self._new_cache = _cache_kind(self._model, self._device)
+    @property
+    def requests(self) -> list[Request]:
+        """In the order in which they joined."""
+        raise NotImplementedError
 
-    def join(self, requests: Sequence[Request]) -> Tensor:
-        """Read the prompts of new rows; ``[n, V]``, their logits for the first token. They are the last rows then.
+    def has_room(self, request: Request, others: Sequence[Request]) -> bool:
+        """Whether the cache reaches for it beside the others."""
+        raise NotImplementedError
 
-        An error leaves the rows that run as they were.
-        """
-        length = max(len(request.prompt) for request in requests)
-        cache: Any = self._new_cache()
-        pads = [length - len(request.prompt) for request in requests]
-        ids = [[0] * pad + request.prompt for pad, request in zip(pads, requests, strict=True)]
-        with self._bank.use([request.lease for request in requests]):
-            logits = self._forward(ids, pads, cache, length)
-        self._leave_use()
-        longest = max(length, self._length)
-        if self.requests:
-            merged = [
-                tuple(torch.cat([_pad(a, longest), _pad(b, longest)]) for a, b in zip(_kv(old), _kv(new), strict=True))
-                for old, new in zip(self._cache.layers, cache.layers, strict=True)
-            ]
-            for layer, (keys, values) in zip(self._cache.layers, merged, strict=True):
-                layer.keys, layer.values = keys, values
-        else:
-            self._cache = cache
-        self._length = longest
-        self.requests += requests
-        return logits
+    def join(self, requests: Sequence[Request]) -> Tensor | None:
+        """New rows, the last ones then; their logits where that reads their prompts, else None."""
+        raise NotImplementedError
 
-    def step(self) -> Tensor | None:
-        """One token on for every row, ``[B, V]``; or None if no row is left. Rows that fail end in error, and leave."""
-        while self.requests:
-            try:
-                return self._advance()
-            except Exception as failure:
-                error = failure
-            traceback.clear_frames(error.__traceback__)  # which hold the step's tensors
-            self._leave_use()
-            self._take_back()
-            if len(self.requests) > 1 and not out_of_memory(error):
-                return self._advance_apart()
-            self.requests[-1].finish("error", error)
-            self.leave()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-        return None
+    def step(self) -> tuple[list[Request], Tensor] | None:
+        """The requests that have a next token, and its logits; rows that fail end in error, and leave."""
+        raise NotImplementedError
 
     def probe(self) -> None:
         """Read one token with the bare model. Raises what the model raises."""
-        with self._bank.use([None]):
-            self._forward([[0]], [0], self._new_cache(), 1)
-
-    def _advance(self) -> Tensor:
-        if not self._in_use:
-            self._use.enter_context(self._bank.use([request.lease for request in self.requests]))
-            self._in_use = True
-        logits = self._next(self.requests, self._cache)
-        self._length += 1
-        return logits
-
-    def _next(self, requests: Sequence[Request], cache: Any) -> Tensor:
-        ids = [[request.tokens[-1]] for request in requests]
-        pads = [self._length + 1 - len(request.prompt) - len(request.tokens) for request in requests]
-        return self._forward(ids, pads, cache, self._length + 1)
-
-    def _take_back(self) -> None:
-        """Take from the cache what a step that failed has written to some of its layers."""
-        for layer in self._cache.layers:
-            layer.keys, layer.values = (t[:, :, : self._length] for t in _kv(layer))
-
-    def _advance_apart(self) -> Tensor | None:
-        """The step in parts, each with a copy of its rows' cache; the parts that succeed are the rows from now on."""
-        done: list[tuple[list[Request], Tensor, Any]] = []
-
-        def attempt(places: list[int]) -> None:
-            part = [self.requests[i] for i in places]
-            index = torch.tensor(places, device=self._device)
-            try:
-                cache = self._new_cache()
-                for i, layer in enumerate(self._cache.layers):
-                    cache.update(*(t.index_select(0, index) for t in _kv(layer)), i)
-                with self._bank.use([request.lease for request in part]):
-                    done.append((part, self._next(part, cache), cache))
-            except Exception as error:
-                if len(places) == 1:
-                    part[0].finish("error", error)
-                    return
-            else:
-                return
-            middle = len(places) // 2
-            attempt(places[:middle])
-            attempt(places[middle:])
-
-        everyone = list(range(len(self.requests)))
-        attempt(everyone[: len(everyone) // 2])
-        attempt(everyone[len(everyone) // 2 :])
-        if not done:
-            self.requests, self._cache, self._length = [], None, 0
-            return None
-        for layer, *parts in zip(self._cache.layers, *(cache.layers for *_, cache in done), strict=True):
-            layer.keys, layer.values = (torch.cat(pieces) for pieces in zip(*map(_kv, parts), strict=True))
-        self.requests = [request for part, *_ in done for request in part]
-        self._length += 1
-        return torch.cat([logits for _, logits, _ in done])
+        raise NotImplementedError
 
     def leave(self) -> None:
-        """Let the rows go whose requests have ended, and the columns that no row needs."""
-        stay = [i for i, request in enumerate(self.requests) if not request.done]
-        if len(stay) == len(self.requests):
-            return
-        self._leave_use()
-        self.requests = [self.requests[i] for i in stay]
-        if not stay:
-            self._cache, self._length = None, 0
-            return
-        length = max(len(r.prompt) + len(r.tokens) - 1 for r in self.requests)
-        index = torch.tensor(stay, device=self._device)
-        for layer in self._cache.layers:
-            layer.keys, layer.values = (t[:, :, t.shape[2] - length :].index_select(0, index) for t in _kv(layer))
-        self._length = length
+        """Let the rows go whose requests have ended."""
+        raise NotImplementedError
 
     def clear(self, reason: str, error: BaseException | None = None) -> None:
         """End every row."""
-        self._leave_use()
-        for request in self.requests:
-            request.finish(reason, error)
-        self.requests, self._cache, self._length = [], None, 0
-
-    def _leave_use(self) -> None:
-        self._use.close()
-        self._in_use = False
-
-    def _forward(self, ids: Sequence[Sequence[int]], pads: Sequence[int], cache: Any, length: int) -> Tensor:
-        tokens = torch.tensor(ids, device=self._device)
-        pad = torch.tensor(pads, device=self._device)[:, None]
-        column = torch.arange(length, device=self._device)
-        positions = (column[length - tokens.shape[1] :] - pad).clamp(min=0)
-        more = {"logits_to_keep": 1, "position_ids": positions}
-        self.failed += 1  # until it has succeeded
-        output = self._model(
-            input_ids=tokens,
-            attention_mask=(column >= pad).long() if any(pads) else None,
-            past_key_values=cache,
-            use_cache=True,
-            **{name: value for name, value in more.items() if name in self._takes},
-        )
-        self.failed, self.succeeded = self.failed - 1, self.succeeded + 1
-        return output.logits[:, -1]
+        raise NotImplementedError
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no more."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def make_rows(bank: AdapterBank, max_rows: int, max_tokens: int, max_cached: int | None) -> tuple[Any, int]:
+    """The rows for the bank's model, and how many tokens the cache may hold.
+
+    Args:
+        bank: around the model.
+        max_rows: how many rows run at once.
+        max_tokens: of the longest.
+        max_cached: tokens; None is what the rows could need, as far as a share of the free memory holds it.
+
+    Raises:
+        ValueError: rows cannot join and leave the model's kind of cache, or they would depend on each other.
+    """
+    model: Any = bank.model
+    with bank.use([None]):
+        new_cache, shapes = _cache_kind(model, bank.device)
+        reason = unpaged_reason(model, shapes, bank.device)
+    if reason is not None and length_dependent(model):
+        name = f"model is {type(model).__name__}, whose rotary embedding depends on the longest row"
+        raise ValueError(f"Batcher: {name}, expected one with a paged cache, but {reason}")
+    if max_cached is None:
+        most = cache_bytes(bank.device, bank.promised_bytes()) // token_bytes(shapes)
+        max_cached = max(1, min(max_rows * max_tokens, most))
+    if reason is not None:
+        return PaddedRows(bank, new_cache, max_cached, reason), max_cached
+    return PagedRows(bank, shapes, max_rows, min(max_tokens, max_cached), max_cached), max_cached
 
 
-def _cache_kind(model: nn.Module, device: torch.device) -> Callable[[], Any]:
-    """The class of the model's cache, if rows can be put together and taken apart in it."""
+def _cache_kind(model: Any, device: torch.device) -> tuple[Callable[[], Any], list[LayerShape]]:
+    """The class of the model's cache, if rows can be put together and taken apart in it, and what its layers keep."""
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     kind: Any = type(getattr(model(input_ids=ids, use_cache=True), "past_key_values", None))
     cache = None
     with contextlib.suppress(Exception):
         cache = kind()
         model(input_ids=ids, past_key_values=cache, use_cache=True)
-    layers = getattr(cache, "layers", None) or [None]
-    plain = all(isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] == 2 for layer in layers for t in _kv(layer))
-    if cache is None or not plain:
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())]
+    plain = all(isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] == 2 for pair in pairs for t in pair)
+    if cache is None or not pairs or not plain:
         given = f"{type(model).__name__} with a {kind.__name__}"
         raise ValueError(f"Batcher: model is {given}, expected one whose cache is keys and values of each layer")
-    return kind
-
-
-def _kv(layer: object) -> tuple[Any, Any]:
-    return getattr(layer, "keys", None), getattr(layer, "values", None)
-
-
-def _pad(t: Tensor, length: int) -> Tensor:
-    return nn.functional.pad(t, (0, 0, length - t.shape[2], 0)) if t.shape[2] < length else t
+    return kind, [LayerShape(*pair) for pair in pairs]

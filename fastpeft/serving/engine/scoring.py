@@ -28,8 +28,8 @@ def score_prompts(bank: AdapterBank, requests: Sequence[Request]) -> list[Reques
         Those that are not done.
     """
     for request in requests:
-        if request.params.prompt_logprobs is None:
-            continue
+        if request.params.prompt_logprobs is None or request.prompt_logprobs is not None:
+            continue  # or it was put out for a while
         try:
             request.prompt_logprobs, last = _read(bank, request, request.params.prompt_logprobs)
             if request.max_new_tokens == 1 and (token := next_tokens(last, [request])[0]) is not None:

@@ -1,0 +1,279 @@
+"""The rows of a running batch over a paged cache: a step takes one token of every row, and pieces of new prompts.
+
+A row holds the blocks that its tokens need so far. Where they run out, the youngest rows give theirs back and are read
+anew later; a row never waits for another's prompt, of which a step reads ``PROMPT_TOKENS`` at most.
+
+A step that fails changes nothing but places of the cache that nobody reads. It is repeated: without the youngest row
+where memory ran out, else in halves, until the rows are found that fail by themselves. They end; nobody else does.
+"""
+
+import contextlib
+import inspect
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bank.bank import AdapterBank
+from .layout import Layout, Part
+from .memory import out_of_memory
+from .paged_attention import Unpaged, register, running
+from .pages import LayerShape, Pages, blocks_for
+from .request import Request
+from .row_rope import length_dependent, recomputed_past, row_by_row
+
+PROMPT_TOKENS = 512  # of prompts, in one step
+_Share = tuple["_Row", int]
+
+
+class _Row:
+    """A request with its place in the tables, its blocks, and how many of its tokens they hold."""
+
+    def __init__(self, request: Request, place: int):
+        self.request, self.place = request, place
+        self.blocks: list[int] = []
+        self.cached = 0
+        self.read_as_long = False
+
+    @property
+    def length(self) -> int:
+        return len(self.request.prompt) + len(self.request.tokens)
+
+    def next(self, count: int) -> Part:
+        prompt, end = self.request.prompt, self.cached + count
+        ids = (prompt if end <= len(prompt) else prompt + self.request.tokens)[self.cached : end]
+        return Part(self.place, ids, self.cached, self.length)
+
+
+class PagedRows:
+    """Requests that run, each with its lease, over blocks of a cache.
+
+    Args:
+        bank: around the model.
+        shapes: of the model's layers.
+        max_rows: how many rows run at once.
+        max_tokens: of the longest row.
+        max_cached: tokens that the cache holds, rounded up to whole blocks.
+
+    Attributes:
+        requests: in the order in which they joined.
+        succeeded, failed: how many forwards did, so far.
+        preempted: how often a row gave its blocks back before it had ended.
+    """
+
+    kind = "paged"
+
+    def __init__(
+        self, bank: AdapterBank, shapes: Sequence[LayerShape], max_rows: int, max_tokens: int, max_cached: int
+    ):
+        self.succeeded = self.failed = self.preempted = 0
+        self._bank, self._model, self._device = bank, bank.model, bank.device
+        self._pages = Pages(blocks_for(max_cached), shapes, self._device)
+        self._rows: list[_Row] = []
+        self._places = list(range(max_rows - 1, -1, -1))
+        self._tables = torch.zeros(max_rows, blocks_for(max_tokens), dtype=torch.long, device=self._device)
+        self._use = contextlib.ExitStack()  # the bank's batch, kept while the same rows take one token each
+        self._in_use: list[Request] | None = None
+        self._ropes, self._anew_past = length_dependent(self._model), recomputed_past(self._model)
+        self._picks = "logits_to_keep" in inspect.signature(type(self._model).forward).parameters
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those that run."""
+        return [row.request for row in self._rows]
+
+    def has_room(self, request: Request, others: Sequence[Request]) -> bool:
+        """Whether the blocks reach for what it and the others have so far, and a token more of each."""
+        return sum(blocks_for(len(r.prompt) + len(r.tokens) + 1) for r in (*others, request)) <= self._pages.blocks
+
+    def join(self, requests: Sequence[Request]) -> None:
+        """New rows, the last ones then; the next steps read their prompts."""
+        self._rows += [_Row(request, self._places.pop()) for request in requests]
+
+    def step(self) -> tuple[list[Request], Tensor] | None:
+        """Take a step with as many rows as there is memory for. Rows that fail end in error, and leave.
+
+        Returns:
+            The requests that have a next token now, and its logits ``[n, V]``; or None.
+        """
+        while self._rows:
+            shares = self._shares()
+            try:
+                return self._advance(shares)
+            except Exception as failure:
+                error = failure
+            traceback.clear_frames(error.__traceback__)  # which hold the step's tensors
+            if len(shares) > 1 and not out_of_memory(error):
+                return self._advance_apart(shares)
+            youngest = max((row for row, _ in shares), key=self._rows.index)
+            youngest.request.finish("error", error)
+            self.leave()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        return None
+
+    def probe(self) -> None:
+        """Read one token with the bare model. Raises what the model raises."""
+        with self._bank.use([None]):
+            self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._device), use_cache=False)
+
+    def leave(self) -> None:
+        """Let the rows go whose requests have ended."""
+        gone = [row for row in self._rows if row.request.done]
+        if not gone:
+            return
+        self._leave_use()
+        self._rows = [row for row in self._rows if not row.request.done]
+        self._give_back(gone)
+        self._places += [row.place for row in gone]
+
+    def put_out(self, request: Request) -> None:
+        """Let a row go that has not ended; it may join again, and is read anew then."""
+        self._leave_use()
+        row = next(row for row in self._rows if row.request is request)
+        self._rows.remove(row)
+        self._give_back([row])
+        self._places.append(row.place)
+        self.preempted += 1
+
+    def clear(self, reason: str, error: BaseException | None = None) -> None:
+        """End every row."""
+        for row in self._rows:
+            row.request.finish(reason, error)
+        self.leave()
+
+    def _shares(self) -> list[_Share]:
+        """The rows of the next step and their tokens, those with one token first; each has blocks for them."""
+        reading = [row for row in self._rows if row.length - row.cached > 1]
+        left, counts = PROMPT_TOKENS, {}
+        for i, row in enumerate(sorted(reading, key=lambda row: row.length - row.cached)):
+            counts[row] = min(row.length - row.cached, max(1, left // (len(reading) - i)))
+            left -= counts[row]
+        shares: list[_Share] = []
+        waiting: set[_Row] = set()
+        for row in self._rows:
+            if row in waiting:
+                continue
+            if self._anew_past is not None and row.length > self._anew_past and not row.read_as_long:
+                self._give_back([row])
+                row.read_as_long = True
+                counts[row] = min(row.length, PROMPT_TOKENS)
+            count = counts.get(row, 1)
+            self._provide(row, row.cached + count, waiting)
+            shares.append((row, count))
+        shares = [share for share in shares if share[0] not in waiting]
+        shares.sort(key=lambda share: (share[1] > 1, share[0].next(share[1]).group()))
+        return shares
+
+    def _provide(self, row: _Row, tokens: int, waiting: set[_Row]) -> None:
+        """Have the row's blocks reach for so many tokens, by taking those of the youngest rows if need be."""
+        lack = blocks_for(tokens) - len(row.blocks)
+        younger = [other for other in self._rows[self._rows.index(row) + 1 :] if other.blocks]
+        while lack > self._pages.free and younger:
+            victim = younger.pop()
+            self._give_back([victim])
+            waiting.add(victim)
+            self.preempted += 1
+        if lack > self._pages.free:  # older rows have them: it waits
+            waiting.add(row)
+        elif lack > 0:
+            first = len(row.blocks)
+            row.blocks += self._pages.take(lack)
+            new = torch.tensor(row.blocks[first:], pin_memory=self._tables.is_cuda)
+            self._tables[row.place, first : first + lack].copy_(new, non_blocking=True)
+
+    def _give_back(self, rows: Sequence[_Row]) -> None:
+        self._pages.give_back([block for row in rows for block in row.blocks])
+        for row in rows:
+            row.blocks, row.cached = [], 0
+
+    def _advance(self, shares: Sequence[_Share]) -> tuple[list[Request], Tensor]:
+        layout = Layout([row.next(count) for row, count in shares], self._tables, self._pages)
+        ready = [row.length == row.cached + count for row, count in shares]
+        ends = list(torch.tensor([count for _, count in shares]).cumsum(0) - 1)
+        picked = [int(end) for end, is_ready in zip(ends, ready, strict=True) if is_ready]
+        steady = all(count == 1 for _, count in shares)
+        self._enter_use([row.request for row, _ in shares], None if steady else [n for _, n in shares], picked)
+        logits = self._forward(layout, None if len(picked) == layout.ids.shape[1] else picked)
+        for row, count in shares:
+            row.cached += count
+        return [row.request for (row, _), is_ready in zip(shares, ready, strict=True) if is_ready], logits
+
+    def _advance_apart(self, shares: Sequence[_Share]) -> tuple[list[Request], Tensor] | None:
+        """The step in halves, and their halves, until those who fail are found."""
+        middle, done = len(shares) // 2, []
+        for part in (shares[:middle], shares[middle:]):
+            try:
+                done.append(self._advance(part))
+            except Exception as error:
+                if len(part) == 1:
+                    part[0][0].request.finish("error", error)
+                elif (found := self._advance_apart(part)) is not None:
+                    done.append(found)
+        self._leave_use()
+        self.leave()
+        if not done:
+            return None
+        return [request for requests, _ in done for request in requests], torch.cat([logits for _, logits in done])
+
+    def _enter_use(self, requests: list[Request], lengths: list[int] | None, picked: list[int]) -> None:
+        if lengths is None and self._in_use == requests:
+            return
+        self._leave_use()
+        counts = [1] * len(requests) if lengths is None else lengths
+        chosen = None if lengths is None else picked or [0]
+        self._use.enter_context(self._bank.use([request.lease for request in requests], counts, chosen))
+        self._in_use = requests if lengths is None else None
+
+    def _leave_use(self) -> None:
+        self._use.close()
+        self._in_use = None
+
+    def _forward(self, layout: Layout, picked: list[int] | None) -> Tensor:
+        more: dict[str, Any] = {}
+        index = None if picked is None else torch.tensor(picked, dtype=torch.long, device=self._device)
+        if index is not None and self._picks:
+            # A model takes no empty choice; nobody's logits are then those of the first token.
+            more["logits_to_keep"] = index if picked else index.new_zeros(1)
+        self.failed += 1  # until it has succeeded
+        with running(self._model, layout), row_by_row(self._ropes, layout):
+            logits = run(self._model, layout, **more).logits[0]
+        self.failed, self.succeeded = self.failed - 1, self.succeeded + 1
+        if index is None:
+            return logits
+        return logits[: len(index)] if self._picks else logits[index]
+
+
+def run(model: Any, layout: Layout, **more: Any) -> Any:
+    """The model's forward for a step."""
+    return model(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, **more)
+
+
+def unpaged_reason(model: nn.Module, shapes: Sequence[LayerShape], device: torch.device) -> str | None:
+    """Why the model cannot be served over a paged cache, or None: it is run on two short rows."""
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        return "it takes no position_ids"
+    config: Any = getattr(model, "config", None)
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"] * len(shapes)
+    other = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if other:
+        return f"it has layers of kind {', '.join(other)}"
+    seen: list[tuple[int, int | None]] = []
+    try:
+        register()
+        pages = Pages(2, shapes, device)
+        tables = torch.tensor([[1], [2]], device=device)
+        layout = Layout([Part(0, [0, 0], 0, 2), Part(1, [0], 0, 1)], tables, pages)
+        with running(model, layout, seen):
+            run(model, layout)
+    except Unpaged as reason:
+        return str(reason)
+    except Exception as error:
+        return f"a paged step fails in it ({type(error).__name__})"
+    if sorted(layer for layer, _ in seen) != list(range(len(shapes))):
+        return f"{len(seen)} of {len(shapes)} layers call an attention function of transformers"
+    if any(kinds[layer] == "sliding_attention" and window is None for layer, window in seen):
+        return "its layers do not tell their sliding window"
+    return None
