@@ -45,7 +45,9 @@ class Admission:
             waiting: in the order in which they came.
         """
         running = self._rows.requests
-        staying, admitted, put_out = list(running), [], []
+        staying = list(running)
+        admitted: list[Request] = []
+        put_out: list[Request] = []
         blocked: Request | None = None  # the first that found no slot or no room
         full: BankFull | None = None
         no_room = False

@@ -82,9 +82,9 @@ class Batcher:
         for name, value in limits.items():
             if value is not None:
                 _check.positive("Batcher", name, value)
-        for name, weight in (weights or {}).items():
+        for adapter, weight in (weights or {}).items():
             if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-                given = f"weights[{name!r}] is {_check.shown(weight)}"
+                given = f"weights[{adapter!r}] is {_check.shown(weight)}"
                 raise ValueError(f"Batcher: {given}, expected a finite number above 0")
         if bank.model.training:
             raise ValueError("Batcher: the bank's model is in training mode, expected model.eval()")

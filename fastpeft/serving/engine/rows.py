@@ -88,7 +88,8 @@ def _cache_kind(model: Any, device: torch.device) -> tuple[Callable[[], Any], li
     with contextlib.suppress(Exception):
         cache = kind()
         model(input_ids=ids, past_key_values=cache, use_cache=True)
-    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())]
+    layers = getattr(cache, "layers", ())
+    pairs: list[tuple[Any, Any]] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     plain = all(isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] == 2 for pair in pairs for t in pair)
     if cache is None or not pairs or not plain:
         given = f"{type(model).__name__} with a {kind.__name__}"

@@ -28,7 +28,7 @@ def score_prompts(bank: AdapterBank, requests: Sequence[Request]) -> list[Reques
         Those that are not done.
     """
     for request in requests:
-        if request.params.prompt_logprobs is None or request.prompt_logprobs is not None:
+        if request.params.prompt_logprobs is None or request.prompt_logprobs:
             continue  # or it was put out for a while
         try:
             request.prompt_logprobs, last = _read(bank, request, request.params.prompt_logprobs)

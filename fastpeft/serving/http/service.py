@@ -36,8 +36,8 @@ class Limits:
         queue: requests that may wait; 429 beyond.
         max_body_bytes: of a request; 413 beyond.
         max_tokens: prompt and completion of a request together; None is the model's context.
-        max_cached: tokens of all rows of the batch, each counted as the longest; None is ``max_rows`` times
-            ``max_tokens``.
+        max_cached: tokens that the cache holds; None is ``max_rows`` times ``max_tokens``, or what a share of the free
+            memory holds (``Batcher``).
         drain_seconds: how long SIGTERM waits for requests to end.
         stall_seconds: how long a step may take before /health calls it stuck.
         max_adapter_bytes: of an adapter that comes in a request's body; 413 beyond.

@@ -37,7 +37,7 @@ def test_a_failing_step_ends_the_row_that_fails(bank):
 def test_when_every_row_fails_the_queue_goes_on(bank):
     batcher = Batcher(bank, max_rows=2)
     running = [batcher.submit(prompt(4, i), "alice", max_new_tokens=5) for i in range(2)]
-    waiting = batcher.submit(prompt(6), "bob", max_new_tokens=3)
+    waiting = batcher.submit(prompt(6), "alice", max_new_tokens=3)
     step(batcher)
     with failing(bank, lambda x: True):
         step(batcher)
