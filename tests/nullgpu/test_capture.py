@@ -32,6 +32,30 @@ def captured(step) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def test_a_turn_of_the_batcher_replays_its_step():
+    """One graph for all steps of so many rows, whichever adapters they have; no pageable copy, one wait."""
+    bank = host_cases._bank()
+    batcher = fastpeft.serving.Batcher(bank, max_rows=host_cases.SERVED)
+    names = host_cases._names()
+    requests = [batcher.submit([1, 2, 3, 4], adapter=name, max_new_tokens=12) for name in names]
+    for _ in range(3):
+        batcher._turn()
+    assert "decoding in CUDA graphs" in batcher.explain()
+    asked = counted(batcher._turn)
+    assert (asked.graph_launches, asked.syncs, asked.pageable, asked.refused, asked.missing) == (1, 1, 0, 0, 0)
+    assert asked.launches < 8  # of the choice of tokens
+    while not all(request.done for request in requests):
+        batcher._turn()
+    graphs = len(batcher._rows._captured._graphs)
+    others = [batcher.submit([1, 2, 3, 4], adapter=name, max_new_tokens=12) for name in (None, *names[1:])]
+    for _ in range(3):
+        batcher._turn()
+    assert counted(batcher._turn).graph_launches == 1
+    assert len(batcher._rows._captured._graphs) == graphs
+    batcher._rows.clear("cancelled")
+    assert all(request.done for request in others)
+
+
 def assert_captured(step) -> None:
     graphs = []
     asked = counted(lambda: graphs.append(captured(step)))

@@ -172,10 +172,6 @@ class AdapterBank:
     def __contains__(self, name: object) -> bool:
         return name in self._known
 
-    def promised_bytes(self) -> int:
-        """Memory that the slots will take once adapters have touched every layer, without what they have taken."""
-        return sum(site.slot_bytes(self.max_rank) for site in self._sites if site.lora_a is None) * self.slots
-
     def lease(self, name: str) -> Lease:
         """Hold an adapter as it is now, in a slot, for as long as a request lasts; ``use`` takes the lease as a name.
 

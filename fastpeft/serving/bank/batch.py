@@ -36,6 +36,7 @@ class Batch:
         device: torch.device,
     ):
         self.op, self.rows = op, len(slots)
+        self.every = False  # whether layers take part that no adapter of the batch touches
         self.mask = 0  # bit s: a row uses slot s
         for slot in slots:
             self.mask |= 1 << slot if slot >= 0 else 0
@@ -49,6 +50,21 @@ class Batch:
             counts = torch.tensor(lengths, device=device)
             self._slots = torch.repeat_interleave(self._slots, counts, output_size=self.total)
         self._picked = None if picked is None else torch.tensor(picked, device=device)
+
+    @classmethod
+    def of_slots(cls, op: str, slots: Tensor, slot_count: int) -> "Batch":
+        """A batch of one token a row, whose slots are what the tensor comes to hold; every layer takes part.
+
+        Args:
+            op: what the user called, for errors.
+            slots: ``[T]``, int32.
+            slot_count: slots of the bank.
+        """
+        batch = cls.__new__(cls)  # which makes no tensor: a capture would not let it
+        batch.op, batch.rows, batch.total, batch.mask = op, len(slots), len(slots), -1
+        batch.every, batch.plans, batch.slot_count, batch._routings = True, {}, slot_count, {}
+        batch._slots, batch._picked = slots, None
+        return batch
 
     def routing(self, shape: torch.Size) -> Routing:
         """Of the tokens of a tensor with these leading dimensions; made once for all layers and steps."""

@@ -2,16 +2,13 @@
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ... import ops
 from .batch import Batch
-
-if TYPE_CHECKING:
-    from .sites import Site
 
 
 class Siblings:
@@ -22,7 +19,8 @@ class Siblings:
     group whose results were not asked for, twice in a row, is no group, and stays apart from then on.
     """
 
-    def __init__(self, caller: nn.Module, members: Sequence["Site"]):
+    # The members are ``sites.Site``, which knows its group.
+    def __init__(self, caller: nn.Module, members: Sequence[Any]):
         self.members = list(members)
         self._apart = False
         self._unclaimed = 0  # calls in a row that left results
@@ -61,7 +59,7 @@ class Siblings:
             return False
         return getattr(self._thread, "called", False)
 
-    def forward(self, site: "Site", x: Tensor, batch: Batch) -> Tensor:
+    def forward(self, site: Any, x: Tensor, batch: Batch) -> Tensor:
         left, self._thread.left = self._thread.left, None
         if left is not None:
             same, version, outputs = left
@@ -88,7 +86,7 @@ class Siblings:
         """The members that have something for this batch, and their tables as multi_lora_ takes them."""
         plan = batch.plans.get(self)
         if plan is None:
-            members = [member for member in self.members if member.mask & batch.mask]
+            members = [member for member in self.members if not member._idle(batch)]
             scales, ranks = (torch.stack([getattr(m, name) for m in members]) for name in ("scales", "ranks"))
             tables = [m.tables() for m in members]
             columns = [lora_a for lora_a, *_ in tables], [lora_b for _, lora_b, *_ in tables]

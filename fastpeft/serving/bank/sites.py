@@ -126,7 +126,7 @@ class Site:
 
     def _idle(self, batch: Batch) -> bool:
         """Whether the batch's adapters leave this layer alone. A compiled graph is one for all adapters."""
-        if torch.compiler.is_compiling():
+        if batch.every or torch.compiler.is_compiling():
             return self.lora_a is None
         return not self.mask & batch.mask
 

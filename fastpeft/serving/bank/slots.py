@@ -19,6 +19,7 @@ class Slots:
     def __init__(self, count: int, sites: Sequence[Site], max_rank: int):
         device = sites[0].device
         self.held: list[Adapter | None] = [None] * count
+        self.tables_made = 0  # how often
         self.copies = Copies(device, count)
         self._sites, self._max_rank, self._clock = sites, max_rank, 0
         with torch.inference_mode(False):
@@ -33,6 +34,7 @@ class Slots:
     def make_tables(self, adapter: Adapter) -> list[Site]:
         """Allocate what the adapter's layers lack; returns those layers. All or none."""
         made = []
+        self.tables_made += 1
         try:
             with self.copies.into(None):
                 for site in adapter.tensors:
@@ -46,6 +48,7 @@ class Slots:
 
     def drop_tables(self, sites: Sequence[Site]) -> None:
         """Take back ``make_tables``."""
+        self.tables_made += 1
         for site in sites:
             site.lora_a = site.lora_b = None
 

@@ -182,7 +182,7 @@ class Batcher:
 
     def explain(self) -> str:
         """Which cache the batch runs over, and why not over a paged one where it does not."""
-        return f"{type(self.bank.model).__name__}: {self._rows.kind} cache of {self.max_cached} tokens"
+        return f"{type(self.bank.model).__name__}: {self._rows.kind} a cache of {self.max_cached} tokens"
 
     def start(self) -> "Batcher":
         """Run on a thread of its own, until ``stop``.

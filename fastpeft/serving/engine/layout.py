@@ -6,6 +6,7 @@ a row that reads a piece of its prompt is by itself.
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,15 +36,25 @@ class Part:
         return -1 if len(self.ids) > 1 else (blocks_for(self.length) - 1).bit_length()
 
 
+class Shape(NamedTuple):
+    """Of rows that are computed together: how many tokens each brings, their longest, and what needs no mask.
+
+    even: all are as long. first: the cache has nothing of them yet.
+    """
+
+    rows: int
+    queries: int
+    longest: int
+    even: bool
+    first: bool
+
+
 class Group:
     """Rows that attention computes together: tokens ``start`` to ``stop`` of the step, ``queries`` of each row."""
 
-    def __init__(self, parts: Sequence[Part], start: int, places: Tensor, lengths: Tensor, tables: Tensor):
-        self.queries, self.rows = len(parts[0].ids), len(parts)
+    def __init__(self, shape: Shape, start: int, places: Tensor, lengths: Tensor, tables: Tensor):
+        self.rows, self.queries, self.longest, self._even, self._first = shape
         self.start, self.stop = start, start + self.rows * self.queries
-        self.longest = max(part.length for part in parts)
-        self._even = self.longest == min(part.length for part in parts)
-        self._first = all(part.cached == 0 for part in parts)
         self._lengths, self._tables = lengths, tables.index_select(0, places)
         self._views: dict[int | None, tuple[Tensor, int, Tensor | None]] = {}
 
@@ -104,19 +115,42 @@ class Layout:
         lines = [part.place for part in parts for _ in part.ids]
         # One copy to the device takes everything that the host knows.
         numbers = ids + positions + lines + [part.place for part in parts] + [part.length for part in parts]
-        t, n = len(ids), len(parts)
+        t = len(ids)
         host = torch.tensor(numbers, pin_memory=tables.is_cuda)
         given = host.to(tables.device, non_blocking=True)
-        tokens, at, of, places, lengths = given.split([t, t, t, n, n])
-        self.ids, self.positions = tokens[None], at[None]
-        self._blocks, self._offsets = tables[of, at // BLOCK], at % BLOCK
+        shapes = []
+        for key, together in groupby(parts, Part.group):
+            members = list(together)
+            shapes += [_shape([m]) for m in members] if key < 0 else [_shape(members)]
+        self._lay(given, t, shapes, tables)
+
+    @classmethod
+    def decoding(cls, given: Tensor, rows: int, blocks: int, tables: Tensor, pages: Pages) -> "Layout":
+        """A step of one token of each row, of at most so many blocks, whose numbers are what ``given`` comes to hold.
+
+        Args:
+            given: ``[5 rows]``: ids, positions, twice the places, and the lengths after the step.
+            rows: how many.
+            blocks: that are read of each.
+            tables: ``[places, blocks]``.
+            pages: that they are in.
+        """
+        layout = cls.__new__(cls)
+        layout.pages, layout.totals = pages, []
+        layout._lay(given, rows, [Shape(rows, 1, blocks * BLOCK, False, False)], tables)
+        return layout
+
+    def _lay(self, given: Tensor, tokens: int, shapes: Sequence[Shape], tables: Tensor) -> None:
+        rows = sum(shape.rows for shape in shapes)
+        ids, at, lines, places, lengths = given.split([tokens, tokens, tokens, rows, rows])
+        self.ids, self.positions = ids[None], at[None]
+        self._blocks, self._offsets = tables[lines, at // BLOCK], at % BLOCK
         self.groups: list[Group] = []
         row = token = 0
-        for key, members in groupby(parts, Part.group):
-            for together in [[m] for m in members] if key < 0 else [list(members)]:
-                rows = slice(row, row + len(together))
-                self.groups.append(Group(together, token, places[rows], lengths[rows], tables))
-                row, token = rows.stop, self.groups[-1].stop
+        for shape in shapes:
+            of = slice(row, row + shape.rows)
+            self.groups.append(Group(shape, token, places[of], lengths[of], tables))
+            row, token = of.stop, self.groups[-1].stop
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Put the step's keys and values, ``[1, heads, T, D]``, into the rows' blocks."""
@@ -131,3 +165,11 @@ class Layout:
             for pool in self.pages.layers[layer]
         )
         return keys, values, mask
+
+
+def _shape(parts: Sequence[Part]) -> Shape:
+    lengths = [part.length for part in parts]
+    longest = max(lengths)
+    return Shape(
+        len(parts), len(parts[0].ids), longest, longest == min(lengths), not any(part.cached for part in parts)
+    )

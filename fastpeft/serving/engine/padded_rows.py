@@ -34,13 +34,13 @@ class PaddedRows:
         reason: why the cache is not paged.
 
     Attributes:
-        kind: "padded", and the reason.
+        kind: "padded", and the reason
         requests: in the order in which they joined.
         succeeded, failed: how many forwards did, so far.
     """
 
     def __init__(self, bank: AdapterBank, new_cache: Callable[[], Any], max_cached: int, reason: str):
-        self.kind = f"padded: {reason}"
+        self.kind = f"padded ({reason}):"
         self.requests: list[Request] = []
         self.succeeded = self.failed = 0
         self._bank, self._model, self._device = bank, bank.model, bank.device

@@ -11,12 +11,14 @@ import contextlib
 import inspect
 import traceback
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bank.bank import AdapterBank
+from .captured import Captured
 from .layout import Layout, Part
 from .memory import out_of_memory
 from .paged_attention import Unpaged, register, running
@@ -63,8 +65,6 @@ class PagedRows:
         preempted: how often a row gave its blocks back before it had ended.
     """
 
-    kind = "paged"
-
     def __init__(
         self, bank: AdapterBank, shapes: Sequence[LayerShape], max_rows: int, max_tokens: int, max_cached: int
     ):
@@ -73,11 +73,21 @@ class PagedRows:
         self._pages = Pages(blocks_for(max_cached), shapes, self._device)
         self._rows: list[_Row] = []
         self._places = list(range(max_rows - 1, -1, -1))
-        self._tables = torch.zeros(max_rows, blocks_for(max_tokens), dtype=torch.long, device=self._device)
+        # The last line is nobody's, as is the block 0 that it names.
+        self._tables = torch.zeros(max_rows + 1, blocks_for(max_tokens), dtype=torch.long, device=self._device)
         self._use = contextlib.ExitStack()  # the bank's batch, kept while the same rows take one token each
         self._in_use: list[Request] | None = None
         self._ropes, self._anew_past = length_dependent(self._model), recomputed_past(self._model)
+        eager = "the rows' rope depends on their lengths" if self._ropes else None
+        eager = eager if self._device.type == "cuda" else f"on {self._device.type}"
+        self._captured = Captured(bank, self._tables, self._pages, self._logits, eager)
         self._picks = "logits_to_keep" in inspect.signature(type(self._model).forward).parameters
+
+    @property
+    def kind(self) -> str:
+        """The cache, and how its steps are started."""
+        eager = self._captured.reason
+        return f"paged, {'decoding in CUDA graphs' if eager is None else f'eager ({eager})'}:"
 
     @property
     def requests(self) -> list[Request]:
@@ -190,13 +200,17 @@ class PagedRows:
             row.blocks, row.cached = [], 0
 
     def _advance(self, shares: Sequence[_Share]) -> tuple[list[Request], Tensor]:
-        layout = Layout([row.next(count) for row, count in shares], self._tables, self._pages)
+        parts = [row.next(count) for row, count in shares]
         ready = [row.length == row.cached + count for row, count in shares]
-        ends = list(torch.tensor([count for _, count in shares]).cumsum(0) - 1)
-        picked = [int(end) for end, is_ready in zip(ends, ready, strict=True) if is_ready]
+        ends = accumulate(count for _, count in shares)
+        picked = [end - 1 for end, is_ready in zip(ends, ready, strict=True) if is_ready]
         steady = all(count == 1 for _, count in shares)
         self._enter_use([row.request for row, _ in shares], None if steady else [n for _, n in shares], picked)
-        logits = self._forward(layout, None if len(picked) == layout.ids.shape[1] else picked)
+        self.failed += 1  # until it has succeeded
+        logits = self._replayed(parts, shares) if steady else None
+        if logits is None:
+            logits = self._forward(Layout(parts, self._tables, self._pages), None if steady else picked)
+        self.failed, self.succeeded = self.failed - 1, self.succeeded + 1
         for row, count in shares:
             row.cached += count
         return [row.request for (row, _), is_ready in zip(shares, ready, strict=True) if is_ready], logits
@@ -231,16 +245,22 @@ class PagedRows:
         self._use.close()
         self._in_use = None
 
+    def _replayed(self, parts: Sequence[Part], shares: Sequence[_Share]) -> Tensor | None:
+        """The logits by a captured step, or None."""
+        leases = [row.request.lease for row, _ in shares]
+        return self._captured.step(parts, [-1 if lease is None else lease.adapter.in_slot() for lease in leases])
+
+    def _logits(self, layout: Layout, **more: Any) -> Tensor:
+        with running(self._model, layout), row_by_row(self._ropes, layout):
+            return run(self._model, layout, **more).logits[0]
+
     def _forward(self, layout: Layout, picked: list[int] | None) -> Tensor:
         more: dict[str, Any] = {}
         index = None if picked is None else torch.tensor(picked, dtype=torch.long, device=self._device)
         if index is not None and self._picks:
             # A model takes no empty choice; nobody's logits are then those of the first token.
             more["logits_to_keep"] = index if picked else index.new_zeros(1)
-        self.failed += 1  # until it has succeeded
-        with running(self._model, layout), row_by_row(self._ropes, layout):
-            logits = run(self._model, layout, **more).logits[0]
-        self.failed, self.succeeded = self.failed - 1, self.succeeded + 1
+        logits = self._logits(layout, **more)
         if index is None:
             return logits
         return logits[: len(index)] if self._picks else logits[index]

@@ -73,11 +73,16 @@ def make_rows(bank: AdapterBank, max_rows: int, max_tokens: int, max_cached: int
         name = f"model is {type(model).__name__}, whose rotary embedding depends on the longest row"
         raise ValueError(f"Batcher: {name}, expected one with a paged cache, but {reason}")
     if max_cached is None:
-        most = cache_bytes(bank.device, bank.promised_bytes()) // token_bytes(shapes)
+        most = cache_bytes(bank.device, _promised_bytes(bank)) // token_bytes(shapes)
         max_cached = max(1, min(max_rows * max_tokens, most))
     if reason is not None:
         return PaddedRows(bank, new_cache, max_cached, reason), max_cached
     return PagedRows(bank, shapes, max_rows, min(max_tokens, max_cached), max_cached), max_cached
+
+
+def _promised_bytes(bank: AdapterBank) -> int:
+    """Memory that the slots will take once adapters have touched every layer, without what they have taken."""
+    return sum(site.slot_bytes(bank.max_rank) for site in bank._sites if site.lora_a is None) * bank.slots
 
 
 def _cache_kind(model: Any, device: torch.device) -> tuple[Callable[[], Any], list[LayerShape]]:

@@ -38,8 +38,11 @@ def next_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int | None]
         tokens = _draw(logits, requests)
     elif drawn:
         tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn])
-    found = tokens.masked_fill(torch.isnan(best), -1).tolist()
-    chosen = [None if token < 0 else token for token in found]
+    found = tokens.masked_fill(torch.isnan(best), -1)
+    if found.is_cuda:  # one copy, and one wait for it
+        found = torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
+        torch.cuda.current_stream(logits.device).synchronize()
+    chosen = [None if token < 0 else token for token in found.tolist()]
     note_logprobs(given, chosen, requests)
     return chosen
 

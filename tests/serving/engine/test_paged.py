@@ -62,7 +62,11 @@ def test_families(family, tmp_path):
     bank = served(model, tmp_path)
     batcher = Batcher(bank, max_rows=4, max_tokens=64)
     kind = batcher.explain()
-    assert ("paged cache of" in kind) if family in PAGED else (PADDED[family] in kind and "padded: " in kind), kind
+    assert (
+        ("paged, eager (on cpu): a cache of" in kind)
+        if family in PAGED
+        else (PADDED[family] in kind and "padded (" in kind)
+    ), kind
     as_alone(bank, batcher, ASKED)
 
 
