@@ -41,7 +41,7 @@ except ImportError as error:
     raise ImportError(f"serving needs {error.name}: pip install 'fastpeft[serve]'", name=error.name) from error
 
 _KEEP_ALIVE = 75  # seconds: longer than clients keep idle connections, so that none is closed under a new request
-_ADAPTER_SECONDS = 600.0  # for an adapter in a request's body
+_ADAPTER_SECONDS, _UPLOADS = 600.0, 2  # for an adapter in a request's body; so many are in memory at once
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -134,6 +134,7 @@ def _routes(service: Service) -> APIRouter:
 def _changes(service: Service) -> APIRouter:
     """What changes which adapters are served."""
     router, folder, limits = APIRouter(), service.folder, service.limits
+    uploads = asyncio.Semaphore(_UPLOADS)
 
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request):
@@ -144,8 +145,9 @@ def _changes(service: Service) -> APIRouter:
     @router.post("/v1/load_lora_adapter_from_tensors")
     async def load_from_tensors(request: Request, lora_name: str, load_inplace: bool = False, pin: bool = False):
         kind = "application/octet-stream"
-        weights = await body_of(request, limits.max_adapter_bytes, kind, _ADAPTER_SECONDS)
-        await service.in_loading(folder.load_bytes, lora_name, weights, load_inplace, pin)
+        async with uploads:
+            weights = await body_of(request, limits.max_adapter_bytes, kind, _ADAPTER_SECONDS)
+            await service.in_loading(folder.load_bytes, lora_name, weights, load_inplace, pin)
         return PlainTextResponse(f"Success: LoRA adapter '{lora_name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter")
