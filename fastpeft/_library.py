@@ -34,8 +34,8 @@ def register_op(
     Args:
         schema: the part after the name, as in ``"(Tensor x, Tensor[] weights) -> (Tensor[], Tensor)"``.
         implementation: computes the outputs from concrete tensors; must not modify or return an input. Its first
-            argument is a tensor or a list of tensors. An op with a gradient returns a list of outputs and one more
-            tensor that is kept for backward.
+            argument is a tensor or a list of tensors. An op with a gradient returns a list of outputs, and what is kept
+            for backward: one more tensor, or a list of them.
         fake: the outputs' shapes, dtypes and strides.
         setup_context: ``(ctx, inputs, output)``, saves what backward needs; None for an op without a gradient.
         backward: ``(ctx, output_grads, saved_grad)``, one gradient for each input, a list for a list of tensors.
@@ -98,10 +98,12 @@ def _eager_function(
         def forward(ctx, args, *tensors):
             outputs, saved = run(*args)
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(saved)
             setup_context(ctx, args, (outputs, saved))
             ctx.counts = [_count(args[place]) for place in places]
             _plan.node(ctx, tensors, outputs, Eager.backward)
+            if isinstance(saved, list):  # nobody is given them
+                saved = saved[0]
+            ctx.mark_non_differentiable(saved)
             return (*outputs, saved)
 
         @staticmethod

@@ -8,7 +8,7 @@ from ..methods.report import report as report_layers
 _ADAPTERHUB = "adapters.methods.modeling"
 
 
-def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True) -> nn.Module:
+def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True, fuse_mlp: bool = True) -> nn.Module:
     """Serve PEFT's LoRA layers, or the bottleneck adapters of ``adapters``, by fused ops, in place; calling it again
     does no harm. ``fastpeft.restore(model)`` undoes it, ``fastpeft.report(model)`` says what is fused.
 
@@ -16,6 +16,8 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
         model: a PeftModel, a model after ``adapters.init``, or any module with such layers inside.
         strict: raise if any of the layers would keep its library's own forward.
         share_inputs: let LoRA layers that receive the same tensor (q, k, v; gate, up) read it once; same result.
+        fuse_mlp: compute a gated MLP (Llama's and its kin's) whose three projections have LoRA as one op, which keeps
+            and needs less memory; the dropout masks are the same. ``report`` has a line for each.
 
     Returns:
         The same model: same parameters, names, state dict, saving.
@@ -30,7 +32,7 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
         return adapters.accelerate(model, strict)
     from . import peft
 
-    return peft.accelerate(model, strict, share_inputs)
+    return peft.accelerate(model, strict, share_inputs, fuse_mlp)
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, ops
-from ..nn import LoraLinear, quantised, sharing
+from ..nn import LoraLinear, lora_mlp, quantised, sharing
 from ..nn.backend import serving_backend
 from ..nn.experts_call import layout_of
 from ..nn.guarding import state_without_kept
@@ -79,7 +79,7 @@ class FastForward(nn.Module):
 
     def fastpeft_branch(self) -> sharing.Branch | str:
         """This layer for ``fastpeft.nn.sharing``, or why it computes alone."""
-        plan = _fusable.kept_plan(self)
+        plan = _fusable.plan(self) if torch.compiler.is_compiling() else _fusable.kept_plan(self)
         return plan if isinstance(plan, str) else _shared_branch(self, plan)
 
     fastpeft_guard = _fusable.guard
@@ -109,13 +109,14 @@ _OURS: dict[type, type] = {Linear: FastLoraLinear}
 _QUANTISED = ("bnb", "gptq", "awq", "hqq", "eetq", "aqlm", "inc", "torchao")
 
 
-def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True) -> nn.Module:
+def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True, fuse_mlp: bool = True) -> nn.Module:
     """Serve the LoRA layers of a PEFT model by the fused op: ``fastpeft.accelerate`` for them alone.
 
     Args:
         model: a PeftModel, or any module with PEFT's LoRA layers inside.
         strict: raise if any LoRA layer would keep PEFT's own forward.
         share_inputs: let siblings that receive the same tensor (q, k, v; gate, up) read it once; same result.
+        fuse_mlp: compute a gated MLP whose three projections have LoRA as one op, which keeps and needs less memory.
     """
     layers = _lora_layers("accelerate", model)
     if strict:
@@ -132,6 +133,9 @@ def accelerate(model: nn.Module, strict: bool = False, share_inputs: bool = True
     sharing.unshare_inputs(model)
     if share_inputs:
         sharing.share_inputs(model, lambda module: isinstance(module, FastForward))
+    lora_mlp.unfuse_mlps(model)
+    if fuse_mlp:
+        lora_mlp.fuse_mlps(model, lambda module: isinstance(module, FastForward))
     return model
 
 
@@ -147,6 +151,7 @@ def restore(model: nn.Module) -> nn.Module:
         if ours is not None and type(layer) is not ours:
             raise ValueError(f"restore: {name} is {type(layer).__name__}, expected {ours.__name__}")
     sharing.unshare_inputs(model)
+    lora_mlp.unfuse_mlps(model)
     for layer in layers.values():
         layer.__dict__.pop("fastpeft_kept", None)
         layer.__class__ = _THEIRS.get(type(layer), type(layer))

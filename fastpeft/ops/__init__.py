@@ -14,6 +14,7 @@ from .bottleneck import bottleneck
 from .dequantise import dequantise
 from .experts import ExpertLinear, experts
 from .lora_linear import lora_linear, lora_linear_shared
+from .lora_mlp import lora_mlp
 from .multi_lora import multi_lora, multi_lora_, multi_lora_shared
 from .prompt_gather import prompt_gather
 from .routing import route
@@ -31,6 +32,7 @@ __all__ = [
     "four_bit",
     "lora_linear",
     "lora_linear_shared",
+    "lora_mlp",
     "multi_lora",
     "multi_lora_",
     "multi_lora_shared",

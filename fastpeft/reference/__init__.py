@@ -5,6 +5,7 @@ from .dequantise import dequantise
 from .dropout import inverse_keep, keep_mask
 from .experts import ExpertLinear, experts
 from .lora_linear import lora_linear
+from .lora_mlp import lora_mlp
 from .multi_lora import Slots, multi_lora
 from .prompt_gather import prompt_gather
 from .routing import Routing
@@ -20,6 +21,7 @@ __all__ = [
     "inverse_keep",
     "keep_mask",
     "lora_linear",
+    "lora_mlp",
     "multi_lora",
     "prompt_gather",
     "row_linear",

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import torch
 
-from . import bottleneck, experts, lora_linear, multi_lora, prompt_gather, row_linear
+from . import bottleneck, experts, lora_linear, lora_mlp, multi_lora, prompt_gather, row_linear
 from .accuracy import MAX_RATIO, RMS_RATIO, Ratios, assert_no_worse, error_vs_eager, integer_inputs
 from .bottleneck import BottleneckProblem, eager_bottleneck
 from .experts import ExpertsProblem, eager_experts
 from .lora_linear import LoraProblem, eager_lora_linear
+from .lora_mlp import MlpProblem, eager_lora_mlp
 from .memory import guarded, poisoned
 from .multi_lora import MultiLoraProblem, eager_multi_lora
 from .prompt_gather import PromptProblem, eager_prompt_gather
@@ -25,6 +26,7 @@ __all__ = [
     "BottleneckProblem",
     "ExpertsProblem",
     "LoraProblem",
+    "MlpProblem",
     "MultiLoraProblem",
     "PromptProblem",
     "Ratios",
@@ -34,6 +36,7 @@ __all__ = [
     "eager_bottleneck",
     "eager_experts",
     "eager_lora_linear",
+    "eager_lora_mlp",
     "eager_multi_lora",
     "eager_prompt_gather",
     "eager_row_linear",
@@ -52,6 +55,6 @@ def check_ops(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, fl
     Args:
         device: where the ops run.
     """
-    for op in (bottleneck, experts, lora_linear, multi_lora, prompt_gather, row_linear):
+    for op in (bottleneck, experts, lora_linear, lora_mlp, multi_lora, prompt_gather, row_linear):
         for name, dtype, worst in op.check(device):
             yield name, dtype, *worst, worst.ok

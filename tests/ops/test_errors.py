@@ -63,6 +63,10 @@ KINDS = {
         "x": "tensor", **SHARED, "scales": "list of numbers", "dropouts": "list of numbers",
         "seeds": "list of seeds", **BACKEND,
     },
+    "lora_mlp": {
+        "x": "tensor", **SHARED, "scales": "list of numbers", "dropouts": "list of numbers",
+        "seeds": "list of seeds", "activation": "word", **BACKEND,
+    },
     "multi_lora": {"x": "tensor", "lora_a": "tensor", "lora_b": "tensor", **ROUTED, "y": "optional tensor", **MULTI},
     "multi_lora_": {
         "y": "tensor or list", "x": "tensor", "lora_a": "list of tensors", "lora_b": "list of tensors",
@@ -113,6 +117,11 @@ def arguments(op: str) -> dict:
         "lora_linear_shared": {
             "x": t(3, 8), "weights": [t(6, 8)] * 2, "lora_as": [t(4, 8)] * 2, "lora_bs": [t(6, 4)] * 2,
             "biases": [t(6), None], "scales": [1.0, 2.0], "dropouts": [0.5, 0.0], "seeds": [1, None],
+        },
+        "lora_mlp": {
+            "x": t(3, 8), "weights": [t(6, 8), t(6, 8), t(8, 6)], "lora_as": [t(4, 8), t(2, 8), t(4, 6)],
+            "lora_bs": [t(6, 4), t(6, 2), t(8, 4)], "biases": [t(6), None, t(8)], "scales": [1.0, 2.0, 0.5],
+            "dropouts": [0.5, 0.0, 0.5], "seeds": [1, None, 2],
         },
         "multi_lora": {**multi, "lora_a": t(2, 4, 8), "lora_b": t(2, 6, 4), "y": t(3, 6), **dropped},
         "multi_lora_": {**multi, "y": [t(3, 6)], "lora_a": [t(2, 4, 8)], "lora_b": [t(2, 6, 4)]},

@@ -36,6 +36,14 @@ def shared(x, dropout=0.0):
     return torch.cat(ys, -1), [x, *columns["lora_as"], *columns["lora_bs"]]
 
 
+def mlp(x, dropout=0.0, dtype=torch.float32):
+    parts = [lora(k=k, n=n, r=r, dtype=dtype) for k, n, r in ((24, 40, 4), (24, 40, 2), (40, 16, 3))]
+    columns = {f"{name}s": [p[name] for p in parts] for name in ("weight", "lora_a", "lora_b")}
+    seeds = [torch.tensor([seed]) for seed in (3, 4, 5)]
+    y = ops.lora_mlp(x, **columns, scales=[0.5, 1.0, 2.0], dropouts=[dropout] * 3, seeds=seeds)
+    return y, [x, *columns["lora_as"], *columns["lora_bs"]]
+
+
 def mixed(x):
     slots = torch.tensor([0, 2, -1, 1, 2])
     a, b = new(3, 4, 24), new(3, 40, 4)

@@ -44,6 +44,8 @@ class Lora:
         dtype: The dtype of A and B; None is the layer's, or float32 where that is 16 bits wide.
         share_inputs: Whether siblings that receive the same tensor (q, k, v; gate, up) read it once; the result is the
             same.
+        fuse_mlp: Whether a gated MLP (gate_proj, up_proj and down_proj of Llama and its kin) that is adapted as a whole
+            is computed as one op, which keeps and needs less memory.
 
     Raises:
         TypeError: An argument has a type that it may not have; the error names it and what was expected.
@@ -67,6 +69,7 @@ class Lora:
     init: str = "kaiming"
     dtype: torch.dtype | None = None
     share_inputs: bool = True
+    fuse_mlp: bool = True
 
     def __post_init__(self):
         self._set("r", _check.positive("Lora", "r", self.r))
@@ -79,7 +82,7 @@ class Lora:
                 check("Lora", f"{name}[{key!r}]", value)
         _check.one_of("Lora", "bias", self.bias, BIASES)
         _check.one_of("Lora", "init", self.init, INITS)
-        for name in ("rslora", "lora_bias", "share_inputs"):
+        for name in ("rslora", "lora_bias", "share_inputs", "fuse_mlp"):
             _check.boolean("Lora", name, getattr(self, name))
         _check.dtype_or_none("Lora", "dtype", self.dtype)
         self._set("modules_to_save", _check.names("Lora", "modules_to_save", self.modules_to_save))

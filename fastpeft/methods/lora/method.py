@@ -10,6 +10,7 @@ from ...nn.live_slice import LiveSlice
 from ...nn.lora import LoraLinear
 from ...nn.lora_embedding import LoraEmbedding
 from ...nn.lora_experts import LoraExperts
+from ...nn.lora_mlp import fuse_mlps, unfuse_mlps
 from ...nn.protocol import is_added
 from ...nn.sharing import share_inputs, unshare_inputs
 from ...nn.trained_copy import TrainedCopy
@@ -92,7 +93,7 @@ class LoraMethod(Mergeable):
         if biases.plan.whole:
             record.biases.of[name] = biases
         stop_bypasses(model, record.attributes, lambda module: isinstance(module, LoraLinear))
-        _share_inputs(model, self.configs(model))
+        _fuse(model, self.configs(model))
 
     def lift(self, model: nn.Module) -> None:
         if not self.merged(model):  # merged biases are not where they were
@@ -117,7 +118,7 @@ class LoraMethod(Mergeable):
         if not record.linears and not record.copies:
             self.remove(model)
         else:
-            _share_inputs(model, {other: c for other, c in self.configs(model).items() if other != name})
+            _fuse(model, {other: c for other, c in self.configs(model).items() if other != name})
 
     def remove(self, model: nn.Module, keep_merged: bool = False) -> None:
         record = self.record(model)
@@ -131,6 +132,7 @@ class LoraMethod(Mergeable):
             replace_module(model, path, kept)
         restore_bypasses(model, record.attributes)
         unshare_inputs(model)
+        unfuse_mlps(model)
 
     def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:
         for path, wrapper in self.record(model).wrappers(model).items():
@@ -251,7 +253,11 @@ def _take_back(modules: Iterable[nn.Module], name: str) -> None:
             del added[name]
 
 
-def _share_inputs(model: nn.Module, configs: Mapping[str, Lora]) -> None:
+def _fuse(model: nn.Module, configs: Mapping[str, Lora]) -> None:
+    """Group the layers that are computed together, as all adapters' configs have it."""
     unshare_inputs(model)
+    unfuse_mlps(model)
     if all(config.share_inputs for config in configs.values()):
         share_inputs(model, lambda module: isinstance(module, LoraLinear))
+    if all(config.fuse_mlp for config in configs.values()):
+        fuse_mlps(model, lambda module: isinstance(module, LoraLinear))

@@ -1,0 +1,275 @@
+"""The gated MLP of a transformers model as one op, where it has LoRA layers for its three projections.
+
+    y = down_proj(act_fn(gate_proj(x)) · up_proj(x))
+
+Such a module is found by what it is: children ``gate_proj``, ``up_proj``, ``down_proj``, an ``act_fn`` that is known,
+and a forward whose byte code is that line's, in one of the ways in which it is written. It is given a class of its own,
+derived from the one it has, whose forward calls ``ops.lora_mlp``; whatever is unusual at a call (hooks on its children,
+several adapters, disabled or merged ones, a class that somebody patched since) is seen there, and the module's own
+forward runs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .._check import PLAIN
+from . import plain
+from .backend import serving_backend
+from .branch import Branch, own_path_reason
+from .guarding import GLOBAL_HOOKS, guard_call, guard_item, keep, kept, state_without_kept
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+_KINDS = {  # in transformers.activations
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+}
+
+
+class _Plan(NamedTuple):
+    """What ``ops.lora_mlp`` is called with beside x."""
+
+    branches: tuple[Branch, Branch, Branch]
+    activation: str
+
+
+class LoraMlp(nn.Module):
+    """The forward of a gated MLP with LoRA; the class of the model's own module stands behind it."""
+
+    fastpeft_kind = "gated MLPs"
+    fastpeft_plain: type[nn.Module]  # the module's own class
+    fastpeft_known: Callable  # and its forward, which was compared
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``down_proj(act_fn(gate_proj(x)) · up_proj(x))``.
+
+        Args:
+            x: ``[..., K]``.
+
+        Returns:
+            ``[..., N]``.
+        """
+        if torch.compiler.is_compiling():
+            plan = _plan(self, x)
+        else:
+            plan = kept(self, x) if self.fastpeft_plain.forward is self.fastpeft_known else None
+            if plan is None:
+                plan = keep(self, x, _plan(self, x))
+        return super().forward(x) if isinstance(plan, str) else _run(x, plan)
+
+    def fastpeft_guard(self, guards: Any) -> None:
+        """All that is read of the module to decide how a call is computed.
+
+        Args:
+            guards: What is told.
+        """
+        modules = self._modules
+        guard_item(guards, self.__dict__, "_modules")
+        for name in NAMES:
+            module: Any = modules[name]
+            guards.is_(modules, name, module)
+            guard_call(guards, module)
+            module.fastpeft_guard(guards)
+        if "act_fn" in modules:
+            guards.is_(modules, "act_fn", modules["act_fn"])
+            guard_call(guards, self.act_fn)
+            guard_item(guards, self.act_fn.__dict__, "approximate")
+        else:
+            guard_item(guards, self.__dict__, "act_fn")
+
+    def fastpeft_report(self) -> str:
+        """``"fused"``, or why the module's own forward runs as things stand."""
+        reason = _plan(self, None)
+        if "forward" in self.__dict__:
+            return "its forward is overridden on the instance"
+        return reason if isinstance(reason, str) else "fused"
+
+    def fastpeft_backend(self) -> str:
+        """The backend for an x of one row."""
+        plan = _plan(self, None)
+        if isinstance(plan, str):
+            return plan
+        weights, lora_as, *_ = zip(*plan.branches, strict=True)
+        return serving_backend("lora_mlp", weights[0].new_empty(1, weights[0].shape[1]), weights, lora_as=lora_as)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuilt, (self.fastpeft_plain,), state_without_kept(self)
+
+
+def fuse_mlps(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """Have the gated MLPs in ``model`` computed as one op each.
+
+    Args:
+        model: The model.
+        takes_part: Whether a module is a LoRA layer that can be part of one; it then has what ``protocol.Sharing``
+            declares.
+
+    Returns:
+        Those that were found. Each is of a class derived from its own, until ``unfuse_mlps``.
+    """
+    found = []
+    for module in model.modules():
+        children = [module._modules.get(name) for name in NAMES]
+        if any(child is None or not takes_part(child) for child in children):
+            continue
+        if isinstance(module, LoraMlp) or form_reason(module) is not None:
+            continue
+        module.__class__ = _class_of(type(module))
+        found.append(module)
+    return found
+
+
+def unfuse_mlps(model: nn.Module) -> None:
+    """Take back ``fuse_mlps``: every module is of its own class again.
+
+    Args:
+        model: The model whose MLPs were fused.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraMlp) and type(module) is _class_of(module.fastpeft_plain):
+            module.__dict__.pop("fastpeft_kept", None)
+            module.__class__ = module.fastpeft_plain
+
+
+def form_reason(module: nn.Module) -> str | None:
+    """Why this module, which has the three projections, is no gated MLP as it is known; None where it is one.
+
+    Args:
+        module: The module.
+    """
+    if set(module._modules) - {"act_fn"} != set(NAMES):
+        return f"it has the children {', '.join(module._modules)}"
+    if module._parameters or module._buffers:
+        return "it has parameters of its own"
+    reason = own_path_reason(module)
+    if reason is not None and reason != "has hooks":  # hooks on the whole run as ever
+        return f"it {reason}"
+    if activation_of(getattr(module, "act_fn", None)) is None:
+        return f"its activation is {getattr(module, 'act_fn', None)}"
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or _shape(code) not in _forms():
+        return f"the forward of {type(module).__qualname__} is another"
+    return None
+
+
+def activation_of(function: Any) -> str | None:
+    """The activation's name as ``ops.lora_mlp`` has it, or None for one that it does not have.
+
+    Args:
+        function: A module or a function.
+    """
+    kind = type(function)
+    if kind is nn.SiLU or function is F.silu:
+        return "silu"
+    if kind is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(function.approximate)
+    if function is F.gelu:
+        return "gelu"
+    return _KINDS.get(kind.__name__) if kind.__module__ == "transformers.activations" else None
+
+
+def _plan(module: Any, x: Tensor | None) -> _Plan | str:
+    """What computes a call, or why the module's own forward does; x None stands for any that fits."""
+    if module.fastpeft_plain.forward is not module.fastpeft_known:
+        return f"the forward of {module.fastpeft_plain.__qualname__} was replaced"
+    activation = activation_of(module.act_fn)
+    if activation is None:
+        return f"its activation is {module.act_fn}"
+    if isinstance(module.act_fn, nn.Module) and own_path_reason(module.act_fn) is not None:
+        return f"its activation {own_path_reason(module.act_fn)}"
+    branches = []
+    for name in NAMES:
+        branch = _branch(module._modules[name])
+        if isinstance(branch, str):
+            return f"{name}: {branch}"
+        branches.append(branch)
+    gate, up, down = branches
+    return _unfit(gate.weight if x is None else x, (gate, up, down)) or _Plan((gate, up, down), activation)
+
+
+def _branch(child: Any) -> Branch | str:
+    """A projection as its layer tells it, or why it is computed by itself."""
+    if not hasattr(type(child), "fastpeft_branch"):
+        return f"it is a {type(child).__qualname__} without a fused adapter"
+    reason = own_path_reason(child)
+    branch = f"it {reason}" if reason is not None else child.fastpeft_branch()
+    if isinstance(branch, str):
+        return branch
+    other = next((t for t in (*branch[:4], branch.lora_bias) if t is not None and type(t) not in PLAIN), None)
+    return branch if other is None else f"a parameter is a {type(other).__name__}"
+
+
+def _unfit(x: Any, branches: tuple[Branch, Branch, Branch]) -> str | None:
+    """Why these branches and this x cannot be one call."""
+    gate, up, down = branches
+    if type(x) not in PLAIN or plain.is_plain(x):
+        return "the input is no plain tensor, or a transform is active"
+    if any(GLOBAL_HOOKS):
+        return "hooks for all modules are active"
+    if gate.weight.shape != up.weight.shape or down.weight.shape[1] != gate.weight.shape[0]:
+        return "the sizes of its projections differ"
+    if any(branch.lora_a.dtype != gate.lora_a.dtype for branch in branches):
+        return "its adapters differ in dtype"
+    if any(t.device != x.device for branch in branches for t in (branch.weight, branch.lora_a)):
+        return "its projections are on several devices"
+    dtypes = {branch.weight.dtype for branch in branches}
+    if x.device.type in ("cpu", "cuda") and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return "float64 under autocast" if torch.float64 in (*dtypes, gate.lora_a.dtype) else None
+    return None if dtypes == {x.dtype} else f"the input is {x.dtype}, its projections differ"
+
+
+def _run(x: Tensor, plan: _Plan) -> Tensor:
+    weights, lora_as, lora_bs, _, scales, dropouts, _ = zip(*plan.branches, strict=True)
+    biases = [branch.folded_bias() for branch in plan.branches]
+    return ops.lora_mlp(x, weights, lora_as, lora_bs, biases, scales, dropouts, activation=plan.activation)
+
+
+@functools.cache
+def _class_of(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a fused module that was of this class; it has its name, for whoever prints or asks for it."""
+    attributes = {"fastpeft_plain": kind, "fastpeft_known": staticmethod(kind.forward)}
+    attributes |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (LoraMlp, kind), attributes)
+
+
+def _rebuilt(kind: type[nn.Module]) -> nn.Module:
+    """What a copy or a pickle begins with."""
+    fused = _class_of(kind)
+    return fused.__new__(fused)
+
+
+def _shape(code: Any) -> tuple:
+    """What two functions of one meaning have alike, whatever they call their arguments and say in their docstrings."""
+    return code.co_code, code.co_names, code.co_argcount, code.co_kwonlyargcount, code.co_flags & 0x0C, code.co_freevars
+
+
+@functools.cache
+def _forms() -> frozenset[tuple]:
+    """The byte code of the ways in which models write the forward."""
+    return frozenset(_shape(form.__code__) for form in (_returned, _assigned, _turned, _turned_assigned))
+
+
+def _returned(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _assigned(self, x):
+    y = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return y
+
+
+def _turned(self, x):
+    return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
+
+
+def _turned_assigned(self, x):
+    y = self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
+    return y

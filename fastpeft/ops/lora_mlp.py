@@ -1,0 +1,233 @@
+"""The gated MLP of a Llama block with LoRA on its three projections, as one node of autograd.
+
+    gate = x W_gᵀ + S_g B_gᵀ        up = x W_uᵀ + S_u B_uᵀ        S_p = scale_p · drop_p(x) A_pᵀ
+    h    = act(gate) ∘ up           y  = h W_dᵀ + S_d B_dᵀ        S_d = scale_d · drop_d(h) A_dᵀ
+    dh   = dy W_d + mask ∘ (dS_d A_d) / (1 - p)                   dgate = dh ∘ up ∘ act'(gate), dup = dh ∘ act(gate)
+    dx   = dgate W_g + dup W_u + their low-rank terms             dA, dB as of lora_linear
+
+Saved for backward: x, gate, up and the three S. PyTorch keeps act(gate) and h beside them, for each projection a
+dropped or float32 copy of its input where there is dropout or a float32 adapter, and in backward holds three tensors
+of the intermediate width I at once. Here h, dh, dgate and dup exist for some rows at a time (``chunk_rows``): row by
+row they depend on nothing else, so chunks change neither a mask (its rows are numbered through) nor dx by a bit more
+than the shape of a product does. The gradients of A and B are sums over rows: each chunk's is rounded to their dtype,
+and their sum once more. Where a weight or a bias asks for its gradient, there is one chunk.
+
+The products are ``lora_linear``'s steps: gate and up share x, low-rank terms are written first and the base GEMM
+accumulates onto them. Nothing that is kept is overwritten. Every step is deterministic.
+
+Sources: Shazeer, "GLU Variants Improve Transformer" (2020); Hu et al., "LoRA" (2021).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _check, reference
+from .._library import autocast_dtype, cast, register_op
+from .._plan import planned
+from . import lora_linear_arguments
+from . import lora_mlp_arguments as arguments
+from .lora_mlp_arguments import REASONS, facts
+from .lora_mlp_chunks import Sums, chunks, joined
+
+__all__ = ["REASONS", "facts", "lora_mlp"]
+
+_FIRST, _DOWN = slice(0, 2), slice(2, 3)
+
+
+def _implementation(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation, backend):
+    impl, linear = _backend.load("lora_mlp", backend), _backend.load("lora_linear", backend)
+    lists = weights, lora_as, lora_bs, biases, scales, dropouts
+    (gate, up), s = linear.forward(x, *_of(_FIRST, lists), seeds[_FIRST])
+    ys, downs = [], []
+    for rows, drawn in chunks(x.shape[0], impl.chunk_rows(x.shape[0], _narrowest(weights)), seeds):
+        h = impl.forward(gate[rows], up[rows], activation)
+        (y,), s_down = linear.forward(h, *_of(_DOWN, lists), drawn[_DOWN])
+        ys.append(y)
+        downs.append(s_down)
+    return [joined(ys)], [s, joined(downs), gate, up]
+
+
+def _fake(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation, backend):
+    rows, adapter = x.shape[0], lora_as[0].dtype
+    gate, up, y = (x.new_empty(rows, b.shape[0]) for b in lora_bs)
+    s_down = x.new_empty(rows, lora_as[2].shape[0], dtype=adapter)
+    s = x.new_empty(rows, lora_as[0].shape[0] + lora_as[1].shape[0], dtype=adapter)
+    return [y], [s, s_down, gate, up]
+
+
+def _setup_context(ctx, inputs, output):
+    x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation, backend = inputs
+    s, s_down, gate, up = output[1]
+    ctx.needs = [x.requires_grad] + [any(t.requires_grad for t in ts) for ts in (weights, lora_as, lora_bs, biases)]
+    _, need_dw, need_da, need_db, _ = ctx.needs
+    absent = x.new_empty(0)
+    kept = x if need_da or need_dw else absent, s if need_db else absent, s_down if need_db else absent
+    ctx.save_for_backward(*kept, gate, up, seeds, *weights, *lora_as, *lora_bs)
+    ctx.settings = scales, dropouts, activation, backend
+
+
+def _backward(ctx, grads, _):
+    x, s, s_down, gate, up, seeds, *rest = ctx.saved_tensors
+    if grads[0] is None:
+        return None, *[[None] * 3] * 4, None, None, None, None, None
+    scales, dropouts, *settings = ctx.settings
+    lists = rest[:3], rest[3:6], rest[6:]
+    found = _lora_mlp_backward(grads[0], x, s, s_down, gate, up, *lists, scales, dropouts, seeds, ctx.needs, *settings)
+    groups = [found[i : i + 3] if need else [None] * 3 for i, need in zip((1, 4, 7, 10), ctx.needs[1:], strict=True)]
+    return found[0] if ctx.needs[0] else None, *groups, None, None, None, None, None
+
+
+def _definition(ctx, grads):
+    x, _, _, _, _, seeds, *rest = ctx.saved_tensors
+    if x.dim() == 1:
+        raise RuntimeError("lora_mlp: create_graph=True with a frozen lora_a, expected a trained one: x is not kept")
+    scales, dropouts, activation, _ = ctx.settings
+    biases = [b.new_zeros(b.shape[0], requires_grad=ctx.needs[4]) for b in rest[6:]]
+
+    def outputs(x, weights, lora_as, lora_bs, biases, *_):
+        drawn = seeds if seeds.numel() else None
+        return [reference.lora_mlp(x, weights, lora_as, lora_bs, biases, scales, dropouts, drawn, activation)]
+
+    return (x, rest[:3], rest[3:6], rest[6:], biases, None, None, None, None, None), outputs
+
+
+def _backward_implementation(
+    dy, x, s, s_down, gate, up, weights, lora_as, lora_bs, scales, dropouts, seeds, needs, activation, backend
+):
+    """``[dx, *dW, *dA, *dB, *dbias]``; what is not needed is an empty tensor."""
+    impl, linear = _backend.load("lora_mlp", backend), _backend.load("lora_linear", backend)
+    need_dx, need_dw, need_da, need_db, need_dbias = needs
+    lists, size = (weights, lora_as, lora_bs, scales, dropouts), impl.chunk_rows(dy.shape[0], _narrowest(weights))
+    dxs, sums = [], Sums()
+    for rows, drawn in chunks(dy.shape[0], dy.shape[0] if need_dw or need_dbias else size, seeds):
+        dy_c, gate_c, up_c, x_c = dy[rows], gate[rows], up[rows], x[rows]
+        h = impl.forward(gate_c, up_c, activation) if need_da or need_dw else gate_c
+        dh, da, db = linear.backward([dy_c], h, s_down[rows], *_of(_DOWN, lists), drawn[_DOWN], True, need_da, need_db)
+        dw_down = dy_c.T @ h if need_dw else None
+        del h  # its memory is dgate's
+        d = impl.backward_(dh, gate_c, up_c, activation)
+        dx, das, dbs = linear.backward(d, x_c, s[rows], *_of(_FIRST, lists), drawn[_FIRST], need_dx, need_da, need_db)
+        dxs.append(dx)
+        dws = [*(t.T @ x_c for t in d), dw_down] if need_dw else [None] * 3
+        dbiases = [t.sum(0, dtype=lora_bs[0].dtype) for t in (*d, dy_c)] if need_dbias else [None] * 3
+        sums.add([*dws, *_three(das, da), *_three(dbs, db), *dbiases])
+        del dh, d
+    found = [joined(dxs) if need_dx else None, *sums.totals()]
+    return [dy.new_empty(0) if grad is None else grad for grad in found]
+
+
+def _backward_fake(
+    dy, x, s, s_down, gate, up, weights, lora_as, lora_bs, scales, dropouts, seeds, needs, activation, backend
+):
+    need_dx, need_dw, need_da, need_db, need_dbias = needs
+    empty, absent = dy.new_empty, dy.new_empty(0)
+    groups = (weights, need_dw), (lora_as, need_da), (lora_bs, need_db)
+    return [
+        empty(dy.shape[0], weights[0].shape[1]) if need_dx else absent.clone(),
+        *(empty(t.shape, dtype=t.dtype) if need else absent.clone() for ts, need in groups for t in ts),
+        *(empty(b.shape[0], dtype=b.dtype) if need_dbias else absent.clone() for b in lora_bs),
+    ]
+
+
+def _of(projections: slice, lists: Sequence[Sequence]) -> list[Sequence]:
+    return [items[projections] for items in lists]
+
+
+def _three(pair, one) -> Sequence:
+    return [None] * 3 if one is None else [*pair, *one]
+
+
+def _narrowest(weights: Sequence[Tensor]) -> int:
+    """Columns of the narrowest product of a chunk: y or dx."""
+    return min(weights[0].shape[1], weights[2].shape[0])
+
+
+_LISTS = "Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs"
+_SETTINGS = "float[] scales, float[] dropouts, Tensor seeds"
+_lora_mlp_backward = register_op(
+    "lora_mlp_backward",
+    f"(Tensor dy, Tensor x, Tensor s, Tensor s_down, Tensor gate, Tensor up, {_LISTS}, {_SETTINGS}, bool[] needs, "
+    "str activation, str backend) -> Tensor[]",
+    _backward_implementation,
+    _backward_fake,
+)
+_lora_mlp = register_op(
+    "lora_mlp",
+    f"(Tensor x, {_LISTS}, Tensor[] biases, {_SETTINGS}, str activation, str backend) -> (Tensor[], Tensor[])",
+    _implementation,
+    _fake,
+    _setup_context,
+    _backward,
+    _definition,
+)
+
+
+def lora_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    scales: Sequence[float] | None = None,
+    dropouts: Sequence[float] | None = None,
+    seeds: Sequence[int | Tensor | None] | None = None,
+    activation: str = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """``y = down(act(gate(x)) ∘ up(x))``, each projection a ``lora_linear`` (SwiGLU and GeGLU, Shazeer, 2020).
+
+    Every list has three items, of gate, up and down. What is kept for backward is x, gate and up, and what exists
+    beside them at any time is a few rows of the intermediate width: the least that a gated MLP was seen to need.
+
+    Args:
+        x: the input ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
+        weights: ``[I, K]``, ``[I, K]`` and ``[N, I]`` in x's dtype, any strides. They get a gradient only if they ask.
+        lora_as: A of each, ``[r, K]``, ``[r, K]`` and ``[r, I]``, each of its own rank, all in x's dtype or all in
+            float32, in which the low-rank branches are then computed.
+        lora_bs: B of each, ``[I, r]``, ``[I, r]`` and ``[N, r]``, in the same dtype.
+        biases: ``[I]``, ``[I]`` and ``[N]`` in x's dtype or the adapters', or None; None for all: no biases.
+        scales: factors of the low-rank terms, without a unit; None for all: 1.
+        dropouts: probabilities of dropping an element of a low-rank branch's input, in [0, 1), rounded to 2**-16; None
+            for all: 0.
+        seeds: of the dropout masks, as in ``lora_linear``; None for all: each is drawn.
+        activation: "silu", "gelu" (erf) or "gelu_tanh", as ``torch.nn.functional`` has them.
+        backend: "triton" or "reference", which then serves the call, or raises with the reason why it cannot. None
+            takes the environment's ``FASTPEFT_BACKEND``, and without one the first that can serve.
+
+    Returns:
+        ``[..., N]`` in x's dtype. Under autocast x, weights and biases are cast to autocast's dtype first.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
+            Every message names the op, the argument and its item, what it is and what was expected.
+        RuntimeError: in a backward with ``create_graph=True`` where every A is frozen, since x is then not kept.
+    """
+    given: dict[str, Sequence | None] = {"lora_as": lora_as, "lora_bs": lora_bs}
+    given |= {"biases": biases, "scales": scales, "dropouts": dropouts, "seeds": seeds}
+    lora_as, lora_bs, biases, scales, dropouts, seeds = arguments.lists(weights, given)
+    _check.floating("lora_mlp", "x", x)
+    wanted = autocast_dtype(x)
+    if wanted is not None:
+        x, weights, biases = x.to(wanted), [cast(t, wanted) for t in weights], [cast(t, wanted) for t in biases]
+        lora_as, lora_bs = ([cast(t, wanted, torch.float32) for t in ts] for ts in (lora_as, lora_bs))
+    return _planned(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation, backend)[0]
+
+
+@planned
+def _planned(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation, backend):
+    """All that is left to do once autocast has cast, which a plan stands for."""
+    arguments.tensors(x, weights, lora_as, lora_bs, biases)
+    scales, dropouts = lora_linear_arguments.numbers("lora_mlp", True, scales, dropouts)
+    activation = arguments.activation(activation)
+    shape = x.shape
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    backend = _backend.choose("lora_mlp", backend, REASONS, flat, lora_as, weights)
+    seeds = lora_linear_arguments.seeds("lora_mlp", True, seeds, dropouts, x)
+    absent = x.new_empty(0)
+    biases = [absent if bias is None else bias for bias in biases]
+    lists = list(weights), list(lora_as), list(lora_bs), biases
+    (y,), _ = _lora_mlp(flat, *lists, scales, dropouts, seeds, activation, backend)
+    return [y if len(shape) == 2 else y.reshape(*shape[:-1], y.shape[-1])]
