@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -22,16 +21,8 @@ from .._check import PLAIN
 from . import plain
 from .backend import serving_backend
 from .branch import Branch, own_path_reason
+from .gated_mlps import NAMES, activation_of, form_reason
 from .guarding import GLOBAL_HOOKS, guard_call, guard_item, keep, kept, state_without_kept
-
-NAMES = ("gate_proj", "up_proj", "down_proj")
-_KINDS = {  # in transformers.activations
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-}
 
 
 class _Plan(NamedTuple):
@@ -57,6 +48,7 @@ class LoraMlp(nn.Module):
         Returns:
             ``[..., N]``.
         """
+        plan: Any
         if torch.compiler.is_compiling():
             plan = _plan(self, x)
         else:
@@ -78,10 +70,11 @@ class LoraMlp(nn.Module):
             guards.is_(modules, name, module)
             guard_call(guards, module)
             module.fastpeft_guard(guards)
-        if "act_fn" in modules:
-            guards.is_(modules, "act_fn", modules["act_fn"])
-            guard_call(guards, self.act_fn)
-            guard_item(guards, self.act_fn.__dict__, "approximate")
+        activation: Any = modules.get("act_fn")
+        if activation is not None:
+            guards.is_(modules, "act_fn", activation)
+            guard_call(guards, activation)
+            guard_item(guards, activation.__dict__, "approximate")
         else:
             guard_item(guards, self.__dict__, "act_fn")
 
@@ -97,8 +90,9 @@ class LoraMlp(nn.Module):
         plan = _plan(self, None)
         if isinstance(plan, str):
             return plan
-        weights, lora_as, *_ = zip(*plan.branches, strict=True)
-        return serving_backend("lora_mlp", weights[0].new_empty(1, weights[0].shape[1]), weights, lora_as=lora_as)
+        weights = [branch.weight for branch in plan.branches]
+        x, lora_as = weights[0].new_empty(1, weights[0].shape[1]), [branch.lora_a for branch in plan.branches]
+        return serving_backend("lora_mlp", x, weights, lora_as=lora_as)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuilt, (self.fastpeft_plain,), state_without_kept(self)
@@ -122,7 +116,8 @@ def fuse_mlps(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> list
             continue
         if isinstance(module, LoraMlp) or form_reason(module) is not None:
             continue
-        module.__class__ = _class_of(type(module))
+        kind: Any = type(module)
+        module.__class__ = _class_of(kind)
         found.append(module)
     return found
 
@@ -133,47 +128,11 @@ def unfuse_mlps(model: nn.Module) -> None:
     Args:
         model: The model whose MLPs were fused.
     """
-    for module in model.modules():
-        if isinstance(module, LoraMlp) and type(module) is _class_of(module.fastpeft_plain):
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, LoraMlp)]
+    for module in fused:
+        if type(module) is _class_of(module.fastpeft_plain):
             module.__dict__.pop("fastpeft_kept", None)
             module.__class__ = module.fastpeft_plain
-
-
-def form_reason(module: nn.Module) -> str | None:
-    """Why this module, which has the three projections, is no gated MLP as it is known; None where it is one.
-
-    Args:
-        module: The module.
-    """
-    if set(module._modules) - {"act_fn"} != set(NAMES):
-        return f"it has the children {', '.join(module._modules)}"
-    if module._parameters or module._buffers:
-        return "it has parameters of its own"
-    reason = own_path_reason(module)
-    if reason is not None and reason != "has hooks":  # hooks on the whole run as ever
-        return f"it {reason}"
-    if activation_of(getattr(module, "act_fn", None)) is None:
-        return f"its activation is {getattr(module, 'act_fn', None)}"
-    code = getattr(type(module).forward, "__code__", None)
-    if code is None or _shape(code) not in _forms():
-        return f"the forward of {type(module).__qualname__} is another"
-    return None
-
-
-def activation_of(function: Any) -> str | None:
-    """The activation's name as ``ops.lora_mlp`` has it, or None for one that it does not have.
-
-    Args:
-        function: A module or a function.
-    """
-    kind = type(function)
-    if kind is nn.SiLU or function is F.silu:
-        return "silu"
-    if kind is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(function.approximate)
-    if function is F.gelu:
-        return "gelu"
-    return _KINDS.get(kind.__name__) if kind.__module__ == "transformers.activations" else None
 
 
 def _plan(module: Any, x: Tensor | None) -> _Plan | str:
@@ -227,49 +186,21 @@ def _unfit(x: Any, branches: tuple[Branch, Branch, Branch]) -> str | None:
 
 
 def _run(x: Tensor, plan: _Plan) -> Tensor:
-    weights, lora_as, lora_bs, _, scales, dropouts, _ = zip(*plan.branches, strict=True)
+    columns: list[Any] = [*zip(*plan.branches, strict=True)]
+    weights, lora_as, lora_bs, _, scales, dropouts, _ = columns
     biases = [branch.folded_bias() for branch in plan.branches]
     return ops.lora_mlp(x, weights, lora_as, lora_bs, biases, scales, dropouts, activation=plan.activation)
 
 
 @functools.cache
-def _class_of(kind: type[nn.Module]) -> type[nn.Module]:
+def _class_of(kind: Any) -> Any:
     """The class of a fused module that was of this class; it has its name, for whoever prints or asks for it."""
     attributes = {"fastpeft_plain": kind, "fastpeft_known": staticmethod(kind.forward)}
     attributes |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (LoraMlp, kind), attributes)
 
 
-def _rebuilt(kind: type[nn.Module]) -> nn.Module:
+def _rebuilt(kind: Any) -> nn.Module:
     """What a copy or a pickle begins with."""
     fused = _class_of(kind)
     return fused.__new__(fused)
-
-
-def _shape(code: Any) -> tuple:
-    """What two functions of one meaning have alike, whatever they call their arguments and say in their docstrings."""
-    return code.co_code, code.co_names, code.co_argcount, code.co_kwonlyargcount, code.co_flags & 0x0C, code.co_freevars
-
-
-@functools.cache
-def _forms() -> frozenset[tuple]:
-    """The byte code of the ways in which models write the forward."""
-    return frozenset(_shape(form.__code__) for form in (_returned, _assigned, _turned, _turned_assigned))
-
-
-def _returned(self, x):
-    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-def _assigned(self, x):
-    y = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return y
-
-
-def _turned(self, x):
-    return self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
-
-
-def _turned_assigned(self, x):
-    y = self.down_proj(self.up_proj(x) * self.act_fn(self.gate_proj(x)))
-    return y

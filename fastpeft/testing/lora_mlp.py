@@ -1,7 +1,9 @@
 """Problems for lora_mlp, solved three ways: fused, eager, exact."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +124,7 @@ class MlpProblem:
         Args:
             backend: which serves the op; None for the automatic choice.
         """
-        return self.differentiate(lambda *args: ops.lora_mlp(*args, backend))
+        return self.differentiate(functools.partial(ops.lora_mlp, backend=backend))
 
     def eager(self, function: Callable = eager_lora_mlp) -> dict[str, Tensor]:
         """Output and gradients of the yardstick.
@@ -133,9 +135,9 @@ class MlpProblem:
         return self.differentiate(function)
 
     def exact(self) -> dict[str, Tensor]:
-        def definition(x, *rest):
-            *lists, seeds, activation = rest
-            return reference.lora_mlp(x, *lists, torch.tensor(seeds, device=x.device), activation)
+        def definition(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation):
+            drawn = torch.tensor(seeds, device=x.device)
+            return reference.lora_mlp(x, weights, lora_as, lora_bs, biases, scales, dropouts, drawn, activation)
 
         return self.map(lambda t: t.detach().double()).eager(definition)
 
@@ -145,7 +147,9 @@ class MlpProblem:
         Args:
             function: takes a tensor and returns one, of another dtype or device, say.
         """
-        groups = {name: tuple(None if t is None else function(t) for t in getattr(self, name)) for name in _GROUPS}
+        groups: dict[str, Any] = {
+            name: tuple(None if t is None else function(t) for t in getattr(self, name)) for name in _GROUPS
+        }
         return replace(self, x=function(self.x), dy=function(self.dy), **groups)
 
     def differentiate(self, call: Callable) -> dict[str, Tensor]:
