@@ -203,7 +203,7 @@ def _hooked(model, mlp):
 
 def _hooked_inside(model, mlp):
     mlp.down_proj.base_layer.register_forward_hook(lambda *_: None)
-    return "down_proj: base_layer has hooks or a replaced forward"
+    return "down_proj: its base layer is called"
 
 
 def _hooked_activation(model, mlp):
