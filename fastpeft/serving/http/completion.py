@@ -94,8 +94,7 @@ class Completion:
         async for piece in self.pieces():
             all_of_it.text += piece.text
             all_of_it.finish, all_of_it.message = piece.finish, piece.message
-        self._told = self._characters = 0
-        all_of_it.logprobs = self._logprobs()
+            all_of_it.logprobs = logprobs.joined(all_of_it.logprobs, piece.logprobs)
         return all_of_it
 
     def _text_of(self, tokens: list[int | None]) -> tuple[str, str | None]:

@@ -64,7 +64,10 @@ class Generation(Response):
         self, begun: Sequence[Completion], answer: Answer, asked: CompletionRequest | ChatRequest, send: Send
     ) -> None:
         options = asked.stream_options or StreamOptions()
-        used = (lambda: _counts(begun)) if options.continuous_usage_stats else (lambda: None)
+
+        def used() -> dict[str, int] | None:
+            return _counts(begun) if options.continuous_usage_stats else None
+
         async for index, piece in _merged(begun):
             if not self._streaming:  # only now: an error before the first token still has its own status
                 self._streaming = True

@@ -41,6 +41,13 @@ def of_chat(tokenizer: Any, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
+def joined(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of two pieces, in either form."""
+    if before is None or after is None:
+        return after if before is None else before
+    return {key: before[key] if value is None else before[key] + value for key, value in after.items()}
+
+
 def _by_text(tokenizer: Any, each: TokenLogprobs) -> dict[str, float]:
     """The token's own among them; of several tokens with one text, the most probable."""
     texts: dict[str, float] = {}

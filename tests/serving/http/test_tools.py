@@ -83,3 +83,32 @@ def test_without_a_way_to_tell_calls_from_text_tools_are_refused(folder, templat
         body = {"model": "bob", "messages": turns, "max_tokens": 1}
         status = client.post("/v1/chat/completions", json=body).status_code
         assert status == (200 if template is KNOWS_TOOLS else 400)
+
+
+def test_transformers_own_parser_reads_the_calls():
+    """By a response_template, from tokens, as an answer that was generated."""
+    import inspect
+
+    from transformers import PreTrainedTokenizerFast
+
+    from fastpeft.serving.http.api import ChatRequest
+    from fastpeft.serving.http.prompts import Prompts
+
+    if "prefix" not in inspect.signature(getattr(PreTrainedTokenizerFast, "parse_response", len)).parameters:
+        pytest.skip("this transformers has no response_template")
+    made = tokenizer(KNOWS_TOOLS)
+    call = {"open": "[[", "close": "]]", "content": "json", "repeats": True}
+    call["transform"] = {"type": "function", "function": "{content}"}
+    made.response_template = {"start_anchor": "<a>", "fields": {"content": {}, "tool_calls": call}}
+    messages = [{"role": "user", "content": "x"}]
+    prompt = Prompts(made).of_chat(ChatRequest(model="m", messages=messages, tools=TOOLS))
+    assert prompt.text == "[add]<user>x<a>"
+
+    def read(text):
+        return prompt.parse(made(text)["input_ids"])
+
+    message = read('so [[{"name": "add", "arguments": {"n": 1}}]]')
+    assert message["content"] == "so"
+    assert [each["function"] for each in message["tool_calls"]] == [{"name": "add", "arguments": '{"n": 1}'}]
+    assert read("only text") == {"content": "only text"}
+    assert read("so [[no JSON]]") is None
