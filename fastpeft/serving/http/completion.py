@@ -132,7 +132,8 @@ class Completion:
 
     def _parsed(self, text: str, finish: str) -> Piece:
         """The message that the template's own parsing makes of the answer; a text that it cannot read stays text."""
-        message = None if self.prompt.parse is None else self.prompt.parse(self.handle.tokens)
+        tokens = self.handle.tokens[: self.completion_tokens]  # others may have come after a stop string
+        message = None if self.prompt.parse is None else self.prompt.parse(tokens)
         if message is not None and message.get("tool_calls") and finish == "stop":
             finish = "tool_calls"
         return Piece(text, finish, self._logprobs(), message)

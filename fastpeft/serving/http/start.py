@@ -75,5 +75,5 @@ def base_name(model: str) -> str:
     folder = Path(model).resolve()
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
+        return repository.removeprefix("models--").replace("--", "/", 1)
     return folder.name

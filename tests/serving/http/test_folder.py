@@ -79,6 +79,23 @@ def test_a_folder_that_comes_later_is_found(folder, tmp_path):
         assert text(client, "late")
 
 
+def test_the_base_model_is_called_by_its_name(tmp_path, monkeypatch):
+    """By its id, by its folder, and in the hub's cache, whose folders are called by a hash, by its id again."""
+    from fastpeft.serving.http.start import base_name
+
+    snapshot = tmp_path / "models--org--big--model" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "latest").symlink_to(snapshot)
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (
+        ("org/model", "org/model"),
+        (str(snapshot), "org/big--model"),
+        ("latest", "org/big--model"),
+        (".", tmp_path.name),
+    ):
+        assert base_name(given) == expected
+
+
 def tensors(folder, name):
     """A checkpoint as one safetensors file."""
     from safetensors.torch import load_file, save
