@@ -101,7 +101,7 @@ def guard(layer: Any, guards: Any) -> None:
 def alone(x: Tensor, branches: list[Branch]) -> bool:
     """Whether the base layer is to be called as it is for this x, and the low-rank terms added to what it gives."""
     weight = branches[0].weight
-    return weight is None or (isinstance(weight, ops.Base) and quantised.is_called(weight, x))
+    return weight is None or quantised.is_called(weight, x)
 
 
 def beside(layer: Any, x: Tensor, branches: list[Branch]) -> Tensor:
@@ -130,8 +130,7 @@ def run(x: Tensor, branches: list[Branch]) -> Tensor:
             lora_bs[i], scales[i] = lora_bs[i] * scale, 1.0
     if stack:  # without masks several adapters are one of the summed rank
         lora_as, lora_bs, weights = [torch.cat(lora_as)], [torch.cat(lora_bs, 1)], weights[:1]
-    if isinstance(weights[0], ops.Base) and biases[0] is not None and biases[0].dtype != lora_as[0].dtype:
-        biases[0] = biases[0].to(quantised.computed_dtype(x))  # as its library does; a wider one may stay
+    biases[0] = quantised.fitting_bias(biases[0], weights[0], x, lora_as[0].dtype)
     if len(weights) == 1 and weights[0] is not None:
         return ops.lora_linear(x, weights[0], lora_as[0], lora_bs[0], biases[0], scales[0], dropouts[0])
     y, *deltas = ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
@@ -151,7 +150,8 @@ def _weight(base: Any) -> Any:
     kind = type(base)
     if kind is not nn.Linear and not is_conv1d(base):
         if quantised.kind_of(base) is not None:
-            return quantised.base_of(base)
+            found = quantised.base_of(base)
+            return f"base_layer {found}" if isinstance(found, str) else found
         return f"base_layer is {_name(base)}, neither nn.Linear nor Conv1D"
     weight = _own(base, "weight")
     if type(weight) not in PLAIN:

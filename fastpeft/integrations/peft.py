@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _check, ops
+from .. import _check
 from ..nn import LoraLinear, lora_mlp, quantised, sharing
 from ..nn.backend import serving_backend
 from ..nn.experts_call import layout_of
@@ -74,7 +74,7 @@ class FastForward(nn.Module):
                 shared = self.fastpeft_shared
                 y = None if shared is None else shared.forward(self, x, _shared_branch(self, plan))
                 y = _fusable.run(x, plan) if y is None else y
-                return y.to(x.dtype) if isinstance(plan[0].weight, ops.Base) else y
+                return quantised.as_given(y, plan[0].weight, x)
         return super().forward(x, *args, **kwargs)
 
     def fastpeft_branch(self) -> sharing.Branch | str:
@@ -247,10 +247,9 @@ def _shared_branch(layer: Any, plan: list[sharing.Branch]) -> sharing.Branch | s
         return "several adapters are active"
     if isinstance(plan[0].scale, Tensor):
         return "its scaling is a tensor"
-    weight, bias = plan[0].weight, plan[0].bias
-    if weight is None:
+    if plan[0].weight is None:
         return "its base layer is called"
-    if isinstance(weight, ops.Base) and bias is not None and bias.dtype not in (weight.dtype, plan[0].lora_a.dtype):
+    if quantised.own_bias(plan[0].weight, plan[0].bias, plan[0].lora_a):
         return "its bias has a dtype of its own"
     return "its base layer is a Conv1D" if _fusable.is_conv1d(layer.base_layer) else plan[0]
 

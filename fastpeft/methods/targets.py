@@ -11,7 +11,7 @@ from typing import cast
 
 from torch import nn
 
-from ..nn.base_layer import is_conv1d, not_linear_reason
+from ..nn.base_layer import is_conv1d, not_adaptable_reason
 from ..nn.lora import LoraLinear
 from ..nn.lora_embedding import LoraEmbedding, no_lora_embedding_reason
 from ..nn.lora_experts import LoraExperts
@@ -106,7 +106,7 @@ def _not_linear(module: nn.Module) -> str | None:
         return "an Embedding"
     if isinstance(module, LoraExperts):
         return "an experts module"
-    return None if isinstance(module, LoraLinear) else not_linear_reason(module)
+    return None if isinstance(module, LoraLinear) else not_adaptable_reason(module)
 
 
 def _is_embedding(module: nn.Module) -> bool:

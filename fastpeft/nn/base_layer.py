@@ -1,9 +1,13 @@
 """What a LoRA layer can stand around: the kinds of frozen layer and the dtypes of their weights."""
 
-import torch
-from torch import nn
+from typing import Any
 
-from .. import _check
+import torch
+from torch import Tensor, nn
+
+from .. import _check, ops
+from . import quantised
+from .branch import own_path_reason
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -24,6 +28,39 @@ def not_linear_reason(module: nn.Module) -> str | None:
     if weight.dtype not in _check.FLOATS:
         return f"a {type(module).__name__} with a {weight.dtype} weight"
     return None
+
+
+def not_adaptable_reason(module: nn.Module) -> str | None:
+    """None for what LoRA can stand around: such a layer, quantised by bitsandbytes, or a subclass that is called."""
+    if quantised.kind_of(module) is not None:
+        return None
+    reason = not_linear_reason(module)
+    if reason is None or not isinstance(module, nn.Linear) or type(module).__module__.startswith("torch."):
+        return reason  # torch's own subclass is the one in nn.MultiheadAttention, which is read past its forward
+    weight = module.weight
+    plain = type(weight) in _check.PLAIN and weight.dtype in _check.FLOATS
+    return None if plain and weight.shape == (module.out_features, module.in_features) else reason
+
+
+def frozen_weight(module: Any) -> Tensor | ops.Base | str:
+    """The weight ``[N, K]`` as an op takes it; or what keeps it from being read, so that the layer is called."""
+    reason = own_path_reason(module)
+    if reason is not None:
+        return reason
+    if quantised.kind_of(module) is not None:
+        return quantised.base_of(module)
+    if is_conv1d(module):
+        return module.weight.T
+    kind = type(module)
+    return module.weight if kind is nn.Linear else f"is a {kind.__name__}"
+
+
+def features(module: Any) -> tuple[int, int]:
+    """N and K of a linear layer; of an embedding its width, and how many rows it has."""
+    if quantised.kind_of(module) is not None:
+        return module.out_features, module.in_features
+    n, k = module.weight.shape
+    return (k, n) if is_conv1d(module) or isinstance(module, nn.Embedding) else (n, k)
 
 
 def trained_dtype(weight: torch.dtype) -> torch.dtype:

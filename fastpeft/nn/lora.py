@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, ops
-from . import merging, plain
+from . import merging, plain, quantised
 from .adapter import LoraAdapter, adapter_name
 from .backend import serving_backend
-from .base_layer import is_conv1d, not_linear_reason, served_dtype, trained_dtype
-from .branch import Branch, own_path_reason
-from .guarding import guard_lora, keep, kept, state_without_kept
+from .base_layer import features, frozen_weight, is_conv1d, not_adaptable_reason, served_dtype, trained_dtype
+from .branch import Branch
+from .guarding import keep, kept, state_without_kept
 from .sharing import SharedInput
 
 
@@ -34,7 +34,8 @@ class LoraLinear(nn.Module):
     another forward on the instance, it is called as it is and only the low-rank term is computed here.
 
     Args:
-        base_layer: ``nn.Linear`` or transformers' ``Conv1D`` (weight ``[K, N]``); its parameters are frozen.
+        base_layer: ``nn.Linear``, transformers' ``Conv1D`` (weight ``[K, N]``), bitsandbytes' ``Linear4bit`` and
+            ``Linear8bitLt``, or a subclass of ``nn.Linear``, which is called; its parameters are frozen.
         name: The name of the first adapter, which is active from the start.
         dtype: The dtype of its parameters; None is the base's, or float32 where that is 16 bits wide, as in PEFT.
         r: The rank, as of ``LoraAdapter``, like what follows.
@@ -67,7 +68,7 @@ class LoraLinear(nn.Module):
         init: str = "kaiming",
     ):
         super().__init__()
-        reason = not_linear_reason(base_layer)
+        reason = not_adaptable_reason(base_layer)
         if reason is not None:
             raise TypeError(f"LoraLinear: base_layer is {reason}, expected nn.Linear or Conv1D")
         self.base_layer = cast(nn.Linear, base_layer.requires_grad_(False))  # or Conv1D, with the same attributes
@@ -91,11 +92,11 @@ class LoraLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self._matrix().shape[1]
+        return features(self.base_layer)[1]
 
     @property
     def out_features(self) -> int:
-        return self._matrix().shape[0]
+        return features(self.base_layer)[0]
 
     def add_adapter(
         self,
@@ -128,7 +129,7 @@ class LoraLinear(nn.Module):
         _check.dtype_or_none("LoraLinear", "dtype", dtype)
         if name in self.adapters:
             raise ValueError(f"LoraLinear: adapter {name!r} exists already")
-        n, k = self._matrix().shape
+        n, k = features(self.base_layer)
         dtype, device = dtype or trained_dtype(self.weight.dtype), self.weight.device
         adapter = LoraAdapter(k, n, r, alpha, dropout, rslora, lora_bias, init, dtype, device)
         self.adapters[name] = adapter.requires_grad_(False).train(self.training)
@@ -142,9 +143,8 @@ class LoraLinear(nn.Module):
             trainable: Whether the active adapters ask for gradients.
         """
         names = _check.names("LoraLinear", "names", [names] if isinstance(names, str) else names)
-        missing = [name for name in names if name not in self.adapters]
-        if missing:
-            raise ValueError(f"LoraLinear: no adapter {missing[0]!r}, expected one of {', '.join(self.adapters)}")
+        for missing in (name for name in names if name not in self.adapters):
+            raise ValueError(f"LoraLinear: no adapter {missing!r}, expected one of {', '.join(self.adapters)}")
         if self.merged:
             raise ValueError("LoraLinear: set_adapter on a merged layer; unmerge it first")
         self.active = tuple(dict.fromkeys(names))
@@ -168,18 +168,20 @@ class LoraLinear(nn.Module):
                     acting = self._adapters(() if self.disabled or self.merged else self.active)
                     return plain.lora(self.base_layer(x), x, acting, self.training)
                 branch = keep(self, x, self.fastpeft_branch())
-            y = None if self.fastpeft_shared is None else self.fastpeft_shared.forward(self, x, branch)
+            called = isinstance(branch, Branch) and quantised.is_called(branch.weight, x)
+            y = None if called or self.fastpeft_shared is None else self.fastpeft_shared.forward(self, x, branch)
+            if y is None and isinstance(branch, Branch) and branch.lora_bias is None and not called:
+                y = ops.lora_linear(x, *branch[:6])
             if y is not None:
-                return y
-        if isinstance(branch, Branch) and branch.lora_bias is None:
-            return ops.lora_linear(x, *branch[:6])
+                return quantised.as_given(y, cast(Branch, branch).weight, x)
         if self.disabled or self.merged or not self.active:
             return self.base_layer(x)
-        if own_path_reason(self.base_layer) is not None:
+        weight = frozen_weight(self.base_layer)
+        if isinstance(weight, str) or quantised.is_called(weight, x):
             y = self.base_layer(x)
             return y + self._low_rank(x, [None] * len(self.active), None).to(y.dtype)
-        weights = [self._matrix()] + [None] * (len(self.active) - 1)
-        return self._low_rank(x, weights, self.bias)
+        y = self._low_rank(x, [weight] + [None] * (len(self.active) - 1), self.bias)
+        return quantised.as_given(y, weight, x)
 
     def __getstate__(self) -> dict:
         return state_without_kept(self)
@@ -188,9 +190,9 @@ class LoraLinear(nn.Module):
         """What ``SharedInput`` computes for this layer, or the reason why it does not."""
         if self.disabled or self.merged or len(self.active) != 1:
             return "disabled" if self.disabled else "merged" if self.merged else f"{len(self.active)} active adapters"
-        reason = own_path_reason(self.base_layer)
-        if reason is not None:
-            return f"its base layer {reason}"
+        weight = frozen_weight(self.base_layer)
+        if isinstance(weight, str):
+            return f"its base layer {weight}"
         modules: dict[str, Any] = self._modules
         base, adapter = modules["base_layer"], modules["adapters"]._modules[self.active[0]]
         if is_conv1d(base):
@@ -200,25 +202,28 @@ class LoraLinear(nn.Module):
         frozen, trained = base._parameters, adapter._parameters
         if frozen.get("weight") is None or trained.get("lora_A") is None:
             return "its weights are no parameters"
-        weight, lora_a, dropout = frozen["weight"], trained["lora_A"], adapter.dropout if self.training else 0.0
-        if served_dtype(lora_a.dtype, weight.dtype) != lora_a.dtype:
+        lora_a, bias, lora_bias = trained["lora_A"], frozen["bias"], trained["lora_bias"]
+        if weight.dtype is not None and served_dtype(lora_a.dtype, weight.dtype) != lora_a.dtype:
             return f"its {lora_a.dtype} adapter is cast at every call"
-        bias, lora_bias = frozen["bias"], trained["lora_bias"]
+        if quantised.own_bias(weight, bias, lora_a):
+            return "its bias is cast at every call"
+        dropout = adapter.dropout if self.training else 0.0
         return Branch(weight, lora_a, trained["lora_B"], bias, adapter.scale, dropout, lora_bias)
 
-    fastpeft_guard = guard_lora
+    fastpeft_guard = quantised.guard_layer
 
     def fastpeft_backend(self) -> str:
         """The backend for an x of one row and the first active adapter."""
-        weight, lora_a = self.weight, self._adapters(self.active)[0].lora_A
-        return serving_backend("lora_linear", weight.new_empty(1, lora_a.shape[1]), self._matrix(), lora_a)
+        weight, lora_a = frozen_weight(self.base_layer), self._adapters(self.active)[0].lora_A
+        given, dtype = (None, None) if isinstance(weight, str) else (weight, weight.dtype)
+        return serving_backend("lora_linear", lora_a.new_empty(1, lora_a.shape[1], dtype=dtype), given, lora_a)
 
     def fastpeft_report(self) -> str:
-        """``"fused"``, or why this layer does not run as one fused op."""
+        """``"fused"``, "fused beside its base" and why, or why this layer computes nothing of its own."""
         if self.disabled or self.merged or not self.active:
             return "disabled" if self.disabled else "merged" if self.merged else "no active adapter"
-        reason = own_path_reason(self.base_layer)
-        return "fused" if reason is None else f"its base layer {reason}, so it is called and the low-rank term added"
+        weight = frozen_weight(self.base_layer)
+        return f"fused beside its base: it {weight}" if isinstance(weight, str) else "fused"
 
     def delta(self, names: str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """What these adapters add to the weight and the bias, in float32 or wider.
@@ -273,23 +278,20 @@ class LoraLinear(nn.Module):
     def _adapters(self, names: Sequence[str]) -> list[LoraAdapter]:
         return [cast(LoraAdapter, self.adapters[name]) for name in names]
 
-    def _matrix(self) -> Tensor:
-        """The frozen weight as ``[N, K]``."""
-        weight = self.base_layer.weight
-        return weight.T if is_conv1d(self.base_layer) else weight
-
-    def _low_rank(self, x: Tensor, weights: list[Tensor | None], bias: Tensor | None) -> Tensor:
+    def _low_rank(self, x: Tensor, weights: list[Any], bias: Tensor | None) -> Tensor:
         """The base for which a weight is given, and the term of every active adapter."""
         adapters = self._adapters(self.active)
         lora_as, lora_bs = [a.lora_A for a in adapters], [a.lora_B for a in adapters]
-        dtype = served_dtype(lora_as[0].dtype, self.weight.dtype)
+        frozen = x.dtype if quantised.kind_of(self.base_layer) else self.weight.dtype
+        dtype = served_dtype(lora_as[0].dtype, frozen)
         if any(a.dtype != dtype for a in lora_as):
-            dtype = served_dtype(None, self.weight.dtype)
+            dtype = served_dtype(None, frozen)
             lora_as, lora_bs = ([cast(Any, t.to(dtype)) for t in ts] for ts in (lora_as, lora_bs))
         for adapter in adapters:
             if adapter.lora_bias is not None:
                 term = adapter.scale * adapter.lora_bias.to(dtype)
                 bias = term if bias is None else bias + term
+        bias = quantised.fitting_bias(bias, weights[0], x, dtype)
         scales, dropouts = [a.scale for a in adapters], [a.dropout if self.training else 0.0 for a in adapters]
         if len(adapters) == 1 and weights[0] is not None:
             return ops.lora_linear(x, weights[0], lora_as[0], lora_bs[0], bias, scales[0], dropouts[0])

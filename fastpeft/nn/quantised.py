@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .guarding import guard_item
+from .guarding import guard_item, guard_lora
 
 FEW_ROWS = 32  # up to here bitsandbytes multiplies by the codes themselves, and a weight written out would be read once
 _MODULE = "bitsandbytes.nn.modules"
@@ -38,14 +38,14 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def base_of(module: nn.Module) -> ops.Base | str:
-    """The layer's weight, the same object as long as nothing in it is replaced; or why it cannot be read.
+    """The layer's weight, the same object as long as nothing in it is replaced; or what keeps it from being read.
 
     Args:
         module: A layer that ``kind_of`` knows.
     """
     weight: Any = module._parameters["weight"]
     if weight is None or weight.is_meta:
-        return "its base layer's weight is offloaded or on the meta device"
+        return "is offloaded or on the meta device"
     found = _four_bit(module, weight) if kind_of(module) == "Linear4bit" else _eight_bit(module, weight)
     if isinstance(found, str):
         return found
@@ -75,10 +75,39 @@ def guard(guards: Any, modules: dict, name: str) -> None:
                 guard_item(guards, state.__dict__, attribute)
 
 
-def is_called(base: ops.Base, x: Tensor) -> bool:
-    """Whether the frozen layer is to be called as it is for this x: of few rows, or in another dtype than its own."""
-    k = base.shape[1]
-    return x.numel() <= FEW_ROWS * k or base.dtype not in (None, computed_dtype(x))
+def guard_layer(layer: Any, guards: Any) -> None:
+    """All that ``LoraLinear.fastpeft_branch`` reads.
+
+    Args:
+        layer: The layer; this is a method of it.
+        guards: What is told.
+    """
+    guard_lora(layer, guards)
+    if kind_of(layer.base_layer):
+        guard(guards, layer._modules, "base_layer")
+
+
+def is_called(weight: Tensor | ops.Base, x: Tensor) -> bool:
+    """Whether a quantised layer is to be called as it is for this x: of few rows, or in another dtype than its own."""
+    if not isinstance(weight, ops.Base):
+        return False
+    return x.numel() <= FEW_ROWS * weight.shape[1] or weight.dtype not in (None, computed_dtype(x))
+
+
+def own_bias(weight: Any, bias: Tensor | None, adapter: Tensor) -> bool:
+    """Whether the bias has neither the dtype of the quantised weight nor the adapter's, so that it has to be cast."""
+    return isinstance(weight, ops.Base) and bias is not None and bias.dtype not in (weight.dtype, adapter.dtype)
+
+
+def as_given(y: Tensor, weight: Tensor | ops.Base, x: Tensor) -> Tensor:
+    """An op's output in the dtype in which the frozen layer gives it: a quantised one in x's, under autocast too."""
+    return y.to(x.dtype) if isinstance(weight, ops.Base) else y
+
+
+def fitting_bias(bias: Tensor | None, weight: Any, x: Tensor, adapter: torch.dtype) -> Tensor | None:
+    """The bias as an op takes it: its library casts one of another dtype to that in which it computes."""
+    unfit = isinstance(weight, ops.Base) and bias is not None and bias.dtype != adapter
+    return bias.to(computed_dtype(x)) if unfit and bias is not None else bias
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
@@ -92,14 +121,14 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 def _four_bit(module: nn.Module, weight: Any) -> tuple | str:
     state: Any = getattr(weight, "quant_state", None) or module.__dict__.get("quant_state")
     if state is None:
-        return "its base layer's weight is not quantised yet"
+        return "is not quantised yet"
     if getattr(state, "packing_format_for_cpu", False):
-        return "its base layer's weight was repacked by bitsandbytes, for evaluation on a CPU"
+        return "was repacked by bitsandbytes, for evaluation on a CPU"
     nested = state.state2 if getattr(state, "nested", False) else None
     if tuple(state.shape) != (module.out_features, module.in_features):
-        return f"its base layer's weight was quantised in shape {list(state.shape)}"
+        return f"was quantised in shape {list(state.shape)}"
     if nested is not None and nested.code.numel() != 256:
-        return "its base layer's scales are quantised in another format"
+        return "has scales in another format"
     tables = None if nested is None else (nested.absmax, nested.code, state.offset, nested.blocksize)
     dtype = module.__dict__.get("compute_dtype")
     return ops.four_bit, (_plain(weight), state.absmax, state.code, tuple(state.shape), state.blocksize, dtype, tables)
@@ -110,9 +139,9 @@ def _eight_bit(module: nn.Module, weight: Any) -> tuple | str:
     codes = state.CB if state.CB is not None else weight.CB
     absmax = state.SCB if state.SCB is not None else weight.SCB
     if state.has_fp16_weights or codes is None or absmax is None:
-        return "its base layer's weight is not quantised yet, or at every call"
+        return "is not quantised yet, or at every call"
     if not module.training:
-        return "its base layer is evaluated, where bitsandbytes multiplies in 8 bits"
+        return "is evaluated, where bitsandbytes multiplies in 8 bits"
     return ops.eight_bit, (_plain(codes), absmax)
 
 

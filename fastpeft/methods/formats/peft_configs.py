@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ...nn.base_layer import not_linear_reason
+from ...nn.base_layer import not_adaptable_reason
 from ..embeddings import input_embeddings, output_embeddings, tied_to_embeddings
 from ..lora.config import ALL_LINEAR, Lora
 from ..prefix.config import PrefixTuning
@@ -65,7 +65,7 @@ def _as_in_peft(op: str, source: str, model: nn.Module, fields: Mapping, config:
             raise ValueError(f"{op}: {source} has ensure_weight_tying=True beside {table}, which is not served")
     if config.targets == ALL_LINEAR and fields.get("task_type") != "SEQ_CLS" and output_embeddings(model) is None:
         # Only for SEQ_CLS does PEFT leave the head of a classifier out.
-        return dataclasses.replace(config, targets=[p for p, m in walk(model) if p and not_linear_reason(m) is None])
+        return dataclasses.replace(config, targets=[p for p, m in walk(model) if p and not_adaptable_reason(m) is None])
     return config
 
 

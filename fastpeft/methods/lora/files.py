@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...nn.base_layer import is_conv1d
+from ...nn.base_layer import features, is_conv1d
 from ...nn.experts_weights import sizes
 from ...nn.lora import LoraLinear
 from ...nn.lora_embedding import LoraEmbedding
@@ -78,8 +78,7 @@ class LoraFiles(Files):
         for path in targets.linears:
             module = model.get_submodule(path)
             base: Any = module.base_layer if isinstance(module, LoraLinear) else module
-            transposed = is_conv1d(base) or isinstance(base, nn.Embedding)
-            n, k = base.weight.T.shape if transposed else base.weight.shape
+            n, k = features(base)
             r = config.rank_of(path)
             shapes.update(zip(_keys(path, module), ((r, k), (n, r)), strict=True))
             if config.lora_bias:

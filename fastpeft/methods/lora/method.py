@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ...nn.base_layer import not_linear_reason
+from ...nn.base_layer import not_adaptable_reason
 from ...nn.live_slice import LiveSlice
 from ...nn.lora import LoraLinear
 from ...nn.lora_embedding import LoraEmbedding
@@ -217,7 +217,7 @@ def _refuse_copied(op: str, model: nn.Module, config: Lora, targets: Targets, co
     for path, module in own_modules(model).items():
         inside = f"{path}."
         if inside.startswith(others) and not (own and inside.startswith(own)) and named(path, config):
-            if not_linear_reason(module) is None:
+            if not_adaptable_reason(module) is None:
                 raise ValueError(f"{op}: targets names {path}, but another adapter has a copy of it (modules_to_save)")
 
 
