@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from . import quantised
 from .adapter import LoraAdapter
 from .base_layer import is_conv1d
 
@@ -31,7 +32,10 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
 
 def exchange(base: nn.Linear, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Give the base these tensors, where there are any, and return those that it had in their place."""
-    before, base.weight.data = base.weight.data, weight
+    if quantised.kind_of(base):
+        before = quantised.exchange(base, weight)
+    else:
+        before, base.weight.data = base.weight.data, weight
     if bias is None or base.bias is None:
         return before, None
     before_bias, base.bias.data = base.bias.data, bias
@@ -41,12 +45,16 @@ def exchange(base: nn.Linear, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 def merged(base: nn.Linear, adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
     """The base's weight and bias with the adapters added, in the base's layout and dtype; a bias that stays is None.
 
+    A quantised weight is quantised again, which rounds it: the adapters' part may be lost in that.
+
     Raises:
         ValueError: A bias has nowhere to go, or a merged value is not finite.
     """
     weight, bias = added(adapters)
     if bias is not None and base.bias is None:
         raise ValueError("lora_bias cannot be merged into a base layer without bias")
+    if quantised.kind_of(base):
+        return quantised.requantised(base, weight), None if bias is None else (base.bias + bias).to(base.bias.dtype)
     weight = (base.weight + (weight.T if is_conv1d(base) else weight)).to(base.weight.dtype)
     bias = None if bias is None else (base.bias + bias).to(base.bias.dtype)
     if not weight.isfinite().all() or not (bias is None or bias.isfinite().all()):

@@ -136,13 +136,17 @@ def _four_bit(module: nn.Module, weight: Any) -> tuple | str:
 
 def _eight_bit(module: nn.Module, weight: Any) -> tuple | str:
     state: Any = module.__dict__["state"]
-    codes = state.CB if state.CB is not None else weight.CB
-    absmax = state.SCB if state.SCB is not None else weight.SCB
+    codes, absmax = _codes(state, weight)
     if state.has_fp16_weights or codes is None or absmax is None:
         return "is not quantised yet, or at every call"
     if not module.training:
         return "is evaluated, where bitsandbytes multiplies in 8 bits"
     return ops.eight_bit, (_plain(codes), absmax)
+
+
+def _codes(state: Any, weight: Any) -> tuple[Any, Any]:
+    """Codes and scales in int8, which the first call moves from the weight to the state."""
+    return (weight.CB, weight.SCB) if state.CB is None else (state.CB, state.SCB)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -160,3 +164,43 @@ def _same(one: tuple, other: tuple) -> bool:
         elif a != b:
             return False
     return True
+
+
+def requantised(module: nn.Module, delta: Tensor) -> nn.Parameter:
+    """The layer's weight with ``delta`` ``[N, K]`` added, quantised again as its library does, and PEFT; not yet in it.
+
+    Raises:
+        ValueError: The weight cannot be read, or a sum is not finite.
+    """
+    weight: Any = module._parameters["weight"]
+    base = base_of(module) if kind_of(module) == "Linear4bit" else _eight_bit_base(module, weight)
+    if isinstance(base, str):
+        raise ValueError(f"the weight {base}")
+    state = getattr(weight, "quant_state", None)
+    total = ops.dequantise(base, torch.float32 if state is None else state.dtype) + delta
+    if not total.isfinite().all():
+        raise ValueError("the merged weights are not all finite")
+    own = {"bnb_quantized", "data", "requires_grad", "module", "quant_state", "CB", "SCB"}
+    settings = {name: value for name, value in vars(weight).items() if name not in own and not name.startswith("_")}
+    made = type(weight)(total.cpu(), requires_grad=False, **settings).to(weight.device)
+    if state is not None:
+        made.module = weight.module
+    return made
+
+
+def exchange(module: Any, weight: Any) -> Any:
+    """Give the layer this weight, of its own kind, and return the one that it had."""
+    before = module._parameters["weight"]
+    if kind_of(module) == "Linear8bitLt":
+        if before.CB is None:
+            before.CB, before.SCB = module.state.CB, module.state.SCB
+        module.state.reset_grads()
+    else:
+        module.quant_state = weight.quant_state
+    module._parameters["weight"] = weight
+    return before
+
+
+def _eight_bit_base(module: Any, weight: Any) -> ops.Base | str:
+    codes, absmax = _codes(module.state, weight)
+    return "is not quantised yet" if codes is None or absmax is None else ops.eight_bit(_plain(codes), absmax)

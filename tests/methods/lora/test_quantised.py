@@ -54,6 +54,24 @@ def test_saved_for_peft(tmp_path):
     assert torch.equal(model(x).logits, base(x).logits)
 
 
+@pytest.mark.parametrize("bits", FORMATS)
+def test_merged_with_pefts_rounding_and_back(bits, tmp_path):
+    model, x = load(bits=bits), ids()
+    fastpeft.attach(model, fastpeft.Lora(r=4, targets=["q_proj", "down_proj"], init="random"))
+    fastpeft.save(model, tmp_path)
+    theirs = PeftModel.from_pretrained(load(bits=bits), tmp_path)
+    with torch.no_grad():
+        before = model.train()(x).logits
+        fastpeft.merge(model)
+        theirs.merge_adapter()
+        layers = [m.model.layers[1].mlp.down_proj.base_layer for m in (model, theirs.base_model.model)]
+        one, other = (layer.weight.data for layer in layers)
+        assert torch.equal(one, other)
+        assert (model(x).logits - before).norm() < 0.5 * before.norm()
+        fastpeft.unmerge(model)
+        assert torch.equal(model(x).logits, before)
+
+
 def test_few_rows_and_several_adapters():
     model, x = load(), ids(1, 5)
     fastpeft.attach(model, fastpeft.Lora(r=4, targets="all-linear", init="random"), name="one")

@@ -28,8 +28,8 @@ MUTANTS = {
         },
         "_eight_bit_kernel": {
             "a scale for each column": ("i // K", "i % K"),
-            "128 steps": ("* _INVERSE", "* (1.0 / 128.0)"),
-            "written past the end": ("scale, mask=i < TOTAL", "scale, mask=i >= 0", OUTSIDE),
+            "int8 in 128 steps": ("* _INVERSE", "* (1.0 / 128.0)"),
+            "int8 written past the end": ("scale, mask=i < TOTAL", "scale, mask=i >= 0", OUTSIDE),
         },
         "write": {
             "always nested": ("NESTED=absmax2.numel() > 0", "NESTED=True"),
