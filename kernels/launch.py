@@ -13,6 +13,8 @@ from .. import _device, _tape
 # Enough programs to fill a large GPU twice. A constant, not the device's count: bits must not depend on the board.
 TARGET_PROGRAMS = 264
 
+WARPGROUPS = (90, 100)  # where tensor cores read shared memory themselves, so that tiles take no registers
+
 
 def cdiv(size: int, block: int) -> int:
     """``size / block``, rounded up. Triton's own is made for kernels, and takes 2 us where these are plain numbers."""

@@ -18,12 +18,11 @@ from torch import Tensor
 from .._device import on_device
 from .._mask import inverse_keep, threshold
 from .dropout import keep_tile
-from .launch import Config, alignment, capability, cdiv, launch, next_power_of_2, split
+from .launch import WARPGROUPS, Config, alignment, capability, cdiv, launch, next_power_of_2, split
 from .partials import sum_into
 from .planes import dot, products
 
 STEPS = ("down", "up", "up_backward", "down_backward")
-WARPGROUPS = (90, 100)  # where tensor cores read shared memory themselves, so that tiles take no registers
 
 
 def config(step: str, rank: int, dtype: torch.dtype, capability: int, other: torch.dtype | None = None) -> Config:
@@ -49,20 +48,23 @@ def config(step: str, rank: int, dtype: torch.dtype, capability: int, other: tor
     if step == "down_backward":
         if wide:
             return Config(32, 64, min(block_r, 32), 4, 2)
-        stages = 2 if block_r == 32 and capability not in WARPGROUPS else 3  # a third spills there
-        return Config(64, 128 if block_r > 32 else 64, block_r, 8 if large else 4, stages)
+        if block_r == 32 and capability not in WARPGROUPS:  # 64 rows spill a few registers there
+            return Config(32, 64, block_r, 4, 3)
+        return Config(64, 128 if block_r > 32 else 64, block_r, 8 if large else 4, 3)
     raise ValueError(f"config: step is {step!r}, expected down, up, up_backward or down_backward")
 
 
 def _config_of_planes(step: str, block_r: int, capability: int) -> Config:
     """The same for float32 A, B and S beside bfloat16: large tiles, as every program splits its own into planes."""
-    large = block_r > 16
-    if step == "down":
-        return Config(128 if large else 64, 64, block_r, 8 if large else 4, 3)
-    if step == "up":
-        return Config(128 if large else 64, 128, min(block_r, 32), 8 if large else 4, 2)
+    large, warpgroups = block_r > 16, capability in WARPGROUPS  # elsewhere products take their operands from registers
+    if step == "down" and large:
+        return Config(128, 64, block_r, 8, 3) if warpgroups else Config(64, 32, block_r, 8, 3)
+    if step == "up" and large:
+        return Config(128, 128, 32, 8, 2) if warpgroups else Config(64, 64, 32, 8, 2)
+    if step in ("down", "up"):
+        return Config(64, 64, 16, 4, 3) if step == "down" else Config(64, 128, 16, 4, 2)
     if step == "up_backward":
-        return Config(64, 128, 16, 4, 3) if capability in WARPGROUPS else Config(32, 128, 16, 4, 2)
+        return Config(64, 128, 16, 4, 3) if warpgroups else Config(32, 128, 16, 4, 2)
     if step == "down_backward":
         return Config(32 if large else 64, 128 if large else 64, block_r, 8 if large else 4, 3)
     raise ValueError(f"config: step is {step!r}, expected down, up, up_backward or down_backward")

@@ -36,7 +36,8 @@ def config(step: str, columns: int, dtype: torch.dtype, tile: int, dropout: bool
         return Config(tile, 128 if tile <= DECODE else 64, block_r, 4, 3)
     if step == "expand":
         if wide:
-            return Config(tile, 32 if dropout else 64, 16, 4, 2)
+            # A rank below 16 is loaded number by number, with an address for each: too many for 4 warps' registers.
+            return Config(tile, 32 if dropout else 64, 16, 8 if columns < 16 and tile > DECODE else 4, 2)
         if dropout:
             return Config(tile, 128 if tile <= DECODE else 64, min(block_r, 32), 8, 2)
         return Config(tile, 64, 16, 4, 2) if tile <= DECODE else Config(tile, 64, min(block_r, 32), 8, 2)

@@ -52,6 +52,7 @@ MULTI_LORA = (
         for dtype in (BF16, FP32)
         for ranks, dropout, tile, size in (
             ((16,), 0.0, 16, (64, 4096, 4096)),
+            ((8,), 0.0, 64, _LARGE),  # PEFT's default rank
             ((64,), 0.0, 16, (64, 14336, 4096)),
             ((16, 16, 16), 0.0, 16, (64, 4096, 1024)),
             ((256,), 0.0, 64, _LARGE),

@@ -22,7 +22,7 @@ KERNELS = {
     "multi_lora": {"_sort_kernel", "_tile_kernel", "_shrink_kernel", "_expand_kernel", "_outer_kernel"},
     "experts": {"_shrink_kernel", "_expand_kernel", "_outer_kernel", "_combine_kernel", "_sum_kernel"},
     "dequantise": {"_four_bit_kernel", "_eight_bit_kernel"},
-    "row_linear": {"_gathered_outer_kernel", "_sum_kernel"},
+    "row_linear": {"_column_kernel", "_gathered_outer_kernel", "_sum_kernel"},
     "prompt_gather": {"_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel", "_sum_kernel"},
     "bottleneck": {
         *("_fused_kernel", "_hidden_kernel", "_hidden_up_kernel"),
@@ -33,6 +33,7 @@ KERNELS = {
 STACK = {"experts": 16}
 SORTING = {"_sort_kernel", "_tile_kernel"}
 COPYING = {
+    "_column_kernel",
     *("_sum_kernel", "_combine_kernel", "_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"),
     *("_four_bit_kernel", "_eight_bit_kernel"),
 }

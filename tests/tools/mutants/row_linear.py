@@ -30,7 +30,7 @@ TESTS = (
 
 MUTANTS = {
     "kernels/row_linear.py": {
-        "_gathered_outer_kernel": {
+        "_column_kernel": {
             "rows not gathered": ("tl.load(index_ptr + r * stride_index, mask=r < R, other=0)", "r"),
             "stride of the index ignored": ("r * stride_index", "r", INDEX),
             "index read past its end": (", mask=r < R, other=0", "", OFFSETS),
@@ -38,6 +38,13 @@ MUTANTS = {
             "columns of dY not masked": ("(r < R) & (n >= 0) & (n < N)", "r >= 0", OFFSETS),
             "an index past the last column read": ("(n >= 0) & (n < N)", "(n >= 0)", NO_ROW),
             "a negative index read": ("(n >= 0) & (n < N)", "(n < N)", NO_ROW),
+            "stride of dY's columns ignored": ("[None, :] * stride_yn", "[None, :]", STRIDES),
+        },
+        "_gathered_outer_kernel": {
+            "more columns than were gathered": (
+                "dy_tile, mask=(m < M)[:, None] & (r < R)[None, :]",
+                "dy_tile, mask=(m < M)[:, None]",
+            ),
             "rows of x not masked": ("(m < M)[:, None] & (k < K)", "(k < K)"),
             "columns of x not masked": ("[:, None] & (k < K)[None, :],", "[:, None],"),
             "rows of the gradient not masked": ("(r < R)[:, None] & (k < K)", "(k < K)"),
@@ -63,14 +70,13 @@ MUTANTS = {
                 OFFSETS,
             ),
             "stride of x's columns ignored": ("[None, :] * stride_xk", "[None, :]", STRIDES),
-            "stride of dY's columns ignored": ("[None, :] * stride_yn", "[None, :]", STRIDES),
             "programs swapped": (
                 "k = pid_k *",
                 "k = pid_r *",
                 "tests/ops/row_linear/test_row_linear.py::test_how_many_are_chosen",
             ),
         },
-        "_gathered_outer": {
+        "_outer": {
             "gradient in x's dtype": ("else dtype", "else x.dtype", MASTERS),
         },
     },
