@@ -49,8 +49,9 @@ ParamWrapper: Any = getattr(_layers, "ParamWrapper", LoraLayer)  # PEFT has it s
 class FastParamWrapper(_experts.ExpertsForward, ParamWrapper):
     """PEFT's LoRA on a parameter of experts; ``forward`` goes to the fused op wherever that serves."""
 
-    def _get_name(self):  # for repr, and for PEFT's status of layers, which reads it
-        return "ParamWrapper"
+
+# PEFT knows its wrappers by this name where it adds another adapter, and prints it.
+FastParamWrapper.__name__ = ParamWrapper.__name__
 
 
 class FastForward(nn.Module):

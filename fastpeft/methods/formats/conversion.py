@@ -116,7 +116,7 @@ def _lora_to_peft(fields: Mapping, tensors: Mapping[str, Tensor]) -> tuple[dict,
 def _lora_to_hub(fields: Mapping, tensors: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
     lora = from_peft("convert", fields)
     plain = {"rank_pattern": {}, "alpha_pattern": {}, "bias": "none", "lora_bias": False, "rslora": False}
-    plain["modules_to_save"] = ()
+    plain |= {"modules_to_save": (), "experts": False}
     for name, value in plain.items():
         if getattr(lora, name) != value:
             raise ValueError(f"convert: AdapterHub's LoRA has no form for {name}={getattr(lora, name)!r}")

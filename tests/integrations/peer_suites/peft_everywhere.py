@@ -8,6 +8,7 @@ import os
 
 import torch
 from comparison import WRONG, Comparisons
+from hub_models import stand_in_models
 from outcomes import pytest_runtest_logreport, stand_in, write_outcomes
 
 _MODE = os.environ["FASTPEFT_SUITE"]
@@ -18,6 +19,7 @@ __all__ = ["pytest_runtest_logreport"]
 
 def pytest_configure(config):
     stand_in("diffusers", "datasets")
+    stand_in_models()
     if _MODE != "vanilla":
         _fuse_everywhere()
 
@@ -74,6 +76,47 @@ def _fuse_everywhere():
     else:
         BaseTuner.inject_adapter = injected
     _fusable.plan, FastLoraLinear.forward = counted, compared
+    _watch_experts()
+
+
+def _watch_experts():
+    """Every call of experts that is fused is counted, and computed again by PEFT's wrapper."""
+    from fastpeft.integrations import _experts
+    from fastpeft.integrations.peft import FastParamWrapper, ParamWrapper
+
+    run, forward = _experts.run, FastParamWrapper.forward
+    fused = []
+
+    def counted(found, x, *args):
+        fused.append(found)
+        return run(found, x, *args)
+
+    def compared(self, x, *args, **kwargs):
+        before = len(fused)
+        y = forward(self, x, *args, **kwargs)
+        if len(fused) > before and not torch.compiler.is_compiling():
+            _COMPARED.counts["fused experts"] += 1
+            _compare_experts(fused.pop(), y, lambda: ParamWrapper.forward(self, x, *args, **kwargs))
+        fused.clear()
+        return y
+
+    _experts.run, FastParamWrapper.forward = counted, compared
+
+
+def _compare_experts(found, y, own):
+    """The bound is that of sums in any order, as many roundings as the two projections have terms."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        theirs = own()
+    low = [linear.lora_a.shape[1] for linear in (found.up, found.down) if linear.lora_a is not None]
+    terms = sum(found.up.weight.shape[1:]) + sum(found.down.weight.shape[1:]) + sum(low)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else y.dtype  # theirs may be in it
+    limit = 2 * terms * torch.finfo(dtype).eps * theirs.abs().max().clamp(min=1e-30)
+    ratio = ((y.detach() - theirs).abs().max() / limit).item() if y.numel() else 0.0
+    _COMPARED.counts["compared"] += 1
+    _COMPARED.worst = max(_COMPARED.worst, ratio)
+    if not ratio <= 1:
+        what = os.environ.get("PYTEST_CURRENT_TEST", "")
+        _COMPARED.problems.append(f"{what}: experts differ by {ratio:.2g} times the bound")
 
 
 def _compare(layer, x, branches, forward):

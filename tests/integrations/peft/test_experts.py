@@ -1,6 +1,7 @@
 """PEFT's LoRA on experts, served by the fused op: PEFT's numbers on every family, and when PEFT serves itself."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -138,6 +139,22 @@ def test_two_active_adapters(calls):
     theirs.base_model.set_adapter(["default", "other"])
     ours = fastpeft.accelerate(copy.deepcopy(theirs))
     assert_same(theirs, ours, calls)
+
+
+def test_an_adapter_that_is_added_later(calls):
+    """PEFT adds it to the wrappers that are there, which it knows by their name."""
+    settings = {"r": 3, "target_modules": [], "target_parameters": BOTH, "init_lora_weights": False}
+    theirs, ours = pair()
+    count = len(wrappers(ours))
+    for model in (theirs, ours):
+        torch.manual_seed(2)
+        model.add_adapter("other", peft.LoraConfig(**settings))
+        model.set_adapter("other")
+    assert len(wrappers(ours)) == count
+    assert [type(module).__name__ for module in wrappers(ours)] == ["ParamWrapper"] * count
+    assert_same(theirs, ours, calls)
+    again = pickle.loads(pickle.dumps(ours))
+    assert torch.equal(again(input_ids=IDS).logits, ours(input_ids=IDS).logits)
 
 
 def test_rank_patterns_and_linear_layers_beside(calls):

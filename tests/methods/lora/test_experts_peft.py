@@ -8,6 +8,8 @@ import torch
 
 import fastpeft
 from fastpeft import Lora
+from fastpeft.methods.formats.conversion import convert
+from fastpeft.methods.formats.inspection import inspect_checkpoints
 from tests.support.expert_models import IDS, close, curve_of, gradients_of, loss_of, parameters_of
 from tests.support.models import MOE_FAMILIES, build
 
@@ -147,6 +149,25 @@ def test_a_checkpoint_without_target_parameters_leaves_experts(tmp_path):
     peft.get_peft_model(build("gpt_oss"), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     rows = fastpeft.report(fastpeft.load(build("gpt_oss"), tmp_path))
     assert [row.kind for row in rows] == ["LoRA layers"] * 2 + ["experts"] * 2
+
+
+def test_inspect_and_convert(tmp_path):
+    from safetensors.torch import load_file
+
+    model, source = ours("qwen3_moe"), tmp_path / "adapter"
+    fastpeft.save(model, source)
+    (found,) = inspect_checkpoints(source)
+    assert not found.problems
+    assert found.method.endswith(", on parameters experts.down_proj, experts.gate_up_proj")
+    assert found.served.endswith("lora_linear and multi_lora, and experts")
+    path = source / "adapter_model.safetensors"
+    torch.save(load_file(path), source / "adapter_model.bin")
+    path.unlink()
+    convert(source, tmp_path / "whole", "peft")
+    loaded = fastpeft.load(build("qwen3_moe"), tmp_path / "whole")
+    assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    with pytest.raises(ValueError, match="AdapterHub's LoRA has no form for"):
+        convert(tmp_path / "whole", tmp_path / "hub", "adapters")
 
 
 BROKEN = {
