@@ -80,33 +80,29 @@ def _fuse_everywhere():
 
 
 def _watch_experts():
-    """Every call of experts that is fused is counted, and computed again by PEFT's wrapper."""
+    """Every call of experts that is fused is counted, and computed by PEFT's wrapper before, which touches weights."""
     from fastpeft.integrations import _experts
     from fastpeft.integrations.peft import FastParamWrapper, ParamWrapper
+    from fastpeft.nn.experts_call import ExpertsCall
 
-    run, forward = _experts.run, FastParamWrapper.forward
-    fused = []
-
-    def counted(found, x, *args):
-        fused.append(found)
-        return run(found, x, *args)
+    forward = FastParamWrapper.forward
 
     def compared(self, x, *args, **kwargs):
-        before = len(fused)
-        y = forward(self, x, *args, **kwargs)
-        if len(fused) > before and not torch.compiler.is_compiling():
-            _COMPARED.counts["fused experts"] += 1
-            _compare_experts(fused.pop(), y, lambda: ParamWrapper.forward(self, x, *args, **kwargs))
-        fused.clear()
+        found = None if kwargs or torch.compiler.is_compiling() else _experts.plan(self, x, *args)
+        if not isinstance(found, ExpertsCall):
+            return forward(self, x, *args, **kwargs)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            theirs = ParamWrapper.forward(self, x, *args)
+        y = forward(self, x, *args)
+        _COMPARED.counts["fused experts"] += 1
+        _compare_experts(found, y, theirs)
         return y
 
-    _experts.run, FastParamWrapper.forward = counted, compared
+    FastParamWrapper.forward = compared
 
 
-def _compare_experts(found, y, own):
+def _compare_experts(found, y, theirs):
     """The bound is that of sums in any order, as many roundings as the two projections have terms."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        theirs = own()
     low = [linear.lora_a.shape[1] for linear in (found.up, found.down) if linear.lora_a is not None]
     terms = sum(found.up.weight.shape[1:]) + sum(found.down.weight.shape[1:]) + sum(low)
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else y.dtype  # theirs may be in it
