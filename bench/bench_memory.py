@@ -84,6 +84,7 @@ def measure(model: nn.Module, case: Case) -> dict:
         base = base.base_model
     gradient = None
     for _ in range(2):
+        gc.collect()  # what the step before left behind is not this one's
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with torch.autocast("cuda", torch.bfloat16, enabled=case.autocast):

@@ -1,0 +1,176 @@
+"""A gated MLP with LoRA on its three projections: frozen, PEFT, torch.compile of PEFT, our layers, and as one op.
+
+    python -m bench.bench_mlp --device cpu --out rows.jsonl [--quick] [--shape 1024x2816] [--rows 512]
+
+What is timed is the MLP of a Llama block, of hidden size K and inner size I; x and the adapters want gradients. Host
+time and peak memory of a whole block without a GPU are in tests/nullgpu/test_mlp.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpeft.ops import lora_linear, lora_linear_shared, lora_mlp
+from fastpeft.reference import lora_mlp as definition
+
+from . import command, harness, machine, peers
+from .harness import FROZEN, PEER, Call, Variant
+from .lora import SCALE
+
+OURS, LAYERS, COMPILED = "ours", "ours, three layers", "PEFT, torch.compile"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An MLP: ``shape`` is KxI."""
+
+    shape: str
+    rows: int
+    rank: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def fields(self) -> dict:
+        adapters = str(torch.promote_types(self.dtype, torch.float32)).removeprefix("torch.")
+        return harness.columns("lora_mlp", self.shape, self.rows, self.dtype, rank=self.rank, adapters=adapters)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """N and K of gate, up and down."""
+        k, inner = map(int, self.shape.split("x"))
+        return [(inner, k), (inner, k), (k, inner)]
+
+    def traffic(self, which: str, adapted: bool) -> tuple[int, int]:
+        """The least bytes and operations: every weight and activation is read or written once a pass."""
+        (inner, k), *_ = self.sizes
+        low, passes = 3 * self.rank * (k + inner) if adapted else 0, 1 if which == harness.FORWARD else 2
+        moved = passes * (3 * k * inner + low + self.rows * (2 * k + 2 * inner))
+        return moved * self.dtype.itemsize, 2 * self.rows * (passes * 3 * k * inner + (1 if passes == 1 else 3) * low)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What every variant is given."""
+
+    x: Tensor
+    weights: tuple[Tensor, ...]
+    lora_as: tuple[Tensor, ...]
+    lora_bs: tuple[Tensor, ...]
+    dy: Tensor
+
+    @classmethod
+    def draw(cls, problem: Problem, seed: int) -> "Operands":
+        generator, wide = torch.Generator().manual_seed(seed), torch.promote_types(problem.dtype, torch.float32)
+
+        def new(*size, spread=1.0, dtype=problem.dtype, trained=True):
+            drawn = torch.randn(size, generator=generator) * spread
+            return drawn.to(problem.device, dtype).requires_grad_(trained)
+
+        sizes, rank = problem.sizes, problem.rank
+        return cls(
+            new(problem.rows, sizes[0][1]),
+            tuple(new(n, k, spread=k**-0.5, trained=False) for n, k in sizes),
+            tuple(new(rank, k, spread=k**-0.5, dtype=wide) for _, k in sizes),
+            tuple(new(n, rank, spread=rank**-0.5, dtype=wide) for n, _ in sizes),
+            new(problem.rows, sizes[0][1], trained=False),
+        )
+
+    def to(self, dtype: torch.dtype) -> "Operands":
+        def change(t):
+            return t.detach().to(dtype).requires_grad_(t.requires_grad)
+
+        return Operands(*(tuple(map(change, v)) if isinstance(v, tuple) else change(v) for v in vars(self).values()))
+
+
+def _gated(gate: Callable, up: Callable, down: Callable) -> Callable[[Tensor], Tensor]:
+    return lambda x: down(F.silu(gate(x)) * up(x))
+
+
+def _frozen(o: Operands) -> Callable:
+    return _gated(*(partial(F.linear, weight=weight) for weight in o.weights))
+
+
+def _peft(o: Operands, wrap=lambda function: function) -> Callable:
+    operands = zip(o.weights, o.lora_as, o.lora_bs, strict=True)
+    return wrap(_gated(*(peers.peft_layer(*each, SCALE, 0.0) for each in operands)))
+
+
+def _layers(o: Operands) -> Callable:
+    def forward(x):
+        gate, up = lora_linear_shared(x, o.weights[:2], o.lora_as[:2], o.lora_bs[:2], None, [SCALE] * 2)
+        return lora_linear(F.silu(gate) * up, o.weights[2], o.lora_as[2], o.lora_bs[2], None, SCALE)
+
+    return forward
+
+
+def _node(o: Operands) -> Callable:
+    return lambda x: lora_mlp(x, o.weights, o.lora_as, o.lora_bs, None, [SCALE] * 3)
+
+
+PROVIDERS = {FROZEN: _frozen, PEER: _peft, COMPILED: None, LAYERS: _layers, OURS: _node}
+
+
+def variant(problem: Problem, name: str) -> Variant:
+    adapted = name != FROZEN
+    draw = cache(partial(Operands.draw, problem))
+
+    def leaves(o):
+        return [o.x, *(o.lora_as + o.lora_bs if adapted else ())]
+
+    def bind(i):
+        o = draw(i)
+        if name in (PEER, COMPILED):  # its modules hold parameters
+            a, b = (tuple(map(torch.nn.Parameter, ts)) for ts in (o.lora_as, o.lora_bs))
+            o = replace(o, lora_as=a, lora_bs=b)
+        run = _peft(o, peers.compiled()) if name == COMPILED else PROVIDERS[name](o)
+        return Call(lambda: [run(o.x)], leaves(o), [o.dy], [*o.weights, *o.lora_as, *o.lora_bs])
+
+    def plain(dtype):
+        o = draw(0) if dtype is None else draw(0).to(dtype)
+        y = definition(o.x, o.weights, o.lora_as, o.lora_bs, scales=[SCALE] * 3) if adapted else _frozen(o)(o.x)
+        return [y, *torch.autograd.grad(y, leaves(o), o.dy)]
+
+    return Variant(name, bind, plain, partial(problem.traffic, adapted=adapted), own=name in (OURS, LAYERS))
+
+
+def case(problem: Problem, names=None, compiles: bool = False) -> harness.Case:
+    wanted = [name for name in names or PROVIDERS if compiles or name != COMPILED]
+    (inner, k), *_ = problem.sizes
+    sets = machine.argument_sets(problem.device, problem.dtype.itemsize * 3 * k * (inner + problem.rows))
+    return harness.Case.of(problem, [variant(problem, name) for name in wanted], sets)
+
+
+def problems(device: torch.device) -> list[Problem]:
+    if device.type == "cuda":  # Llama-3.1-8B, Qwen3-4B
+        shapes = ("4096x14336", 2048), ("4096x14336", 8192), ("2560x9728", 4096)
+        return [Problem(shape, rows, 16, torch.bfloat16, device) for shape, rows in shapes]
+    return [Problem(shape, 512, 16, torch.float32, device) for shape in ("512x1408", "1024x2816")]
+
+
+def cases(options: argparse.Namespace) -> list[Callable[[], harness.Case]]:
+    listed = problems(options.device)
+    if options.shape:
+        listed = [replace(listed[0], shape=shape) for shape in options.shape]
+    listed = [replace(p, **command.given(options, "rows", "rank")) for p in listed]
+    listed = listed[: 1 if options.quick else None]
+    return [partial(case, p, options.variant, command.compiles(options, p is listed[0])) for p in listed]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command.parser("bench_mlp", __doc__, quick="the first case", variants=list(PROVIDERS))
+    parser.add_argument("--shape", action="append", help="KxI; may be repeated")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--rank", type=int)
+    command.add_compile(parser, "PEFT")
+    return command.main(parser, cases, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
