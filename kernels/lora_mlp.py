@@ -46,7 +46,7 @@ def chunk_rows(rows: int, columns: int) -> int:
 
 
 @triton.jit
-def _forward_kernel(
+def _gated_kernel(
     gate_ptr, up_ptr, h_ptr, M, K,
     stride_gm, stride_gk, stride_um, stride_uk, stride_hm, stride_hk,
     ACTIVATION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -60,7 +60,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gated_backward_kernel(
     dh_ptr, gate_ptr, up_ptr, dgate_ptr, M, K,
     stride_dm, stride_dk, stride_gm, stride_gk, stride_um, stride_uk, stride_om, stride_ok,
     ACTIVATION: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -80,14 +80,14 @@ def _backward_kernel(
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``h = act(gate) ∘ up``."""
     h = gate.new_empty(gate.shape)
-    _launch(_forward_kernel, (gate, up, h), gate, activation)
+    _launch(_gated_kernel, (gate, up, h), gate, activation)
     return h
 
 
 def backward_(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """``dgate = dh ∘ up ∘ act'(gate)`` and ``dup = dh ∘ act(gate)``, which takes dh's place."""
     dgate = dh.new_empty(dh.shape)
-    _launch(_backward_kernel, (dh, gate, up, dgate), gate, activation)
+    _launch(_gated_backward_kernel, (dh, gate, up, dgate), gate, activation)
     return dgate, dh
 
 

@@ -21,6 +21,7 @@ from bench.static import sass
 from bench.static.launches import compiling
 from tests.support.aot_bottleneck import BOTTLENECK, bottleneck
 from tests.support.aot_experts import EXPERTS, experts
+from tests.support.aot_mlp import LORA_MLP, lora_mlp
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -194,6 +195,7 @@ OPS = {
     "prompt_gather": (prompt_gather, PROMPT_GATHER),
     "bottleneck": (bottleneck, BOTTLENECK),
     "experts": (experts, EXPERTS),
+    "lora_mlp": (lora_mlp, LORA_MLP),
 }
 
 

@@ -21,6 +21,7 @@ KERNELS = {
     "lora_linear": {"_down_kernel", "_up_kernel", "_up_backward_kernel", "_outer_kernel", "_sum_kernel"},
     "multi_lora": {"_sort_kernel", "_tile_kernel", "_shrink_kernel", "_expand_kernel", "_outer_kernel"},
     "experts": {"_shrink_kernel", "_expand_kernel", "_outer_kernel", "_combine_kernel", "_sum_kernel"},
+    "lora_mlp": {"_gated_kernel", "_gated_backward_kernel"},
     "dequantise": {"_four_bit_kernel", "_eight_bit_kernel"},
     "row_linear": {"_column_kernel", "_gathered_outer_kernel", "_sum_kernel"},
     "prompt_gather": {"_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel", "_sum_kernel"},
@@ -36,6 +37,7 @@ COPYING = {
     "_column_kernel",
     *("_sum_kernel", "_combine_kernel", "_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"),
     *("_four_bit_kernel", "_eight_bit_kernel"),
+    *("_gated_kernel", "_gated_backward_kernel"),
 }
 PROJECT = {"_down_kernel", "_shrink_kernel", "_fused_kernel", "_hidden_kernel", "_hidden_backward_kernel"}
 

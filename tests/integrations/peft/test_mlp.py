@@ -13,6 +13,7 @@ from torch import nn
 import fastpeft
 from fastpeft import ops
 from fastpeft.nn import LoraMlp
+from fastpeft.nn.gated_mlps import activation_of
 from fastpeft.testing import assert_no_worse
 from tests.support.models import IDS, SIZES, VOCAB, transformers
 
@@ -296,3 +297,12 @@ def test_compiled(calls):
     found = {name.removeprefix("_orig_mod."): value for name, value in results(compiled).items()}
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_known_activations():
+    tanh = nn.GELU(approximate="tanh")
+    found = [activation_of(f) for f in (nn.SiLU(), F.silu, nn.GELU(), F.gelu, tanh, nn.ReLU(), torch.tanh, None)]
+    assert found == ["silu", "silu", "gelu", "gelu", "gelu_tanh", None, None, None]
+    names = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "gelu_fast", "quick_gelu")
+    found = [activation_of(transformers.activations.ACT2FN[name]) for name in names]
+    assert found == ["silu", "silu", "gelu", "gelu_tanh", "gelu_tanh", None, None, None]

@@ -1,0 +1,89 @@
+"""Mutants of lora_mlp and of the modules that it is in, as run.py says."""
+
+_OP = "tests/ops/lora_mlp/test_lora_mlp.py::"
+_MEMORY = "tests/ops/lora_mlp/test_memory.py::"
+_MODEL = "tests/integrations/peft/test_mlp.py::"
+GUARDS = _MEMORY + "test_nothing_is_read_or_written_outside"
+STRIDES = _MEMORY + "test_any_strides"
+TWICE = _MEMORY + "test_a_second_backward_finds_everything_unchanged"
+KEPT = _MEMORY + "test_only_x_gate_up_and_s_are_kept"
+MASKS = _OP + "test_chunks_draw_the_masks_of_the_whole"
+GRADCHECK = _OP + "test_gradcheck"
+SUMMED = _OP + "test_no_less_accurate_than_pytorch[reference-bfloat16-50-silu]"
+SIZES = _OP + "test_how_many_rows_a_chunk_has"
+TRAINED = _OP + "test_what_is_trained"
+BASE = _OP + "test_trained_weights_and_biases"
+BAD = "tests/ops/lora_mlp/test_torch.py::test_bad_calls_name_what_is_wrong"
+UNUSUAL = _MODEL + "test_whatever_is_unusual_is_seen_at_the_next_call"
+PATCHED = _MODEL + "test_a_class_that_is_patched_is_seen"
+FAMILIES = _MODEL + "test_the_activations_are_those_of_the_families"
+SETTINGS = _MODEL + "test_restore_and_settings"
+COPIES = _MODEL + "test_copies_and_pickles"
+
+TESTS = (GUARDS, _OP + "test_the_definition_is_the_formula", MASKS, TRAINED, GRADCHECK, STRIDES, TWICE, KEPT, BAD)
+
+MUTANTS = {
+    "kernels/lora_mlp.py": {
+        "chunk_rows": {
+            "a GPU not filled": ("max(cdiv(rows, CHUNKS), cdiv(WAVE, max(1, columns)))", "cdiv(rows, CHUNKS)", SIZES),
+            "more chunks": ("cdiv(rows, CHUNKS), ", "", SIZES),
+        },
+        "_gated_kernel": {
+            "rows past the last written": ("(m < M)[:, None]", "(m < M + 1)[:, None]"),
+            "columns past the last written": ("& (k < K)[None, :]", "& (k < K + 1)[None, :]"),
+            "up left out": ("activate(gate, ACTIVATION) * up", "activate(gate, ACTIVATION)"),
+            "stride of gate ignored": ("k[None, :] * stride_gk", "k[None, :]", STRIDES),
+        },
+        "_gated_backward_kernel": {
+            "the slope left out": ("dh * up * slope(gate, ACTIVATION)", "dh * up"),
+            "dgate without up": ("dh * up * slope(gate, ACTIVATION)", "dh * slope(gate, ACTIVATION)"),
+            "dup is dgate's": ("dh * activate(gate, ACTIVATION)", "dh * slope(gate, ACTIVATION)"),
+            "gradients past the last column written": ("& (k < K)[None, :]", "& (k < K + 1)[None, :]"),
+        },
+    },
+    "fastpeft/reference/lora_mlp.py": {
+        "lora_mlp": {"up twice": ("activate(lora_linear(x, *gate), activation)", "lora_linear(x, *up)")},
+        "chunk_rows": {"more chunks": ("-(-rows // _CHUNKS)", "rows // 9", SIZES)},
+        "forward": {"up left out": (".mul_(up)", "")},
+        "backward_": {
+            "dgate without up": ("dgate = dh * up", "dgate = dh * 1"),
+            "dup without the activation": ("dh.mul_(activate(gate, activation))", "dh"),
+        },
+    },
+    "fastpeft/ops/lora_mlp_chunks.py": {
+        "chunks": {
+            "every chunk draws the first's mask": ("shifted[i]", "shifted[0]"),
+            "the last rows left out": ("range(count)", "range(count - 1)", _OP + "test_chunks_cover_the_rows_once"),
+        },
+        "Sums.add": {"the last chunk alone": ("total.add_(part)", "total.copy_(part)")},
+        "Sums.totals": {"the first chunk alone": ("torch.stack([*parts]).sum(0)", "parts[0]", SUMMED)},
+        "_offsets": {"a row too far": ("chunk * size * ROW_STEP", "chunk * (size + 1) * ROW_STEP")},
+    },
+    "fastpeft/ops/lora_mlp.py": {
+        "_setup_context": {
+            "x always kept": ("x if need_da or need_dw else absent", "x"),
+            "S always kept": ("s if need_db else absent", "s"),
+        },
+        "_backward_implementation": {
+            "weights' gradients of chunks": ("dy.shape[0] if need_dw or need_dbias else size", "size", BASE),
+            "down's dW of gate": ("dy_c.T @ h if need_dw", "dy_c.T @ gate_c if need_dw"),
+        },
+    },
+    "fastpeft/nn/lora_mlp.py": {
+        "_plan": {
+            "a patch not seen": ("module.fastpeft_plain.forward is not module.fastpeft_known", "False", PATCHED),
+            "hooks on the activation not seen": ("own_path_reason(module.act_fn) is not None", "False", UNUSUAL),
+        },
+        "_branch": {"hooks on a projection not seen": ("reason is not None", "False", UNUSUAL)},
+        "LoraMlp.fastpeft_guard": {
+            "a projection's state not guarded": ("module.fastpeft_guard(guards)", "pass", UNUSUAL),
+            "hooks not guarded": ("guard_call(guards, module)", "pass", UNUSUAL),
+        },
+        "unfuse_mlps": {"nothing taken back": ("module.__class__ = module.fastpeft_plain", "pass", SETTINGS)},
+        "_rebuilt": {"copies are not fused": ("fused.__new__(fused)", "kind.__new__(kind)", COPIES)},
+    },
+    "fastpeft/nn/gated_mlps.py": {
+        "form_reason": {"any forward": ("_shape(code) not in _forms()", "False", PATCHED)},
+        "activation_of": {"erf for tanh": ('"tanh": "gelu_tanh"', '"tanh": "gelu"', _MODEL + "test_known_activations")},
+    },
+}  # fmt: skip
