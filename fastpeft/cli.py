@@ -135,6 +135,8 @@ def _add_serve(commands) -> None:
         ("max-rank", 64, "largest rank served"),
         ("max-rows", 32, "requests that run at once"),
         ("queue", 256, "requests that may wait; 429 beyond"),
+        ("adapter-rows", None, "requests of one adapter that run at once (default: --max-rows)"),
+        ("adapter-waiting", None, "requests of one adapter that may wait; 429 beyond (default: --queue)"),
         ("max-tokens", None, "prompt and completion of a request together; 400 beyond (default: the model's context)"),
         (
             "max-cached",

@@ -34,6 +34,8 @@ class Limits:
         max_rank: the largest rank that is served.
         max_rows: requests that run at once.
         queue: requests that may wait; 429 beyond.
+        adapter_rows: likewise of one adapter's requests; None for ``max_rows``.
+        adapter_waiting: likewise of one adapter's that wait; None for ``queue``.
         max_body_bytes: of a request; 413 beyond.
         max_tokens: prompt and completion of a request together; None is the model's context.
         max_cached: tokens that the cache holds; None is ``max_rows`` times ``max_tokens``, or what a share of the free
@@ -51,6 +53,8 @@ class Limits:
     max_rank: int = 64
     max_rows: int = 32
     queue: int = 256
+    adapter_rows: int | None = None
+    adapter_waiting: int | None = None
     max_body_bytes: int = 1 << 20
     max_tokens: int | None = None
     max_cached: int | None = None
@@ -86,6 +90,8 @@ class Service:
             max_waiting=limits.queue,
             max_cached=limits.max_cached,
             stall_seconds=limits.stall_seconds,
+            adapter_rows=limits.adapter_rows,
+            adapter_waiting=limits.adapter_waiting,
         )
         self.folder = AdapterFolder(self.bank, adapters, name, limits.links)
         self.folder.scan()

@@ -51,6 +51,8 @@ def _service(options: argparse.Namespace) -> Service:
         max_rank=options.max_rank,
         max_rows=options.max_rows,
         queue=options.queue,
+        adapter_rows=options.adapter_rows,
+        adapter_waiting=options.adapter_waiting,
         max_body_bytes=options.max_body_bytes,
         max_tokens=options.max_tokens,
         max_cached=options.max_cached,

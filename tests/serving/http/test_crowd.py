@@ -32,13 +32,27 @@ def test_full_queue(folder):
             with ThreadPoolExecutor(8) as pool:
                 waiting = [pool.submit(complete, client, "alice", max_tokens=2) for _ in range(2)]
                 until(lambda: service.batcher.waiting == 2)
-                refused = list(pool.map(lambda _: complete(client, "bob"), range(4)))
+                refused = list(pool.map(lambda _: complete(client, "alice"), range(4)))
                 for response in refused:
                     error(response, 429, "queue_full")
                     assert response.headers["retry-after"] == "1"
                 first.close()
                 assert [request.result(30).status_code for request in waiting] == [200, 200]
         assert complete(client, "bob").status_code == 200
+
+
+def test_one_tenant_may_take_only_so_much(folder):
+    """Its further requests are refused while another's begins at once."""
+    with serving(folder, step_seconds=0.02, adapter_rows=1, adapter_waiting=1) as (service, client):
+        with slow_text(client, model="alice") as first, ThreadPoolExecutor(2) as pool:
+            until(lambda: service.batcher.running == 1)
+            waiting = pool.submit(complete, client, "alice", max_tokens=2)
+            until(lambda: service.batcher.waiting == 1)
+            error(complete(client, "alice"), 429, "queue_full")
+            assert complete(client, "bob", max_tokens=2).status_code == 200
+            assert not waiting.done()
+            first.close()
+            assert waiting.result(30).status_code == 200
 
 
 def test_prompts_that_wait_for_the_tokenizer_are_bounded_too(folder):
