@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,10 @@ class Adapter:
 
     Attributes:
         name: as it was loaded.
-        tensors: for each adapted layer ``A [r, K]`` and ``B [N, r]``; an embedding's A is ``[V, r]``.
+        sites: the layers that it adapts.
+        tensors: for each of them ``A [r, K]`` and ``B [N, r]``, an embedding's A is ``[V, r]``; or None where they were
+            let go and can be read again. bytes: that they take.
+        reread: reads ``tensors`` again, or None where they came from no folder.
         ranks: int32, one for each layer of the bank; 0 where the adapter has nothing. On a CPU they are rounded up, and
             the tensors padded with zeros.
         scales: float32, likewise.
@@ -52,12 +55,28 @@ class Adapter:
     _numbers = itertools.count(1)
 
     def __init__(self, name: str, tensors: dict[Site, tuple[Tensor, Tensor]], ranks: Tensor, scales: Tensor):
-        self.name, self.tensors, self.ranks, self.scales = name, tensors, ranks, scales
+        self.name, self.ranks, self.scales = name, ranks, scales
+        self.sites = tuple(tensors)
+        self.tensors: Mapping[Site, tuple[Tensor, Tensor]] | None = tensors
+        self.bytes = sum(t.nbytes for pair in tensors.values() for t in pair)
+        self.reread: Callable[[], Mapping[Site, tuple[Tensor, Tensor]]] | None = None
         self.slot: int | None = None
         self.leases = self.used = 0
         self.pinned = self.retired = False
         self.ready: torch.cuda.Event | None = None
         self.version = next(self._numbers)
+
+    def read(self) -> Mapping[Site, tuple[Tensor, Tensor]]:
+        """Its tensors, which are read again if they were let go.
+
+        Raises:
+            BadCheckpoint: its files have changed since. OSError: they are gone.
+        """
+        if self.tensors is None:
+            if self.reread is None:
+                raise RuntimeError(f"AdapterBank: {self.name!r} has no tensors, expected those it was loaded with")
+            self.tensors = self.reread()
+        return self.tensors
 
     def in_slot(self) -> int:
         """Its slot, where it must have one."""
@@ -113,11 +132,8 @@ def read_adapter(
 
 
 def _rank_class(rank: int, max_rank: int) -> int:
-    """64, 256, ...: a CPU takes adapters of one rank together, and fewer calls are worth more than zeros cost."""
-    served = 64
-    while served < rank:
-        served *= 4
-    return min(served, max_rank)
+    """8, 16, 32, ...: a CPU takes adapters of one rank together; so few are apart, and less than half is zeros."""
+    return min(max(8, 1 << (rank - 1).bit_length()), max_rank)
 
 
 def _read(

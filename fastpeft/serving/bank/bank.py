@@ -20,6 +20,7 @@ from ... import _check
 from .adapter import read_adapter
 from .batch import Batch, Running
 from .experts import attach_experts, expert_sites
+from .host_memory import read_lasting
 from .known import Known
 from .lease import Lease, checked_rows
 from .sites import find_sites, refuse_adapted
@@ -39,6 +40,9 @@ class AdapterBank:
             max_rank * (K + N)`` numbers a layer, so many for each expert, is taken when the first adapter that touches
             the layer is loaded.
 
+        host_bytes: what the adapters' tensors may take of the host's memory; those that came from folders are let go,
+            the least recently used first, and read again when a batch needs them. None is no bound.
+
     Attributes:
         model: as given.
         max_rank: as given.
@@ -57,11 +61,14 @@ class AdapterBank:
         max_rank: int = 64,
         dtype: torch.dtype | None = None,
         targets: str | Sequence[str] = "all-linear",
+        host_bytes: int | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"AdapterBank: model is {_check.shown(model)}, expected a torch.nn.Module")
         _check.positive("AdapterBank", "slots", slots)
         _check.positive("AdapterBank", "max_rank", max_rank)
+        if host_bytes is not None:
+            _check.positive("AdapterBank", "host_bytes", host_bytes)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(
                 f"AdapterBank: dtype is {_check.shown(dtype)}, expected a floating-point torch.dtype or None"
@@ -72,7 +79,7 @@ class AdapterBank:
         self._sites = find_sites("AdapterBank", model, targets, dtype, experts)
         self.device = self._sites[0].device
         self._slots = Slots(slots, self._sites, max_rank)
-        self._known = Known(self._slots)
+        self._known = Known(self._slots, host_bytes)
         self._running = Running()
         for site in self._sites:
             site.attach(self._running)
@@ -113,7 +120,8 @@ class AdapterBank:
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"load: name is {_check.shown(name)}, expected a string that is not empty")
-        adapter = read_adapter("load", name, source, config, self.model, self._sites, self.max_rank)
+        of = config, self.model, self._sites, self.max_rank
+        adapter = read_lasting(name, source, lambda: read_adapter("load", name, source, *of))
         self._known.add("load", adapter, pin)
 
     def unload(self, name: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ..errors import BankError, BankFull, UnknownAdapter
 from .adapter import Adapter
+from .host_memory import trim
 from .lease import Lease
 from .slots import Slots
 
@@ -14,8 +15,8 @@ _SHOWN = 8  # names in an error
 class Known:
     """What ``AdapterBank`` does with names, slots and leases, under one lock."""
 
-    def __init__(self, slots: Slots):
-        self._slots = slots
+    def __init__(self, slots: Slots, host_bytes: int | None):
+        self._slots, self._host_bytes = slots, host_bytes
         self._lock = threading.RLock()
         self._by_name: dict[str, Adapter] = {}
         self._closed = False
@@ -39,6 +40,7 @@ class Known:
             self._by_name[adapter.name] = adapter
             if old is not None:
                 self._retire(old)
+            trim(self._by_name.values(), self._host_bytes)
 
     def remove(self, op: str, name: str) -> None:
         with self._lock:
@@ -81,6 +83,7 @@ class Known:
             self._slots.bring(op, list({id(a): a for a in adapters}.values()))
             for adapter in adapters:
                 adapter.leases += 1
+            trim(self._by_name.values(), self._host_bytes)
             return adapters
 
     def release(self, adapters: Sequence[Adapter]) -> None:

@@ -37,7 +37,7 @@ class Slots:
         self.tables_made += 1
         try:
             with self.copies.into(None):
-                for site in adapter.tensors:
+                for site in adapter.sites:
                     if site.lora_a is None:
                         made.append(site)
                         site.make_tables(len(self.held), self._max_rank)
@@ -70,6 +70,8 @@ class Slots:
                 f"use by running batches and {pinned} others are pinned"
             )
         for adapter in absent:
+            adapter.read()  # which may fail
+        for adapter in absent:
             slot = free.pop(0) if free else self.vacate(evictable.pop(0))
             self._copy(adapter, slot)
         for adapter in wanted:
@@ -81,18 +83,18 @@ class Slots:
         slot = adapter.in_slot()
         adapter.slot = adapter.ready = None
         self.held[slot] = None
-        for site in adapter.tensors:
+        for site in adapter.sites:
             site.mask &= ~(1 << slot)
         return slot
 
     def _copy(self, adapter: Adapter, slot: int) -> None:
         with self.copies.into(slot):
-            for site, (a, b) in adapter.tensors.items():
+            for site, (a, b) in adapter.read().items():
                 site.write(slot, a, b)
             self._ranks[:, slot].copy_(adapter.ranks, non_blocking=True)
             for table in self._scales.values():
                 table[:, slot].copy_(adapter.scales, non_blocking=True)
             adapter.ready = self.copies.copied()
-        for site in adapter.tensors:
+        for site in adapter.sites:
             site.mask |= 1 << slot
         adapter.slot, self.held[slot] = slot, adapter

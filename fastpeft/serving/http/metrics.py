@@ -31,6 +31,8 @@ class Metrics:
         for name, what, value in (
             ("queue_length", "Requests that wait for a row", lambda: batcher.waiting),
             ("running_rows", "Requests in the batch", lambda: batcher.running),
+            ("cache_tokens", "Tokens that the cache holds", lambda: batcher.max_cached),
+            ("captures_steps", "Whether decode steps are CUDA graphs", lambda: "CUDA graphs" in batcher.explain()),
             ("slots", "Adapters that the device has room for", lambda: bank.slots),
             ("resident_adapters", "Adapters in slots on the device", lambda: len(bank.resident())),
             ("known_adapters", "Adapters loaded", lambda: len(bank.names())),

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..bank.bank import AdapterBank
 from ..engine.batcher import Batcher
+from ..engine.memory import cache_bytes
 from ..engine.settings import SamplingParams
 from ..errors import BankError, QueueFull
 from .adapter_folder import AdapterFolder
@@ -42,6 +44,9 @@ class Limits:
             memory holds (``Batcher``).
         drain_seconds: how long SIGTERM waits for requests to end.
         stall_seconds: how long a step may take before /health calls it stuck.
+        host_bytes: of all adapters in host memory; those beyond are read from their folders when requests need them.
+            None is a quarter of the memory that is free.
+        adapter_rows, adapter_waiting: requests of one adapter that run, or wait, at once; None is no bound of its own.
         max_adapter_bytes: of an adapter that comes in a request's body; 413 beyond.
         max_connections: at once; beyond, those without a request make room.
         head_seconds: how long the head of a request may take.
@@ -61,6 +66,9 @@ class Limits:
     drain_seconds: float = 30.0
     stall_seconds: float = 120.0
     max_adapter_bytes: int = 1 << 30
+    host_bytes: int | None = None
+    adapter_rows: int | None = None
+    adapter_waiting: int | None = None
     max_connections: int = 1024
     head_seconds: float = 20.0
     links: tuple[str | Path, ...] = ()
@@ -81,7 +89,8 @@ class Service:
     def __init__(self, model: nn.Module, tokenizer: Any, adapters: str | Path, name: str, limits: Limits = Limits()):
         self.tokenizer, self.name, self.limits = tokenizer, name, limits
         self.created = int(time.time())
-        self.bank = AdapterBank(model, slots=limits.slots, max_rank=limits.max_rank)
+        host_bytes = limits.host_bytes or max(1, cache_bytes(torch.device("cpu"), 0))
+        self.bank = AdapterBank(model, slots=limits.slots, max_rank=limits.max_rank, host_bytes=host_bytes)
         self.batcher = Batcher(
             self.bank,
             tokenizer,
@@ -89,6 +98,8 @@ class Service:
             max_tokens=limits.max_tokens,
             max_waiting=limits.queue,
             max_cached=limits.max_cached,
+            adapter_rows=limits.adapter_rows,
+            adapter_waiting=limits.adapter_waiting,
             stall_seconds=limits.stall_seconds,
             adapter_rows=limits.adapter_rows,
             adapter_waiting=limits.adapter_waiting,

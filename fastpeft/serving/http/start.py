@@ -22,6 +22,7 @@ def serve(options: argparse.Namespace) -> int:
     for name, reason in service.folder.errors.items():
         print(f"fastpeft serve: {name} is not served: {reason}", file=sys.stderr)
     print(f"fastpeft serve: adapters: {', '.join(service.bank.names()) or 'none'}", file=sys.stderr)
+    print(f"fastpeft serve: {service.batcher.explain()}", file=sys.stderr)
     door = server.Door(
         api_key=options.api_key or os.environ.get("FASTPEFT_API_KEY") or None,
         admin_key=options.admin_key or os.environ.get("FASTPEFT_ADMIN_KEY") or None,
@@ -56,6 +57,9 @@ def _service(options: argparse.Namespace) -> Service:
         max_body_bytes=options.max_body_bytes,
         max_tokens=options.max_tokens,
         max_cached=options.max_cached,
+        adapter_rows=options.adapter_rows,
+        adapter_waiting=options.adapter_waiting,
+        host_bytes=options.host_bytes,
         drain_seconds=options.drain_seconds,
         stall_seconds=options.stall_seconds,
         max_adapter_bytes=options.max_adapter_bytes,
