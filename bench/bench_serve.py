@@ -80,8 +80,9 @@ def decode(tenants: Tenants, ids: torch.Tensor, new: int) -> dict[str, Callable[
     names = tenants.rows(len(ids))
     settings = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids)}
 
+    batcher = serving.Batcher(tenants.bank, max_rows=len(ids))
+
     def batched() -> list:
-        batcher = serving.Batcher(tenants.bank, max_rows=len(ids))
         requests = [batcher.submit(row, name, max_new_tokens=new) for row, name in zip(ids, names, strict=True)]
         while not all(request.done for request in requests):
             batcher._turn()
