@@ -89,7 +89,7 @@ def row_case(shape: str, rows: int, dtype: torch.dtype, device: torch.device) ->
         if kind in (FROZEN, WHOLE):
             return [y, dx, *([dw] if kind == WHOLE else [])]
         index = torch.tensor(_chosen(n if kind == "rows" else k), device=device)
-        return [y, dx, dw.index_select(int(kind == "columns"), index)]
+        return [y, dx, _of_trained(dw.index_select(int(kind == "columns"), index))]
 
     def traffic(which, kind):
         share = {FROZEN: 0, WHOLE: 1}.get(kind, SHARE)
@@ -111,6 +111,11 @@ def row_case(shape: str, rows: int, dtype: torch.dtype, device: torch.device) ->
     ]
     fields = harness.columns("row_linear", shape, rows, dtype, rank=None, dropout=None)
     return Case(fields, variants, 1 if device.type == "cpu" else 4, device, dtype)
+
+
+def _of_trained(gradient: Tensor) -> Tensor:
+    """In the dtype of what is trained, float32 beside weights of 16 bits."""
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def _chosen(size: int) -> list[int]:
@@ -151,7 +156,7 @@ def token_case(tokens: int, device: torch.device, dtype: torch.dtype, vocabulary
         table = table.to(dtype or table.dtype).detach().requires_grad_()
         y = F.embedding(ids, table)
         (grad,) = torch.autograd.grad(y, table, dy.to(y.dtype))
-        return [y, grad if kind == WHOLE else grad[ids_chosen]]
+        return [y, grad if kind == WHOLE else _of_trained(grad[ids_chosen])]
 
     def traffic(which, kind):
         directions = 1 if which == harness.FORWARD else 2

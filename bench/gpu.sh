@@ -3,6 +3,7 @@
 #
 #     bash bench/gpu.sh OUT_DIR          (default: $OUT, or out/)
 #     bash bench/gpu.sh --dry OUT_DIR    the same steps on the CPU, each cut to seconds: proves this script
+#     bash bench/gpu.sh --quick OUT_DIR  likewise on the GPU
 #
 # The steps, in order:
 #     install     the package into a throwaway folder, csrc/ included where nvcc is
@@ -26,11 +27,11 @@
 # commit that rows carry where the checkout came without its history.
 set -uo pipefail
 
-dry=
-if [[ ${1:-} == --dry ]]; then
-    dry=1
-    shift
-fi
+dry='' quick=''
+case ${1:-} in
+--dry) dry=1 quick=1 && shift ;;
+--quick) quick=1 && shift ;;
+esac
 out=${1:-${OUT:-out}}
 python=${PYTHON:-python3}
 # Seconds by which the proofs of csrc/, all proofs and the last step are over; then 30 s at most for the ratios.
@@ -112,22 +113,24 @@ safe=()
 deadline=$proofs
 if asked check || asked tests; then deadline=$first_proofs; fi
 
-if [[ $dry ]]; then
+if [[ ! $dry ]] && ! timeout 120 "$python" -c 'import torch; torch.zeros(1, device="cuda").item()'; then
+    echo "gpu.sh: $python has no torch that can use a GPU; nothing was run" >&2
+    exit 2
+fi
+if [[ $quick ]]; then
+    device=cuda
+    [[ $dry ]] && device=cpu
     check=(--help)
     tests=(tests/tools/test_layout.py -k law)
-    bench=(--device cpu --quick --shape 128x96 --rows 64 --threads 1)
-    serving=(--device cpu --quick --shape 128x96 --tokens 16)
-    selective=(--device cpu --quick --case rows --shape 128x96 --rows 64)
-    prompts=(--device cpu --quick --gate-only --no-compile)
-    bottleneck=(--device cpu --quick --gate-only --no-compile)
-    experts=(--device cpu --quick --shape 8x64x64 --tokens 64)
-    mlp=(--device cpu --quick --shape 64x96 --rows 64 --compile no)
+    bench=(--device $device --quick --shape 128x96 --rows 64 --threads 1)
+    serving=(--device $device --quick --shape 128x96 --tokens 16)
+    selective=(--device $device --quick --case rows --case tokens --shape 128x96 --rows 64)
+    prompts=(--device $device --quick --gate-only --no-compile)
+    bottleneck=(--device $device --quick --gate-only --no-compile)
+    experts=(--device $device --quick --shape 8x64x64 --tokens 64)
+    mlp=(--device $device --quick --shape 64x96 --rows 64 --compile no)
     figure=()
 else
-    if ! timeout 120 "$python" -c 'import torch; torch.zeros(1, device="cuda").item()'; then
-        echo "gpu.sh: $python has no torch that can use a GPU; nothing was run" >&2
-        exit 2
-    fi
     check=(--device cuda)
     # What needs no GPU ran elsewhere, so only files that choose a device run here.
     tests=(-m "gpu or not slow" --maxfail=30)
@@ -152,12 +155,12 @@ print(*(m for m in sys.argv[1:] if not i.find_spec(m)))' $wanted)
 note peers "absent: ${absent:-none}" 0
 
 # From a copy, since a build writes into its source folder. By setup.py alone: pip may be absent, and setuptools before 77
-# cannot read our pyproject.toml. A dry run leaves csrc/ out: its build has tests of its own, and takes longer than
+# cannot read our pyproject.toml. A quick run leaves csrc/ out: its build has tests of its own, and takes longer than
 # everything here.
 mkdir "$work/source" && cp -r setup.py fastpeft kernels csrc "$work/source"
-step install 120 install.log env --chdir="$work/source" PYTHONPATH="${BUILD_PATH:-}" FASTPEFT_NO_CUDA="${dry:-0}" \
+step install 120 install.log env --chdir="$work/source" PYTHONPATH="${BUILD_PATH:-}" FASTPEFT_NO_CUDA="${quick:-0}" \
     "$python" setup.py -q build --build-lib "$work/site"
-[[ $dry ]] || step host 120 install.log "$python" "${safe[@]}" -m fastpeft.cli build
+[[ $quick ]] || step host 120 install.log "$python" "${safe[@]}" -m fastpeft.cli build
 step env 60 env.log "$python" "${safe[@]}" -m fastpeft.cli env
 # A kernel that hangs must cost no more than its own step, so the smallest grid goes first, then ragged ones.
 csrc=

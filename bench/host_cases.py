@@ -1,4 +1,6 @@
-"""What bench_host.py measures: one linear, a block of seven, a mixed batch, a decode step and a turn of the Batcher.
+"""What bench_host.py measures: one linear, a block of seven, a mixed batch, a decode step, a turn of the Batcher.
+
+The steps of the other methods are in ``host_methods``.
 
 Each case gives a step for each way of computing it, all on the device and all of one shape.
 """
@@ -20,12 +22,13 @@ from torch import Tensor, nn
 import fastpeft
 from fastpeft import ops, serving
 
-FROZEN, PEFT, OURS, OWN = "frozen", "PEFT", "ours", "ours, attached"
+from . import host_methods
+from .host_methods import FROZEN, OURS, PEFT, Steps
+
+OWN = "ours, attached"
 WIDE, ROWS, RANK = 4096, 2048, 16  # of the layers
 SERVED = 8  # rows and layers of the model that decodes
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-Steps = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,18 @@ def cases() -> Iterator[Case]:
                 yield Case(name, True, dropout, adapters, autocast)
             yield Case(name, False, dropout)
     yield from map(Case, ("multi_lora", "decode step", "Batcher turn"))
+    yield from (Case("experts", True, adapters=adapters) for adapters in ("bfloat16", "float32"))
+    yield Case("bottleneck", True, adapters="float32")
+    yield from (Case(name, True, adapters="float32") for name in ("prompt", "prefix"))
 
 
 def steps(case: Case) -> Steps:
     """What is to be timed beside each other. A way that is not there, or that fails, has no step."""
     builders = {"multi_lora": _mixed, "decode step": _decoding, "Batcher turn": _turning}
+    builders["experts"] = functools.partial(host_methods.experts, case.adapters)
+    builders["bottleneck"] = host_methods.bottleneck
+    for kind in ("prompt", "prefix"):
+        builders[kind] = lambda kind=kind: host_methods.virtual_tokens(kind, _model())
     return builders[case.name]() if case.name in builders else _layers(case)
 
 

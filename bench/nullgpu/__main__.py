@@ -26,6 +26,10 @@ def run(arguments: list[str]) -> None:
     # cuDNN is not replaced: it would look for kernels on the device.
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if os.environ.get("NULLGPU_VALUES") == "ignored":
+        from .values import ignore_values
+
+        ignore_values()
     first, rest = arguments[0], arguments[1:]
     if first == "-m":
         sys.argv = rest

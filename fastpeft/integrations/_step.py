@@ -33,7 +33,7 @@ class StepRouting:
         starts = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         rooms = [tile_count(min(max_tokens, DECODE_TOKENS), slots, TILES[0]), tile_count(max_tokens, slots, TILES[1])]
         tiles = [torch.full((2, room), -1, dtype=torch.int32, device=device) for room in rooms]
-        self.tables = [self._identity.clone(), starts, *tiles, torch.zeros(1, dtype=torch.int64)]
+        self.tables = [self._identity.clone(), starts, *tiles, torch.zeros(1, dtype=torch.int64, device="cpu")]
 
     def update(self, token_slots: Tensor, launch: bool = True) -> None:
         """Route a step's tokens, one int32 or int64 slot each, -1 for none. Does not wait for the device.

@@ -7,16 +7,12 @@ other assertion of tests/ is evaluated and not judged.
 """
 
 import ast
-import functools
 import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
-from bench.nullgpu import reads_zero
+from bench.nullgpu.values import ignore_values
 
 ROOT = Path(__file__).parents[2]
 REAL = {"shape", "dtype", "device", "stride", "is_contiguous", "numel", "nbytes", "launches", "syncs", "refused"}
@@ -54,37 +50,4 @@ class _Finder:
 
 def pytest_configure(config):
     sys.meta_path.insert(0, _Finder)
-    config.stash[_ZEROS] = zeros = reads_zero()
-    zeros.__enter__()
-    _ignore_values()
-
-
-_ZEROS = pytest.StashKey()
-
-
-def pytest_unconfigure(config):
-    config.stash[_ZEROS].__exit__(None, None, None)
-
-
-def _ignore_values() -> None:
-    """Where others compare values on behalf of tests, they find them as they should be."""
-    from fastpeft.testing import accuracy, memory
-
-    judge = accuracy.error_vs_eager
-
-    def error_vs_eager(*arguments, **named):
-        judge(*arguments, **named)  # which refuses other shapes and dtypes
-        return accuracy.Ratios(0.0, 0.0)
-
-    def assert_close(actual, expected, *, check_dtype=True, **named):
-        if isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor):
-            if actual.shape != expected.shape or (check_dtype and actual.dtype != expected.dtype):
-                raise TypeError(
-                    f"{actual.dtype} {list(actual.shape)}, expected {expected.dtype} {list(expected.shape)}"
-                )
-
-    accuracy.error_vs_eager, torch.testing.assert_close = error_vs_eager, assert_close
-    # Without test_schema, which finds mutations by values.
-    traced = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
-    torch.library.opcheck = functools.partial(torch.library.opcheck, test_utils=traced)
-    memory.poisoned.__exit__ = lambda self, *raised: super(memory.poisoned, self).__exit__(*raised)
+    ignore_values()

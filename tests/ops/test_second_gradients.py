@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 import fastpeft
 from fastpeft import ops
-from tests.support.backends import BACKENDS, DEVICE, FP64
+from tests.support.backends import DEVICE, FP64, served
 
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", [found.values[0] for found in served((FP64, FP64))])
 SEED = torch.tensor([7])
 
 
@@ -158,7 +158,7 @@ def test_columns_of_which_x_is_not_kept():
     "config", [fastpeft.Lora(r=2, targets=["0"], init="random"), fastpeft.Selective(rows={"0": [1, 2]})]
 )
 def test_a_gradient_penalty_through_an_attached_model(config):
-    model, x = nn.Sequential(nn.Linear(4, 4)).double(), new(3, 4)
+    model, x = nn.Sequential(nn.Linear(4, 4)).to(DEVICE, FP64), new(3, 4)
     fastpeft.attach(model, config)
     (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     gradient.square().sum().backward()

@@ -92,7 +92,8 @@ def test_bad_calls(changed, error, message):
 
 
 def test_explain_says_who_serves():
-    p = RowProblem.make((3, 4), 5, 2)
-    assert fastpeft.explain("row_linear", p.x, p.weight, p.trained, p.index).backend == "reference"
+    p = RowProblem.make((3, 4), 5, 2, device=DEVICE)
+    serves = "triton" if DEVICE.type == "cuda" else "reference"
+    assert fastpeft.explain("row_linear", p.x, p.weight, p.trained, p.index).backend == serves
     (line,) = fastpeft.explain("row_linear", p.x, p.weight, p.trained, p.index, backend="triton").configuration
     assert line.startswith("gradient: Config(")
