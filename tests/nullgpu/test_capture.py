@@ -1,5 +1,8 @@
 """Training and decode steps are captured whole: no forbidden call, no work outside, a replay of one launch."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -97,6 +100,14 @@ def training(model, **batch):
         optimizer.step()
 
     return step
+
+
+def test_the_documented_step():
+    """The example of docs/host.md replays a graph for each of its batches, and waits for none."""
+    page = (Path(__file__).parents[2] / "docs/host.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page.partition("## A training step in a CUDA graph")[2], re.S)
+    asked = counted(lambda: exec(compile(example, "docs/host.md", "exec"), {}))
+    assert (asked.graph_launches, asked.refused, asked.stray, asked.missing) == (10, 0, 0, 0)
 
 
 BATCH = {"input_ids": (2, 8), "labels": (2, 8)}

@@ -24,9 +24,21 @@ def test_every_step(tmp_path):
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     results = {line.split()[0]: line.split()[1] for line in (tmp_path / "out/summary.txt").read_text().splitlines()}
-    steps = ("install", "env", "check", "tests", "bench", "serving", "bottleneck", "prompts", "selective", "plot")
+    steps = (
+        "install",
+        "env",
+        "check",
+        "tests",
+        "bench",
+        "serving",
+        "bottleneck",
+        "prompts",
+        "experts",
+        "selective",
+        "plot",
+    )
     assert {name: results[name] for name in steps} == dict.fromkeys(steps, "ok"), said
     rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").open()]
     assert {row["op"] for row in rows} >= {"lora_linear", "multi_lora", "bottleneck", "prompt_gather"}
-    assert {row["device"] for row in rows} == {"null GPU"}
+    assert all(row["device"].startswith("null GPU") for row in rows)
     assert not [row for row in rows if row["own"] and row["refused"]]

@@ -109,7 +109,10 @@ def test_called_without_the_base(backend, base):
         x = whole(sum(lengths), K, dtype=torch.float16)
         y = whole(len(x), sum(widths), dtype=torch.float16) if base else None
         start = torch.zeros(len(x), sum(widths)) if y is None else y
-        expected, offsets = dense(start, x, layer, adapters, lengths, slots), torch.tensor(layer.lora_offsets)
+        expected, offsets = (
+            dense(start, x, layer, adapters, lengths, slots),
+            torch.tensor(layer.lora_offsets, device="cpu"),
+        )
         if len(widths) == 2:
             found = backend.run_gate_up_lora(x, layer.lora_a, layer.lora_b, offsets, base_output=y)
         else:
