@@ -30,7 +30,7 @@ DROPOUT = "tests/methods/lora/test_experts.py::test_dropout_is_the_definitions"
 UNFUSED = "tests/methods/lora/test_experts.py::test_experts_on_their_own_path"
 MERGED = "tests/methods/lora/test_experts.py::test_merged_is_the_sum"
 NAMED = "tests/methods/lora/test_experts.py::test_what_targets_mean"
-OURS = "tests/methods/lora/test_experts_peft.py::test_outputs_and_gradients_of_every_family[gpt_oss]"
+OURS = "tests/methods/lora/test_experts_peft.py::test_biases_and_the_router"
 
 _OP = (
     GUARDS,
@@ -124,7 +124,7 @@ MUTANTS = {
         },
         "_projection": {
             "transposed weights taken as they are": ("weight.mT if layout.transposed else weight", "weight", GPT_OSS),
-            "biases left out": ('_bias") if layout.bias else None', '_bias") if False else None', GPT_OSS),
+            "biases left out": ('_bias") if layout.bias else None', '_bias") if False else None', BIASES),
             "dropout of no adapter": ("layout.transposed), pairs[0].dropout)", "layout.transposed))", DROPOUT),
         },
         "_registered_layout": {
