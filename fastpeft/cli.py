@@ -139,8 +139,6 @@ def _add_serve(commands) -> None:
         ("adapter-waiting", None, "requests of one adapter that may wait; 429 beyond (default: --queue)"),
         ("max-tokens", None, "prompt and completion of a request together; 400 beyond (default: the model's context)"),
         ("max-cached", None, "tokens that the cache holds (default: rows x max-tokens, or what memory holds)"),
-        ("adapter-rows", None, "requests of one adapter that run at once (default: as many as run)"),
-        ("adapter-waiting", None, "requests of one adapter that may wait; 429 beyond (default: as many as wait)"),
         ("host-bytes", None, "of adapters in host memory (default: a quarter of what is free); the rest is read again"),
         ("max-body-bytes", 1 << 20, "size of a request; 413 beyond"),
         ("max-adapter-bytes", 1 << 30, "size of an adapter that is loaded from a request's body; 413 beyond"),

@@ -62,7 +62,7 @@ class Admission:
             ):
                 skipped.add(request.adapter)
                 continue
-            ways = self._ways(request, staying, put_out or admitted)
+            ways = self._ways(request, staying, admitted)
             if ways is None:
                 no_room, blocked = True, blocked or request
                 skipped.add(request.adapter)
@@ -87,7 +87,7 @@ class Admission:
             blocked.finish("error", full)  # nobody here will give a slot back
         return admitted, put_out
 
-    def _ways(self, request: Request, staying: Sequence[Request], moved: Sequence[Request]) -> list[Request] | None:
+    def _ways(self, request: Request, staying: Sequence[Request], admitted: Sequence[Request]) -> list[Request] | None:
         """The rows that must go so that the request can begin, none if there is room; None if there can be none."""
         staying, ways = list(staying), []
         held = Counter(other.adapter for other in staying)
@@ -96,7 +96,7 @@ class Admission:
             if held[request.adapter] or count < 2 or not hasattr(self._rows, "put_out"):
                 return None
             victim = next(other for other in reversed(staying) if other.adapter == crowded)
-            if victim in moved:
+            if victim in admitted:
                 return None
             staying.remove(victim)
             held[crowded] -= 1

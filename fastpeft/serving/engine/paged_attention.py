@@ -56,11 +56,6 @@ def running(model: nn.Module, layout: Layout, seen: list | None = None) -> Itera
                     del _switched[id(config)]
 
 
-def current_layout() -> Layout | None:
-    """Of the step that this thread runs."""
-    return _current.layout
-
-
 def register() -> None:
     """Have transformers know ``NAME``.
 

@@ -46,7 +46,6 @@ class Limits:
         stall_seconds: how long a step may take before /health calls it stuck.
         host_bytes: of all adapters in host memory; those beyond are read from their folders when requests need them.
             None is a quarter of the memory that is free.
-        adapter_rows, adapter_waiting: requests of one adapter that run, or wait, at once; None is no bound of its own.
         max_adapter_bytes: of an adapter that comes in a request's body; 413 beyond.
         max_connections: at once; beyond, those without a request make room.
         head_seconds: how long the head of a request may take.
@@ -67,8 +66,6 @@ class Limits:
     stall_seconds: float = 120.0
     max_adapter_bytes: int = 1 << 30
     host_bytes: int | None = None
-    adapter_rows: int | None = None
-    adapter_waiting: int | None = None
     max_connections: int = 1024
     head_seconds: float = 20.0
     links: tuple[str | Path, ...] = ()
@@ -101,8 +98,6 @@ class Service:
             adapter_rows=limits.adapter_rows,
             adapter_waiting=limits.adapter_waiting,
             stall_seconds=limits.stall_seconds,
-            adapter_rows=limits.adapter_rows,
-            adapter_waiting=limits.adapter_waiting,
         )
         self.folder = AdapterFolder(self.bank, adapters, name, limits.links)
         self.folder.scan()

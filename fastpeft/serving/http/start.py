@@ -57,8 +57,6 @@ def _service(options: argparse.Namespace) -> Service:
         max_body_bytes=options.max_body_bytes,
         max_tokens=options.max_tokens,
         max_cached=options.max_cached,
-        adapter_rows=options.adapter_rows,
-        adapter_waiting=options.adapter_waiting,
         host_bytes=options.host_bytes,
         drain_seconds=options.drain_seconds,
         stall_seconds=options.stall_seconds,
