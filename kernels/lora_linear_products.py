@@ -66,7 +66,7 @@ def _config_of_planes(step: str, block_r: int, capability: int) -> Config:
     if step == "up_backward":
         return Config(64, 128, 16, 4, 3) if warpgroups else Config(32, 128, 16, 4, 2)
     if step == "down_backward":
-        return Config(32 if large else 64, 128 if large else 64, block_r, 8 if large else 4, 3)
+        return Config(32 if large or not warpgroups else 64, 128 if large else 64, block_r, 8 if large else 4, 3)
     raise ValueError(f"config: step is {step!r}, expected down, up, up_backward or down_backward")
 
 
