@@ -79,6 +79,18 @@ def test_any_strides(backend, which, change):
         torch.testing.assert_close(found[name], value, msg=name)
 
 
+@each_backend
+@pytest.mark.parametrize("change", [sliced, transposed], ids=lambda f: f.__name__)
+def test_any_strides_of_what_is_kept(backend, change):
+    """A compiled graph may hand gate and up on as it likes."""
+    impl = _backend.load("lora_mlp", backend)
+    gate, up, dh = (torch.randn(37, 22, device=DEVICE) for _ in range(3))
+    moved = [change(t) for t in (gate, up, dh)]
+    torch.testing.assert_close(impl.forward(*moved[:2], "gelu"), impl.forward(gate, up, "gelu"))
+    found, wanted = impl.backward_(moved[2], *moved[:2], "silu"), impl.backward_(dh, gate, up, "silu")
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(("backend", "dtype", "adapter"), served((FP32, FP32), (FP16, FP32), (BF16, FP32)))
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_only_x_gate_up_and_s_are_kept(backend, dtype, adapter, dropout):

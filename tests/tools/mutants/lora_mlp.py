@@ -5,6 +5,7 @@ _MEMORY = "tests/ops/lora_mlp/test_memory.py::"
 _MODEL = "tests/integrations/peft/test_mlp.py::"
 GUARDS = _MEMORY + "test_nothing_is_read_or_written_outside"
 STRIDES = _MEMORY + "test_any_strides"
+MOVED = _MEMORY + "test_any_strides_of_what_is_kept"
 TWICE = _MEMORY + "test_a_second_backward_finds_everything_unchanged"
 KEPT = _MEMORY + "test_only_x_gate_up_and_s_are_kept"
 MASKS = _OP + "test_chunks_draw_the_masks_of_the_whole"
@@ -32,7 +33,7 @@ MUTANTS = {
             "rows past the last written": ("(m < M)[:, None]", "(m < M + 1)[:, None]"),
             "columns past the last written": ("& (k < K)[None, :]", "& (k < K + 1)[None, :]"),
             "up left out": ("activate(gate, ACTIVATION) * up", "activate(gate, ACTIVATION)"),
-            "stride of gate ignored": ("k[None, :] * stride_gk", "k[None, :]", STRIDES),
+            "stride of gate ignored": ("k[None, :] * stride_gk", "k[None, :]", MOVED),
         },
         "_gated_backward_kernel": {
             "the slope left out": ("dh * up * slope(gate, ACTIVATION)", "dh * up"),
