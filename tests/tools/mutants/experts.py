@@ -150,7 +150,7 @@ MUTANTS = {
         "composed": {"transposed terms": ("delta if term.swapped else delta.mT", "delta", UNFUSED)},
         "deltas": {"merged the other way round": ("yield delta.mT if turned else delta", "yield delta", MERGED)},
         "sizes": {"A and B of another width": ("(shape[0], shape[2], shape[1]) if swapped(base, parameter)",
-                                               "(shape[0], shape[1], shape[2]) if swapped(base, parameter)", OURS)},
+                                               "(shape[0], shape[1], shape[2]) if swapped(base, parameter)", LIFE)},
     },
     "fastpeft/methods/lora/experts.py": {
         "keys_of": {"the first parameter outermost": ("(depth - i)", "i", OURS)},
