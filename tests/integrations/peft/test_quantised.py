@@ -24,7 +24,7 @@ def adapted(model, **settings):
 
 
 def statuses(model):
-    return {row.status for row in fastpeft.report(model).layers}
+    return {row.status for row in fastpeft.report(model).layers if row.kind == "LoRA layers"}
 
 
 def gradients(model, x):

@@ -15,7 +15,7 @@ BF16 = torch.bfloat16
 
 
 def statuses(model):
-    return {row.status for row in fastpeft.report(model).layers}
+    return {row.status for row in fastpeft.report(model).layers if row.kind == "LoRA layers"}
 
 
 def gradients(model, x):
