@@ -232,3 +232,14 @@ def test_offloaded():
     layer = model.base_model.model.base.base_layer
     layer._parameters["weight"] = layer.weight.to("meta")
     assert "meta device" in statuses(model).pop()
+
+
+@pytest.mark.parametrize("bits", ["nf4", "nf4 nested", "int8"])
+def test_compiled_without_a_break(bits):
+    torch._dynamo.reset()
+    model, x = fastpeft.accelerate(around(one_layer(bits))), torch.randn(64, 64).to(BF16)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(model(x).sum(), trained)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for one, other in zip(wanted, torch.autograd.grad(compiled(x).sum(), trained), strict=True):
+        assert torch.equal(one, other)

@@ -58,9 +58,22 @@ def test_gradients_are_exact(backend):
 
 
 def test_gradients_of_gradients():
-    p, (base, *_) = problem(FP64, rows=(3,)), bases(FP64)
-    leaves = [t.clone().requires_grad_() for t in (p.x, p.lora_as[0], p.lora_bs[0])]
-    assert torch.autograd.gradgradcheck(lambda x, a, b: ops.lora_linear(x, base, a, b), leaves, fast_mode=True)
+    """Of two projections, whose weights are not written into one buffer there."""
+    p, quantised = problem(FP64, rows=(3,)), bases(FP64)
+    leaves = [t.clone().requires_grad_() for t in (p.x, *p.lora_as[:2], *p.lora_bs[:2])]
+
+    def call(x, a0, a1, b0, b1):
+        return ops.lora_linear_shared(x, quantised[:2], [a0, a1], [b0, b1])
+
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+    plain = [ops.dequantise(base, FP64) for base in quantised[:2]]
+    x = leaves[0]
+    found = []
+    for weights in (quantised[:2], plain):
+        ys = ops.lora_linear_shared(x, weights, p.lora_as[:2], p.lora_bs[:2])
+        (dx,) = torch.autograd.grad(sum((y * y).sum() for y in ys), x, create_graph=True)
+        found += torch.autograd.grad(dx.sum(), x)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
