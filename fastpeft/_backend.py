@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -63,27 +63,29 @@ class Explanation:
         backend: which serves the call: "cuda", "triton" or "reference".
         configuration: a line for each kernel that the call runs, with its tile sizes; empty where PyTorch serves.
         reasons: for every other backend why it does not serve the call, or that it would if asked to.
-        host: what runs such calls from the third on: the host extension, plans in Python, or nothing; and why.
+        host: what runs such calls from the third on: the host extension, plans in Python, or nothing, and why; None for
+            an op that is not planned.
     """
 
     op: str
     backend: str
     configuration: tuple[str, ...]
     reasons: Mapping[str, str]
-    host: str = field(default_factory=_host.described)
+    host: str | None
 
     def __str__(self) -> str:
         others = (f"{name}: {reason}" for name, reason in self.reasons.items())
         lines = [f"{self.op}: served by {self.backend}", *others, *self.configuration]
-        return "\n  ".join([*lines, f"calls that repeat: {self.host}"])
+        return "\n  ".join(lines if self.host is None else [*lines, f"calls that repeat: {self.host}"])
 
 
-def explain(op: str, page: str, requested: str | None, reasons: Reasons, *facts) -> Explanation:
+def explain(op: str, page: str, requested: str | None, reasons: Reasons, *facts, planned: bool) -> Explanation:
     """The choice for these facts, its kernel configurations, and the reasons against the other backends.
 
     Args:
         op: a public name; page: the basename of the files that implement it.
         requested, reasons, facts: as in ``choose``.
+        planned: whether calls of the op that repeat are planned.
     """
     chosen = choose(op, requested, reasons, *facts)
     against = {}
@@ -93,7 +95,8 @@ def explain(op: str, page: str, requested: str | None, reasons: Reasons, *facts)
             unasked = None if found else _against(name, reasons, facts)
             against[name] = f"{found or 'can serve this call'}{f', if asked to: {unasked}' if unasked else ''}"
     describe = getattr(load(page, chosen), "describe", None)
-    return Explanation(op, chosen, tuple(describe(*facts)) if describe else (), against)
+    configuration = tuple(describe(*facts)) if describe else ()
+    return Explanation(op, chosen, configuration, against, _host.described() if planned else None)
 
 
 def _against(name: str, reasons: Reasons, facts: tuple) -> str | None:

@@ -36,6 +36,8 @@ WRONG = {
     "word": (["nonsense", "x" * 10_000, 3, LONG], "expected one of"),
     "slots": ([LONG, 3, "x"], "expected "),
     "list of numbers": ([3, "xy", torch.ones(2)], "expected a list"),
+    "base": (WRONG_TENSORS, "expected a fastpeft.ops.Base"),
+    "optional dtype": ([*WRONG_INTEGERS, torch.int8], "expected .*dtype"),
     "list of seeds": ([3, "xy", torch.ones(2).long()], "expected a list"),
     "projection": ([LONG, 3, {}, torch.ones(2, 3, 4), (1,)], "expected an ExpertLinear"),
     "function": ([3, "relu", LONG], "expected a function"),
@@ -54,6 +56,7 @@ KINDS = {
         "norm_weight": "optional tensor", "norm_bias": "optional tensor", "norm": "word", "eps": "number",
         "dropout": "probability", "seed": "seed", "slots": "slots", **BACKEND,
     },
+    "dequantise": {"base": "base", "dtype": "optional dtype", **BACKEND},
     "experts": {
         "x": "tensor", "top_k_index": "tensor", "top_k_weights": "tensor", "up": "projection", "down": "projection",
         "activation": "function", "seeds": "seeds of experts", **BACKEND, "tile": "tile",
@@ -108,6 +111,7 @@ def arguments(op: str) -> dict:
             "x": t(3, 8), "down_weight": t(4, 8), "down_bias": t(4), "up_weight": t(6, 4), "up_bias": t(6),
             "residual": t(3, 6), "norm_weight": t(8), "norm_bias": t(8), "dropout": 0.5, "seed": 3,
         },
+        "dequantise": {"base": ops.eight_bit(torch.ones(6, 8, dtype=torch.int8, device=DEVICE), t(6))},
         "experts": {
             "x": t(3, 8), "top_k_index": i(0, 1, 1)[:, None], "top_k_weights": t(3, 1), "activation": torch.relu,
             "up": ops.ExpertLinear(t(2, 6, 8), None, t(2, 4, 8), t(2, 6, 4), 1.0, 0.5),
@@ -216,7 +220,10 @@ def test_every_op_explains_its_call(op, monkeypatch):
     found = fastpeft.explain(op, **arguments(op))
     assert (found.op, set(found.reasons) | {found.backend}) == (op, {"cuda", "triton", "reference"})
     lines = [f"{op}: served by {found.backend}", *(f"  {name}: {why}" for name, why in found.reasons.items())]
-    assert str(found).splitlines() == [*lines, *(f"  {line}" for line in found.configuration)]
+    configuration = [f"  {line}" for line in found.configuration]
+    planned = [] if found.host is None else [f"  calls that repeat: {found.host}"]
+    assert str(found).splitlines() == [*lines, *configuration, *planned]
+    assert bool(planned) == (op not in ("dequantise", "experts", "prompt_gather", "route"))
     with pytest.raises(ValueError, match=f"^{op}: backend is 'nonsense', expected one of"):
         fastpeft.explain(op, **arguments(op), backend="nonsense")
 
@@ -234,5 +241,5 @@ def test_explain_refuses_what_the_op_has_not(op):
 def test_explain_says_what_is_no_tensor():
     with pytest.raises(TypeError, match=r"^explain: x is 'x' \(str\), expected a tensor"):
         fastpeft.explain("lora_linear", "x")
-    with pytest.raises(ValueError, match="^explain: op is 'lora', expected one of bottleneck, experts, lora_linear"):
+    with pytest.raises(ValueError, match="^explain: op is 'lora', expected one of bottleneck, dequantise, experts, lora_"):
         fastpeft.explain("lora")
