@@ -60,10 +60,7 @@ def dequantise(base: Base, dtype: torch.dtype | None = None, backend: str | None
 
 
 def _triton_reason(codes: Tensor, dtype: torch.dtype) -> str | None:
-    reason = _backend.triton_reason(codes.device)
-    if reason is None and not codes.is_cuda and dtype == torch.bfloat16:
-        return "dtype bfloat16 (Triton's interpreter truncates where GPUs round)"
-    return reason
+    return _backend.triton_reason(codes.device) or _backend.bfloat16_reason(codes.device, dtype)
 
 
 REASONS = {
@@ -75,4 +72,4 @@ REASONS = {
 
 def facts(given: dict) -> tuple:
     """What ``REASONS`` look at, of the arguments of ``dequantise`` by name."""
-    return given["base"].codes, given.get("dtype", given["base"].dtype or torch.float32)
+    return given["base"].codes, given.get("dtype") or given["base"].dtype or torch.float32
