@@ -91,6 +91,7 @@ class Program:
         given = [value for argument, value in schema if not argument.kwarg_only]
         named = {argument.name: value for argument, value in schema if argument.kwarg_only}
         refs = [(i, ref) for i, ref in enumerate(given) if isinstance(ref, Ref)]
+        named_refs = [(key, ref) for key, ref in named.items() if isinstance(ref, Ref)]
         lists = [(i, value) for i, value in enumerate(given) if isinstance(value, list) and value]
         lists = [(i, several) for i, several in lists if isinstance(several[0], Ref)]
         made = [(i, slot) for i, slot in enumerate(outputs) if slot >= 0]
@@ -101,11 +102,12 @@ class Program:
                 values[i] = ref.tensor(slots)
             for i, several in lists:
                 values[i] = [ref.tensor(slots) for ref in several]
-            found = op(*values, **named)
+            keywords = named if not named_refs else named | {key: ref.tensor(slots) for key, ref in named_refs}
+            found = op(*values, **keywords)
             for i, slot in made:
                 slots[slot] = found if isinstance(found, Tensor) else found[i]
 
-        used = [ref.slot for _, ref in refs] + [ref.slot for _, several in lists for ref in several]
+        used = [ref.slot for _, ref in (*refs, *named_refs)] + [ref.slot for _, several in lists for ref in several]
         self._add(step, [*used, *(slot for _, slot in made)])
 
     def returns(self, results: Sequence[Ref | None]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import _check, ops
 from . import quantised
 from .branch import own_path_reason
+from .read_body import returns_several
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -37,6 +38,8 @@ def not_adaptable_reason(module: nn.Module) -> str | None:
     reason = not_linear_reason(module)
     if reason is None or not isinstance(module, nn.Linear) or type(module).__module__.startswith("torch."):
         return reason  # torch's own subclass is the one in nn.MultiheadAttention, which is read past its forward
+    if returns_several(type(module).forward):
+        return f"{reason} that returns a tuple"
     weight = module.weight
     plain = type(weight) in _check.PLAIN and weight.dtype in _check.FLOATS
     return None if plain and weight.shape == (module.out_features, module.in_features) else reason

@@ -45,6 +45,7 @@ class LoraExperts(LoraLinear):
         base_layer: A module with weights ``[E, ..., ...]``; its parameters are frozen.
         name: The name of the first adapter, which is active from the start.
         dtype: The dtype of its parameters; None is the weight's, or float32 where that is 16 bits wide.
+        settings: Any of the following.
         parameters: Names of the parameters to adapt; None is the two weights of an experts module of transformers.
         r: The rank for every expert, or a mapping from the parameters' names.
         alpha: The numerator of the scale, or such a mapping.

@@ -41,6 +41,14 @@ def parameters_of(function: Any) -> list[str]:
     return [] if code is None else list(code.co_varnames[: code.co_argcount])
 
 
+def returns_several(function: Callable) -> bool:
+    """Whether a tuple is written where the function returns; not without its source."""
+    tree = _tree(inspect.unwrap(function))
+    return tree is not None and any(
+        isinstance(n, ast.Return) and isinstance(n.value, ast.Tuple) for n in ast.walk(tree)
+    )
+
+
 class Reader:
     """Walks what a module's forward may run, and notes the modules whose weights it takes.
 

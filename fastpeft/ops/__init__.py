@@ -70,9 +70,7 @@ def explain(op: str, *args, **kwargs) -> Explanation:
         facts = module.facts(given)
     except KeyError as error:
         raise TypeError(f"explain: {op} needs {error.args[0]} beside {', '.join(given) or 'nothing'}") from None
-    return _backend.explain(
-        op, page, given.get("backend"), module.REASONS, *facts, planned=hasattr(module, "_planned")
-    )
+    return _backend.explain(op, page, given.get("backend"), module.REASONS, *facts, planned=hasattr(module, "_planned"))
 
 
 def _bound(op: str, function: Callable, args: Sequence, kwargs: Mapping) -> dict:

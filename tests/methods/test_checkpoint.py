@@ -1,5 +1,6 @@
 """Adapters on disk: both ways with the real PEFT."""
 
+import dataclasses
 import json
 import os
 
@@ -52,7 +53,7 @@ def test_round_trip(settings, tmp_path):
     assert torch.equal(new(X), model(X))
     config, again = (m.fastpeft_attachment.configs["default"] for m in (model, new))
     if settings.get("targets") and not settings.get("layers"):  # else the paths are written
-        assert again == config
+        assert again == dataclasses.replace(config, experts=False)  # of which the file has none
     # Into an adapter that is there, under another name, and once more beside the first.
     other = fastpeft.attach(build(), Lora(**{"r": 4, **settings}), "mine").eval()
     assert not torch.equal(other(X), model(X))

@@ -1,9 +1,7 @@
-"""Gated MLPs after accelerate and attach: PEFT's numbers, found by what they are, left alone where they are unusual."""
+"""Gated MLPs after accelerate and attach: PEFT's numbers, found by what they are."""
 
 import copy
-import functools
 import pickle
-import re
 
 import pytest
 import torch
@@ -11,72 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastpeft
-from fastpeft import ops
-from fastpeft.nn import LoraMlp
 from fastpeft.nn.gated_mlps import activation_of
 from fastpeft.testing import assert_no_worse
-from tests.support.models import IDS, SIZES, VOCAB, transformers
+from tests.support.gated_mlps import FAMILIES, adapted, base, mlps, peft, results, rows
+from tests.support.models import IDS, transformers
 
-peft = pytest.importorskip("peft", reason="peft is not installed")
-
-_HEADS = {"vocab_size": VOCAB, "num_key_value_heads": 2, "initializer_range": 0.15, "pad_token_id": 0}
-FAMILIES = {
-    "llama": ("Llama", {"mlp_bias": True}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 8}),
-    "mistral": ("Mistral", {}),
-    "gemma": ("Gemma", {"head_dim": 8}),
-    "gemma, erf": ("Gemma", {"head_dim": 8}),
-}
 family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def base(family="llama", **changes):
-    name, values = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **_HEADS, **values, **changes})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).train()
-    for layer in model.model.layers if family == "gemma, erf" else ():
-        layer.mlp.act_fn = nn.GELU()
-    return model
-
-
-def adapted(model, dropout=0.0, **options):
-    config = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout, init_lora_weights=False, **options)
-    torch.manual_seed(1)
-    return peft.get_peft_model(model, config).train()
-
-
-def results(model):
-    torch.manual_seed(2)
-    found = model(input_ids=IDS, labels=IDS)
-    if found.loss.requires_grad:
-        found.loss.backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return {"logits": found.logits.detach(), **grads}
-
-
-def mlps(model):
-    return [module for module in model.modules() if isinstance(module, LoraMlp)]
-
-
-def rows(model):
-    return [row for row in fastpeft.report(model) if row.kind == "gated MLPs"]
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Which activation every call of the op had."""
-    seen, op = [], ops.lora_mlp
-
-    @functools.wraps(op)
-    def counted(*args, **kwargs):
-        seen.append(kwargs["activation"])
-        return op(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "lora_mlp", counted)
-    return seen
 
 
 @family
@@ -195,92 +133,6 @@ def test_copies_and_pickles():
         assert {type(mlp) for mlp in mlps(other)} == {type(mlp) for mlp in mlps(model)}
         assert all(torch.equal(value, wanted[name]) for name, value in results(other).items())
         assert all("fastpeft_kept" not in mlp.__reduce_ex__(2)[2] for mlp in mlps(other))
-
-
-def _hooked(model, mlp):
-    mlp.up_proj.register_forward_hook(lambda *_: None)
-    return "up_proj: it has hooks"
-
-
-def _hooked_inside(model, mlp):
-    mlp.down_proj.base_layer.register_forward_hook(lambda *_: None)
-    return "down_proj: its base layer is called"
-
-
-def _hooked_activation(model, mlp):
-    mlp.act_fn.register_forward_hook(lambda *_: None)
-    return "its activation has hooks"
-
-
-def _disabled(model, mlp):
-    model.base_model.disable_adapter_layers()
-    return "gate_proj: its adapters are disabled"
-
-
-def _merged(model, mlp):
-    mlp.gate_proj.merge()
-    return "gate_proj: its adapters are merged into the base layer"
-
-
-def _another_activation(model, mlp):
-    mlp.act_fn = nn.Tanh()
-    return r"its activation is Tanh\(\)"
-
-
-def _two_adapters(model, mlp):
-    torch.manual_seed(3)
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    model.base_model.set_adapter(["default", "other"])
-    return "gate_proj: several adapters are active"
-
-
-def _patched_instance(model, mlp):
-    mlp.forward = lambda x: mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
-    return "its forward is overridden on the instance"
-
-
-UNUSUAL = [
-    _hooked, _hooked_inside, _hooked_activation, _disabled, _merged, _another_activation, _two_adapters,
-    _patched_instance,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("change", UNUSUAL, ids=lambda change: change.__name__[1:])
-def test_whatever_is_unusual_is_seen_at_the_next_call(change, calls):
-    """After plans and guards were made: the module's own forward runs, with PEFT's numbers."""
-    model, ours = adapted(base()), fastpeft.accelerate(adapted(base()))
-    for _ in range(3):
-        results(ours)
-    assert len(calls) == 6
-    said = change(ours, mlps(ours)[0])
-    change(model, model.base_model.model.model.layers[0].mlp)
-    calls.clear()
-    found, wanted = results(ours), results(model)
-    assert len(calls) <= 1  # the other layer's
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    assert re.fullmatch(f"not fused: {said}", str(rows(ours)[0]))
-
-
-def test_a_class_that_is_patched_is_seen(monkeypatch, calls):
-    ours = fastpeft.accelerate(adapted(base()))
-    results(ours)
-    kind = mlps(ours)[0].fastpeft_plain
-
-    def patched(self, x):
-        return self.down_proj(self.up_proj(x))
-
-    monkeypatch.setattr(kind, "forward", patched)
-    calls.clear()
-    found = results(ours)
-    assert not calls
-    assert "was replaced" in rows(ours)[0].status
-    theirs = results(adapted(base()))
-    torch.testing.assert_close(found["logits"], theirs["logits"])
-    fastpeft.restore(ours)
-    assert not mlps(fastpeft.accelerate(ours))  # nor is it known by that forward
-    monkeypatch.undo()
-    assert mlps(fastpeft.accelerate(ours))
 
 
 def test_parts_of_an_mlp_are_no_mlp():

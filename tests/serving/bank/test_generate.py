@@ -129,7 +129,12 @@ def test_siblings_share_one_call(bank, monkeypatch):
         del calls[:]
         torch.testing.assert_close(bank.model(ids).logits, expected)
         assert calls == [1, 1, 1, 1, 2, 1, 3, 1, 2, 1]  # that group is none from then on
-    bank.close()
+
+
+def test_a_closed_bank_leaves_no_hooks():
+    with AdapterBank(llama(), slots=1, max_rank=4) as bank:
+        attention = bank.model.model.layers[0].self_attn
+        assert attention._forward_pre_hooks
     assert not attention._forward_pre_hooks
     assert not attention._forward_hooks
 

@@ -109,7 +109,7 @@ MUTANTS = {
         "Prefixes._positions": {
             "positions without the prefix": ("self.first + shift", "self.first", PEFT),
             "given positions without the prefix": ('["position_ids"] + shift', '["position_ids"]', GENERATE),
-            "RoBERTa's positions": ("past + shift", "past", "tests/methods/prefix/test_prefix_tuning.py::test_equals_peft[sdpa-roberta-plain]"),
+            "RoBERTa's positions": ("_past(given) + shift", "_past(given)", "tests/methods/prefix/test_prefix_tuning.py::test_equals_peft[sdpa-roberta-plain]"),
         },
         "Call.of": {
             "keys and values swapped": ("[layer, 0], values[layer, 1]", "[layer, 1], values[layer, 0]", PEFT),
