@@ -127,16 +127,18 @@ def _layers(case: Case) -> Steps:
         attached, fastpeft.Lora(r=RANK, dropout=case.dropout, targets=targets, dtype=getattr(torch, case.adapters))
     )
     models = {FROZEN: base, PEFT: theirs.base_model.model, OURS: ours.base_model.model, OWN: attached}
-    return {way: functools.partial(_step, model, x, gradient, case) for way, model in models.items()}
+    return {
+        way: functools.partial(_step, model, [*model.parameters()], x, gradient, case) for way, model in models.items()
+    }
 
 
-def _step(model: nn.Module, x: Tensor, gradient: Tensor, case: Case) -> Tensor:
+def _step(model: nn.Module, parameters: list[nn.Parameter], x: Tensor, gradient: Tensor, case: Case) -> Tensor:
     with torch.set_grad_enabled(case.trains), torch.autocast("cuda", torch.bfloat16, enabled=case.autocast):
         y = model(x)
     if case.trains:
         y.backward(gradient)
         x.grad = None
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = None
     return y
 
