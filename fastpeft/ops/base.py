@@ -3,10 +3,12 @@
 An op that does (``lora_linear``) is handed its tensors and writes W into a scratch buffer where the GEMM reads it, and
 again in backward; W is never kept. The scratch is an ordinary tensor of the call: it is as large as the largest weight
 of the call, the weights follow one another in it, and PyTorch's caching allocator gives the same memory to the next
-layer on that stream, in captured graphs and in other threads too. At training sizes this beats a GEMM that reads the
-codes, which would decode them again for every block of rows.
+layer on that stream, in captured graphs and in other threads too. A CPU has no such allocator, and memory that is fresh
+costs more there than what is written: each thread keeps one buffer, of the largest weight that it has met. At training
+sizes this beats a GEMM that reads the codes, which would decode them again for every block of rows.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from .. import _backend
 
 TABLES = 5  # tensors of a Base beside its codes
 _LAYOUT = 4  # and numbers: N, K, block, block2
+_kept = threading.local()  # ``bytes``: a CPU's buffer, while nobody writes into it
 
 
 class Base(NamedTuple):
@@ -167,7 +170,9 @@ class Written:
     def __iter__(self) -> Iterator[Tensor]:
         found = shapes(self.weights, self.layouts)
         impl = _backend.load("dequantise", self.backend)
-        scratch = self.like.new_empty(max(n * k for n, k in filter(None, found)))
+        count = max(n * k for n, k in filter(None, found))
+        keeps = self.backend == "reference" and self.like.device.type == "cpu"
+        scratch = _taken(count * self.like.itemsize).view(self.like.dtype) if keeps else self.like.new_empty(count)
         tables = iter(self.tables)
         for p, (weight, shape) in enumerate(zip(self.weights, found, strict=True)):
             if shape is None:
@@ -177,10 +182,22 @@ class Written:
             block, block2 = self.layouts[_LAYOUT * p + 2 : _LAYOUT * (p + 1)]
             impl.write(out, weight, *(next(tables) for _ in range(TABLES)), block, block2)
             yield out
+        if keeps:
+            _kept.bytes = scratch.view(torch.uint8)
 
     def apart(self) -> list[Tensor]:
         """All of them at once, the quantised ones in memory of their own."""
         return [w if w is given else w.clone() for w, given in zip(self, self.weights, strict=True)]
+
+
+def _taken(count: int) -> Tensor:
+    """The thread's buffer, or a new one where it is smaller or in use."""
+    found, _kept.bytes = getattr(_kept, "bytes", None), None
+    count = -(-count // 8) * 8
+    if found is not None and len(found) >= count:
+        return found
+    with torch.inference_mode(False):  # whose tensors could not be written into in training
+        return torch.empty(count, dtype=torch.uint8)
 
 
 def _contiguous(name: str, tensor: Tensor) -> Tensor:

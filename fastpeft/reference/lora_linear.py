@@ -15,6 +15,8 @@ from torch import Tensor
 from .._mask import inverse_keep, threshold
 from .dropout import drawn_mask, keep_mask
 
+_BLOCK = 1 << 16  # elements of a part in float32
+
 
 def lora_linear(
     x: Tensor,
@@ -94,11 +96,16 @@ def backward(
     dbs: list[Tensor] = []
     parts = _split(s, lora_as) if need_db else ()
     for p, (dy, b) in enumerate(zip(dys, lora_bs, strict=True)):
-        wide = dy.to(b.dtype)
         if need_dx or need_da:
-            ds.append(_product(wide, b, scales[p]))
+            ds.append(b.new_empty(dy.shape[0], b.shape[1]))
         if need_db:
-            dbs.append(wide.T @ parts[p])
+            dbs.append(b.new_zeros(b.shape[1], b.shape[0]))
+        for rows in _blocks(b.dtype, dy):
+            wide = dy[rows].to(b.dtype)
+            if need_dx or need_da:
+                ds[p][rows].addmm_(wide, b, beta=0, alpha=scales[p])
+            if need_db:
+                dbs[p].addmm_(parts[p][rows].T, wide)  # twice as fast on a CPU as dYᵀ S, and the same bits
     dx = das = None
     if ds:
         stacked = ds[0] if len(ds) == 1 else torch.cat(ds, 1)
@@ -107,7 +114,7 @@ def backward(
         for dy, weight in zip(dys, weights, strict=True):
             if weight.numel():
                 dx.addmm_(dy, weight)
-    return dx, das, dbs if need_db else None
+    return dx, das, [db.T.contiguous() for db in dbs] if need_db else None
 
 
 def down(
@@ -115,20 +122,32 @@ def down(
 ) -> Tensor:
     """``S_p = scale_p · drop_p(x) A_pᵀ`` for every branch p, side by side: ``[M, R]``."""
     dtype = lora_as[0].dtype
-    if len(set(scales)) == 1 and not any(map(threshold, dropouts)):
-        return _product(x.to(dtype), _stack(lora_as).T, scales[0])
     s = x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_as), dtype=dtype)
+    if len(set(scales)) == 1 and not any(map(threshold, dropouts)):
+        _add_down(s, x, _stack(lora_as), scales[0])
+        return s
     for p, (a, s_p) in enumerate(zip(lora_as, _split(s, lora_as), strict=True)):
         mask = _mask(x, dropouts[p], seeds, p)
-        dropped = x if mask is None else mask.mul_(x)
-        s_p.addmm_(dropped.to(dtype), a.T, beta=0, alpha=scales[p] * inverse_keep(dropouts[p]))
+        _add_down(s_p, x if mask is None else mask.mul_(x), a, scales[p] * inverse_keep(dropouts[p]))
     return s
+
+
+def _add_down(s: Tensor, x: Tensor, a: Tensor, factor: float) -> None:
+    for rows in _blocks(s.dtype, x):
+        # One call: a tiny multiplication after a large GEMM finds cold caches, 70 us.
+        s[rows].addmm_(x[rows].to(s.dtype), a.T, beta=0, alpha=factor)
 
 
 def up(s: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``S Bᵀ + bias``: ``[M, N]`` in ``dtype``."""
-    y = s @ b.T if bias is None else torch.addmm(bias.to(s.dtype), s, b.T)
-    return y.to(dtype)
+    wide = None if bias is None else bias.to(s.dtype)
+    y = s.new_empty(s.shape[0], b.shape[0], dtype=dtype)
+    for rows in _blocks(s.dtype, y):
+        part = y[rows] if dtype == s.dtype else None
+        part = torch.mm(s[rows], b.T, out=part) if wide is None else torch.addmm(wide, s[rows], b.T, out=part)
+        if dtype != s.dtype:
+            y[rows] = part
+    return y
 
 
 def down_backward(
@@ -144,26 +163,33 @@ def down_backward(
 
     Where dA is not needed, x serves for its dtype alone.
     """
-    if need_dx and not need_da and not any(map(threshold, dropouts)):
-        return (ds @ _stack(lora_as)).to(x.dtype), None
-    dx: Tensor | None = None
-    das = []
+    if not need_da and not any(map(threshold, dropouts)):
+        lora_as, dropouts = [_stack(lora_as)], [0.0]
+    single, columns = len(lora_as) == 1, lora_as[0].shape[1]
+    dx = ds.new_empty(ds.shape[0], columns, dtype=x.dtype if single else ds.dtype) if need_dx else None
+    das = [a.new_zeros(a.shape) for a in lora_as] if need_da else None
     for p, (a, ds_p) in enumerate(zip(lora_as, _split(ds, lora_as), strict=True)):
-        mask = _mask(ds, dropouts[p], seeds, p, columns=a.shape[1])
-        factor = inverse_keep(dropouts[p])
-        if need_dx:
-            part = _product(ds_p, a, factor)
-            part = part if mask is None else part.mul_(mask)
-            dx = part if dx is None else dx.add_(part)
-        if need_da:
-            # Not (xᵀ dS_p)ᵀ: a third faster on a CPU, but its sums over rows err a quarter more.
-            das.append(_product(ds_p.T, x.to(ds.dtype) if mask is None else mask.mul_(x), factor))
-    return None if dx is None else dx.to(x.dtype), das if need_da else None
+        mask, factor = _mask(ds, dropouts[p], seeds, p, columns, x.dtype), inverse_keep(dropouts[p])
+        for rows in _blocks(ds.dtype, x if dx is None else dx):
+            if dx is not None:
+                part = dx[rows] if p == 0 and dx.dtype == ds.dtype else ds.new_empty(dx[rows].shape)
+                part.addmm_(ds_p[rows], a, beta=0, alpha=factor)
+                part = part if mask is None else part.mul_(mask[rows])
+                dx[rows] = part if p == 0 else part.add_(dx[rows])
+            if das is not None:
+                dropped = x[rows] if mask is None else mask[rows].mul_(x[rows])
+                # Not (xᵀ dS_p)ᵀ, whose sums over rows err a quarter more.
+                das[p].addmm_(ds_p[rows].T, dropped.to(ds.dtype), alpha=factor)
+    return None if dx is None else dx.to(x.dtype), das
 
 
-def _product(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """``factor · left @ right`` in one call: a tiny multiplication after a large GEMM finds cold caches, 70 us."""
-    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=factor)
+def _blocks(dtype: torch.dtype, cast: Tensor) -> list[slice]:
+    """The rows of ``cast`` ``[M, C]``: on a CPU, where it is cast to ``dtype``, in parts that fit a core's cache."""
+    rows, columns = cast.shape
+    if dtype == cast.dtype or cast.device.type != "cpu":
+        return [slice(0, rows)]
+    step = max(16, _BLOCK // max(1, columns)) * torch.get_num_threads()
+    return [slice(first, first + step) for first in range(0, rows, step)]
 
 
 def _split(s: Tensor, lora_as: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -174,7 +200,15 @@ def _stack(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
-def _mask(like: Tensor, dropout: float, seeds: Tensor | None, p: int, columns: int | None = None) -> Tensor | None:
+def _mask(
+    like: Tensor,
+    dropout: float,
+    seeds: Tensor | None,
+    p: int,
+    columns: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor | None:
     if not threshold(dropout):
         return None
-    return drawn_mask(None if seeds is None else seeds[p], dropout, like.shape[0], columns or like.shape[1], like.dtype)
+    seed = None if seeds is None else seeds[p]
+    return drawn_mask(seed, dropout, like.shape[0], columns or like.shape[1], dtype or like.dtype)

@@ -34,10 +34,12 @@ def test_every_step(tmp_path):
         "bottleneck",
         "prompts",
         "experts",
+        "mlp",
         "selective",
         "plot",
     )
     assert {name: results[name] for name in steps} == dict.fromkeys(steps, "ok"), said
+    assert results["quantised"] in ("ok", "skipped:"), said  # by whether bitsandbytes is there
     rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").open()]
     assert {row["op"] for row in rows} >= {"lora_linear", "multi_lora", "bottleneck", "prompt_gather"}
     assert all(row["device"].startswith("null GPU") for row in rows)

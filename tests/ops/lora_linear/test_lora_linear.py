@@ -1,6 +1,7 @@
 """lora_linear and lora_linear_shared: exact on integers, no less accurate than PyTorch, exact gradients."""
 
 import functools
+import importlib
 import itertools
 
 import pytest
@@ -47,6 +48,18 @@ def test_integers_are_exact_where_sums_are_split(form, least, monkeypatch):
         monkeypatch.setattr(f"fastpeft.kernels.{name}.split", functools.partial(launch.split, least=least))
     outs, ranks = FORMS[form]
     assert_exact(LoraProblem.make((150, 150), outs, ranks, FP32, FP32, DEVICE, 0.5, integers=True), "triton")
+
+
+@form
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("rows", [0, 16, 33])  # none, one part, and a last part that is shorter
+def test_integers_are_exact_where_a_cpu_casts_a_few_rows_at_a_time(form, rows, dropout, monkeypatch):
+    module = importlib.import_module("fastpeft.reference.lora_linear")
+    monkeypatch.setattr(module, "_BLOCK", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    outs, ranks = FORMS[form]
+    problem = LoraProblem.make((rows, 38), outs, ranks, BF16, FP32, torch.device("cpu"), dropout, integers=True)
+    assert_exact(problem, "reference")
 
 
 @form

@@ -1,9 +1,12 @@
 """lora_linear around a quantised weight: the bits of the dense call, and nothing of W kept."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from torch import Tensor
 
-from fastpeft import ops
+from fastpeft import _backend, ops
 from fastpeft.testing import LoraProblem
 from tests.support.backends import BACKENDS, DEVICE, FP16, FP32, FP64, served
 from tests.support.quantised import eight_bit, four_bit
@@ -126,6 +129,27 @@ def test_under_autocast():
         y = ops.lora_linear(p.x, quantised[0], p.lora_as[0], p.lora_bs[0])
     wanted = ops.lora_linear(p.x.bfloat16(), ops.dequantise(quantised[0]), p.lora_as[0], p.lora_bs[0])
     assert torch.equal(y, wanted)
+
+
+def test_a_cpu_keeps_one_buffer():
+    """The next weight is written where the last was, after inference too; other threads have theirs."""
+    p, (base, *_) = problem(rows=(3,)), bases(FP32)
+    p, base = p.map(Tensor.cpu), ops.Base(*(t.cpu() if isinstance(t, Tensor) else t for t in base))
+    found = []
+    with pytest.MonkeyPatch.context() as patched:
+        write = _backend.load("dequantise", "reference").write
+        patched.setattr(
+            _backend.load("dequantise", "reference"),
+            "write",
+            lambda out, *rest: (found.append(out.data_ptr()), write(out, *rest)),
+        )
+        with torch.inference_mode():
+            ops.lora_linear(p.x, base, p.lora_as[0], p.lora_bs[0], backend="reference")
+        x = p.x.clone().requires_grad_()
+        ops.lora_linear(x, base, p.lora_as[0], p.lora_bs[0], backend="reference").sum().backward()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(ops.lora_linear, p.x, base, p.lora_as[0], p.lora_bs[0], backend="reference").result()
+    assert found[0] == found[1] == found[2] != found[3]
 
 
 def test_bad_calls():

@@ -33,13 +33,16 @@ def test_gpu_script_runs_every_step(tmp_path):
     assert len(files) <= 8
     results = {line.split()[0]: line.split()[1] for line in (tmp_path / "summary.txt").read_text().splitlines()}
     assert [results.pop(name) for name in ("peers", "sanitizer", "csrc")] == ["absent:", "skipped:", "skipped:"]
-    steps = "install env check tests bench serving bottleneck prompts experts mlp selective plot".split()
+    steps = "install env check tests bench serving bottleneck prompts experts mlp quantised selective plot".split()
+    if importlib.util.find_spec("bitsandbytes") is None:
+        assert results.pop(steps.pop(steps.index("quantised"))) == "skipped:"
     assert results == dict.fromkeys(steps, "ok")
     assert "site/fastpeft" in (tmp_path / "env.log").read_text(), "it is the installed package that runs"
     assert {json.loads(line)["variant"] for line in (tmp_path / "rows.jsonl").open()} >= {FROZEN, PEER, "ours"}
     assert done.stdout.rstrip().splitlines()[-1].split()[:2] == ["plot", "ok"], "the table comes last"
     ratios = [line for line in done.stdout.splitlines() if "time over the frozen linear's" in line]
-    ops = ["lora_linear", "multi_lora", "prompt_gather", "prefix_attention", "experts", "lora_mlp"]
+    ops = ["lora_linear", "multi_lora", "prompt_gather", "prefix_attention", "experts", "lora_mlp", "lora_linear_nf4"]
+    ops = ops if "quantised" in steps else ops[:-1]
     assert [line.split(":")[0] for line in ratios] == ops
     assert "ours, rows" in done.stdout
 
@@ -85,8 +88,8 @@ def test_gpu_script_asks_for_what_there_is(tmp_path, monkeypatch, capsys):
     lines = [line.split() for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()]
     assert done.returncode == 1, done.stdout + done.stderr
     assert [line[0] for line in lines if line[1] == "FAILED:"] == ["tests"]
-    steps = "peers install host env csrc sanitizer check tests bench serving bottleneck prompts experts mlp gemm decode"
-    assert list(dict.fromkeys(line[0] for line in lines)) == [*steps.split(), "selective", "plot"]
+    steps = "peers install host env csrc sanitizer check tests bench serving bottleneck prompts experts mlp quantised"
+    assert list(dict.fromkeys(line[0] for line in lines)) == [*steps.split(), "gemm", "decode", "selective", "plot"]
 
     tools = re.findall("--tool (\\w+)", (tmp_path / "tools").read_text())
     assert tools == ["memcheck"] * 2 + ["synccheck"] * 2 + ["racecheck"] * 2 + ["memcheck"] * 2
@@ -96,11 +99,13 @@ def test_gpu_script_asks_for_what_there_is(tmp_path, monkeypatch, capsys):
     files = [word for word in tests if word.startswith("tests/")]
     assert len(files) > 20
     assert all((ROOT / file).exists() for file in files)
+    races = [call[call.index("-m") + 1 :] for call in asked if "-m" in call]
+    races = [call for call in races if call[0].startswith("bench.bench_")]
+    modules = [importlib.import_module(module) for module, *_ in races]  # before a GPU seems to be there
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(harness, "run", lambda cases, *_: ran.append(len(cases)) or ([], []))
-    ran, races = [], [call[call.index("-m") + 1 :] for call in asked if "-m" in call]
-    races = [call for call in races if call[0].startswith("bench.bench_")]
-    for module, *arguments in races:
-        importlib.import_module(module).main(arguments)
+    ran = []
+    for module, (_, *arguments) in zip(modules, races, strict=True):
+        module.main(arguments)
     assert len(ran) == len(races) > 15
     assert all(ran), "every call has cases"

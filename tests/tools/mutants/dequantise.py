@@ -9,6 +9,8 @@ BAD = "tests/ops/dequantise/test_dequantise.py::test_bad_bases"
 DENSE = "tests/ops/lora_linear/test_quantised.py::test_bits_are_those_of_the_dense_call"
 TWICE = "tests/ops/lora_linear/test_quantised.py::test_gradients_of_gradients"
 
+KEPT = "tests/ops/lora_linear/test_quantised.py::test_a_cpu_keeps_one_buffer"
+
 TESTS = (FOUR, EIGHT)
 
 MUTANTS = {
@@ -56,6 +58,10 @@ MUTANTS = {
         "Written.__iter__": {
             "tables of the first for all": ("tables = iter(self.tables)", "tables = iter(self.tables[:5] * 9)", DENSE),
             "a scratch too small": ("max(n * k", "min(n * k", DENSE),
+        },
+        "_taken": {
+            "a kept buffer of any size": ("and len(found) >= count", "", DENSE),
+            "inference's buffer": ("inference_mode(False)", "no_grad()", KEPT),
         },
         "Written.apart": {
             "in one memory": ("w.clone()", "w", TWICE),

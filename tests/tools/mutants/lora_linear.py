@@ -6,6 +6,7 @@ BIAS_STRIDES = "tests/ops/lora_linear/test_memory.py::test_any_strides[sliced-bi
 DY_STRIDES = "tests/ops/lora_linear/test_memory.py::test_any_strides[transposed-dys-triton-lora_linear]"
 GRADIENT_STRIDES = "tests/ops/lora_linear/test_torch.py::test_opcheck[x lora_as lora_bs-(70,)-triton]"
 PLANES = "tests/ops/lora_linear/test_planes.py"
+ROWS = "tests/ops/lora_linear/test_lora_linear.py::test_integers_are_exact_where_a_cpu_casts_a_few_rows_at_a_time"
 PARTS = "tests/ops/lora_linear/test_lora_linear.py::test_parts_cover_the_loop"
 NO_DROPOUT = (
     "tests/ops/lora_linear/test_lora_linear.py::test_integers_are_exact[reference-float32-0.0-lora_linear_shared]"
@@ -204,7 +205,7 @@ MUTANTS = {
             "dX without the base path": ("if dx is not None", "if False"),
             "dX of the last projection only": ("(dy, weight)", "(dy, weight, beta=0)"),
             "scale of dS off by the projection": ("scales[p]", "scales[-1 - p]"),
-            "dS: no scale": ("_product(wide, b, scales[p])", "wide @ b"),
+            "dS: no scale": ("wide, b, beta=0, alpha=scales[p]", "wide, b, beta=0"),
         },
         "lora_linear": {
             "definition: dropout on the base path": ("linear(x, weight)", "linear(dropped, weight)"),
@@ -219,19 +220,27 @@ MUTANTS = {
             "down: no 1 / (1 - p)": ("[p] * inverse_keep(dropouts[p])", "[p]"),
         },
         "up": {
-            "up: bias dropped": ("T if bias is None else torch.addmm(bias.to(s.dtype), s, b.T)", "T"),
+            "up: bias dropped": ("wide = None if bias is None else bias.to(s.dtype)", "wide = None"),
+            "up: S of the first rows": ("addmm(wide, s[rows], b.T", "addmm(wide, s[: rows.stop - rows.start], b.T"),
         },
         "down_backward": {
-            "dX: mask not applied": ("part if mask is None else part.mul_(mask)", "part"),
-            "dX: no 1 / (1 - p)": ("(ds_p, a, factor)", "(ds_p, a, 1.0)"),
+            "dX: mask not applied": ("part if mask is None else part.mul_(mask[rows])", "part"),
+            "dX: no 1 / (1 - p)": ("(ds_p[rows], a, beta=0, alpha=factor)", "(ds_p[rows], a, beta=0)"),
             "dX: one seed for all": ("seeds, p", "seeds, 0"),
-            "dX: only the last branch": ("part if dx is None else dx.add_(part)", "part"),
-            "dA: no 1 / (1 - p)": ("mask.mul_(x), factor)", "mask.mul_(x), 1.0)"),
-            "dA: mask not applied": ("(ds.dtype) if mask is None else mask.mul_(x)", "(ds.dtype)"),
-            "dX: written into dS": (", a, factor", ".mul_(2), a, factor / 2"),
+            "dX: only the last branch": ("part if p == 0 else part.add_(dx[rows])", "part"),
+            "dA: no 1 / (1 - p)": ("(ds.dtype), alpha=factor)", "(ds.dtype))"),
+            "dA: mask not applied": ("x[rows] if mask is None else mask[rows].mul_(x[rows])", "x[rows]"),
+            "dX: written into dS": (
+                "(ds_p[rows], a, beta=0, alpha=factor)",
+                "(ds_p[rows].mul_(2), a, beta=0, alpha=factor / 2)",
+            ),
         },
-        "_product": {
-            "product: no factor": (", alpha=factor", ""),
+        "_add_down": {
+            "down: no factor": (", alpha=factor", ""),
+        },
+        "_blocks": {
+            "the last part left out": ("range(0, rows, step)", "range(0, rows - step, step)", ROWS),
+            "parts overlap": ("range(0, rows, step)", "range(0, rows, step // 2)", ROWS),
         },
     },
     "fastpeft/ops/lora_linear.py": {
