@@ -12,6 +12,7 @@ from .._backend import Explanation
 from .base import Base, eight_bit, four_bit
 from .bottleneck import bottleneck
 from .dequantise import dequantise
+from .dora_linear import dora_linear, dora_norm
 from .experts import ExpertLinear, experts
 from .lora_linear import lora_linear, lora_linear_shared
 from .lora_mlp import lora_mlp
@@ -26,6 +27,8 @@ __all__ = [
     "Explanation",
     "bottleneck",
     "dequantise",
+    "dora_linear",
+    "dora_norm",
     "eight_bit",
     "experts",
     "explain",
@@ -41,7 +44,7 @@ __all__ = [
     "row_linear",
 ]
 
-_OTHERS = ("Base", "ExpertLinear", "Explanation", "eight_bit", "explain", "four_bit")
+_OTHERS = ("Base", "ExpertLinear", "Explanation", "dora_norm", "eight_bit", "explain", "four_bit")
 OPS = tuple(name for name in __all__ if name not in _OTHERS)
 
 

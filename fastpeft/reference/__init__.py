@@ -2,6 +2,7 @@
 
 from .bottleneck import bottleneck
 from .dequantise import dequantise
+from .dora_linear import dora_linear
 from .dropout import inverse_keep, keep_mask
 from .experts import ExpertLinear, experts
 from .lora_linear import lora_linear
@@ -17,6 +18,7 @@ __all__ = [
     "Slots",
     "bottleneck",
     "dequantise",
+    "dora_linear",
     "experts",
     "inverse_keep",
     "keep_mask",

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import torch
 
-from . import bottleneck, experts, lora_linear, lora_mlp, multi_lora, prompt_gather, row_linear
+from . import bottleneck, dora_linear, experts, lora_linear, lora_mlp, multi_lora, prompt_gather, row_linear
 from .accuracy import MAX_RATIO, RMS_RATIO, Ratios, assert_no_worse, error_vs_eager, integer_inputs
 from .bottleneck import BottleneckProblem, eager_bottleneck
+from .dora_linear import DoraProblem, eager_dora_linear
 from .experts import ExpertsProblem, eager_experts
 from .lora_linear import LoraProblem, eager_lora_linear
 from .lora_mlp import MlpProblem, eager_lora_mlp
@@ -24,6 +25,7 @@ __all__ = [
     "MAX_RATIO",
     "RMS_RATIO",
     "BottleneckProblem",
+    "DoraProblem",
     "ExpertsProblem",
     "LoraProblem",
     "MlpProblem",
@@ -34,6 +36,7 @@ __all__ = [
     "assert_no_worse",
     "check_ops",
     "eager_bottleneck",
+    "eager_dora_linear",
     "eager_experts",
     "eager_lora_linear",
     "eager_lora_mlp",
@@ -55,6 +58,6 @@ def check_ops(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, fl
     Args:
         device: where the ops run.
     """
-    for op in (bottleneck, experts, lora_linear, lora_mlp, multi_lora, prompt_gather, row_linear):
+    for op in (bottleneck, dora_linear, experts, lora_linear, lora_mlp, multi_lora, prompt_gather, row_linear):
         for name, dtype, worst in op.check(device):
             yield name, dtype, *worst, worst.ok

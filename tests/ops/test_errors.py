@@ -57,6 +57,10 @@ KINDS = {
         "dropout": "probability", "seed": "seed", "slots": "slots", **BACKEND,
     },
     "dequantise": {"base": "base", "dtype": "optional dtype", **BACKEND},
+    "dora_linear": {
+        **LORA, "magnitude": "tensor", "scale": "number", "dropout": "probability", "seed": "seed",
+        "norm": "optional tensor", **BACKEND,
+    },
     "experts": {
         "x": "tensor", "top_k_index": "tensor", "top_k_weights": "tensor", "up": "projection", "down": "projection",
         "activation": "function", "seeds": "seeds of experts", **BACKEND, "tile": "tile",
@@ -112,6 +116,7 @@ def arguments(op: str) -> dict:
             "residual": t(3, 6), "norm_weight": t(8), "norm_bias": t(8), "dropout": 0.5, "seed": 3,
         },
         "dequantise": {"base": ops.eight_bit(torch.ones(6, 8, dtype=torch.int8, device=DEVICE), t(6))},
+        "dora_linear": {**lora, "magnitude": t(6), "norm": t(6), "dropout": 0.5, "seed": 3},
         "experts": {
             "x": t(3, 8), "top_k_index": i(0, 1, 1)[:, None], "top_k_weights": t(3, 1), "activation": torch.relu,
             "up": ops.ExpertLinear(t(2, 6, 8), None, t(2, 4, 8), t(2, 6, 4), 1.0, 0.5),

@@ -43,6 +43,15 @@ def lora_mlp(backend, dropout):
     return op, (new(3, 5), new(2, 5), new(1, 5), new(2, 4), new(4, 2), new(4, 1), new(3, 2))
 
 
+def dora_linear(backend, dropout):
+    w, norm = new(4, 5, train=False), new(4, train=False).abs()
+
+    def op(x, a, b, magnitude, bias):
+        return ops.dora_linear(x, w, a, b, magnitude, bias, 0.7, dropout, SEED.to(DEVICE), norm, backend)
+
+    return op, (new(3, 5), new(2, 5), new(4, 2), new(4), new(4).flip(0))
+
+
 def multi_lora(backend, dropout):
     slots, scales, ranks = torch.tensor([1, -1, 0, 1]), torch.tensor([0.5, 2.0], dtype=FP64), torch.tensor([2, 1])
     slots, scales, ranks = slots.to(DEVICE), scales.to(DEVICE), ranks.to(DEVICE, torch.int32)
@@ -84,9 +93,9 @@ def row_linear(backend, dropout):
 
 
 # The places of inputs that cannot be trained alone, for want of what is then not kept.
-REFUSED = {lora_linear: {2}, lora_linear_shared: {4, 5}, lora_mlp: {0, 4, 5, 6}, multi_lora: {2}}
+REFUSED = {lora_linear: {2}, lora_linear_shared: {4, 5}, lora_mlp: {0, 4, 5, 6}, multi_lora: {2}, dora_linear: {2, 3}}
 REFUSED |= {(bottleneck, "reference"): {2, 3, 4}, (bottleneck_of_slots, "reference"): {0, 2, 3}}
-OPS = [lora_linear, lora_linear_shared, lora_mlp, multi_lora, bottleneck, bottleneck_of_slots, row_linear]
+OPS = [lora_linear, lora_linear_shared, lora_mlp, dora_linear, multi_lora, bottleneck, bottleneck_of_slots, row_linear]
 
 
 @each_backend

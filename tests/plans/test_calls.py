@@ -11,6 +11,7 @@ from tests.support import host_extension
 from tests.support.planned_calls import (
     RUNS,
     bottleneck,
+    dora,
     gradients,
     linear,
     lora,
@@ -46,6 +47,10 @@ CASES = {
     "gated MLP": lambda: mlp(new(5, 24)),
     "gated MLP in chunks": lambda: mlp(new(2, 75, 24)),
     "gated MLP in chunks, dropout, 16 bits": lambda: mlp(new(150, 24, dtype=torch.bfloat16), 0.5, torch.bfloat16),
+    "DoRA": lambda: dora(new(5, 24)),
+    "DoRA, trained bias, frozen A": lambda: dora(new(2, 5, 24), bias=True, lora_a=False),
+    "DoRA, its norm given": lambda: dora(new(5, 24), norm=new(40, grad=False).abs()),
+    "DoRA, dropout, 16 bits": lambda: dora(new(5, 24, dtype=torch.bfloat16), 0.5, torch.bfloat16),
     "multi_lora": lambda: mixed(new(5, 24)),
     "bottleneck": lambda: bottleneck(new(5, 24)),
     "rows": lambda: rows(new(5, 24)),

@@ -20,6 +20,7 @@ import triton
 from bench.static import sass
 from bench.static.launches import compiling
 from tests.support.aot_bottleneck import BOTTLENECK, bottleneck
+from tests.support.aot_dora import DORA_LINEAR, dora_linear
 from tests.support.aot_experts import EXPERTS, experts
 from tests.support.aot_mlp import LORA_MLP, lora_mlp
 
@@ -196,6 +197,7 @@ OPS = {
     "bottleneck": (bottleneck, BOTTLENECK),
     "experts": (experts, EXPERTS),
     "lora_mlp": (lora_mlp, LORA_MLP),
+    "dora_linear": (dora_linear, DORA_LINEAR),
 }
 
 

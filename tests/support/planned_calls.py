@@ -44,6 +44,13 @@ def mlp(x, dropout=0.0, dtype=torch.float32):
     return y, [x, *columns["lora_as"], *columns["lora_bs"]]
 
 
+def dora(x, dropout=0.0, dtype=torch.float32, norm=None, **grads):
+    parts, magnitude = lora(dtype=dtype, **grads), new(40, dtype=dtype)
+    x_w_a_b = x, parts["weight"], parts["lora_a"], parts["lora_b"]
+    y = ops.dora_linear(*x_w_a_b, magnitude, parts["bias"], 0.5, dropout, torch.tensor([3]), norm)
+    return y, [x, parts["lora_a"], parts["lora_b"], magnitude, parts["bias"]]
+
+
 def mixed(x):
     slots = torch.tensor([0, 2, -1, 1, 2])
     a, b = new(3, 4, 24), new(3, 40, 4)

@@ -1,0 +1,149 @@
+"""What lies between the products of DoRA around a linear layer; the products are lora_linear's and cuBLAS's.
+
+    masked           mask ∘ x                                one read of x, one write
+    add_masked_      dx += mask ∘ q                          one read of both, one write
+    add_scaled_      y += factor ∘ u                         one read of both, one write
+    scaled           factor ∘ dy                             one read of dy, one write
+    gain_gradient    Σ dy ∘ u over the rows                  one read of both; partial sums, added in a fixed order
+
+Alphabet: rows m, columns k; ``x``, ``q``, ``dx`` ``[M, K]`` and ``y``, ``u``, ``dy`` ``[M, N]`` all have M rows and
+K columns here, any strides. All is computed in float32 (float64 for gradcheck) and rounded once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._mask import threshold
+from .dropout import keep_tile
+from .launch import cdiv, math, next_power_of_2, run, split
+from .partials import sum_into
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows and columns of a tile, and launch options."""
+
+    block_m: int
+    block_k: int
+    num_warps: int = 4
+
+
+def config(columns: int) -> Config:
+    """The tile for so many columns: 2048 elements, 16 bytes at a time for each thread. Not yet measured."""
+    block_k = min(max(16, next_power_of_2(columns)), 256)
+    return Config(2048 // block_k, block_k)
+
+
+@triton.jit
+def _masked_kernel(
+    x_ptr, y_ptr, seed_ptr, M, K, threshold,
+    stride_xm, stride_xk, stride_ym, stride_yk,
+    ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1).to(tl.int64) * BLOCK_K
+    k = first + tl.arange(0, BLOCK_K)
+    inside = (m < M)[:, None] & (k < K)[None, :]  # [BLOCK_M, BLOCK_K]
+    x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk, mask=inside, other=0.0).to(ACC)
+    y_tile = y_ptr + m[:, None] * stride_ym + k[None, :] * stride_yk
+    y = tl.where(keep_tile(tl.load(seed_ptr), threshold, m, first, BLOCK_K), x, 0.0)
+    if ADD:
+        y += tl.load(y_tile, mask=inside, other=0.0).to(ACC)
+    tl.store(y_tile, y, mask=inside)
+
+
+@triton.jit
+def _scaled_kernel(
+    x_ptr, y_ptr, factor_ptr, M, K,
+    stride_xm, stride_xk, stride_ym, stride_yk,
+    ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (m < M)[:, None] & (k < K)[None, :]  # [BLOCK_M, BLOCK_K]
+    x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk, mask=inside, other=0.0).to(ACC)
+    y_tile = y_ptr + m[:, None] * stride_ym + k[None, :] * stride_yk
+    y = x * tl.load(factor_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+    if ADD:
+        y += tl.load(y_tile, mask=inside, other=0.0).to(ACC)
+    tl.store(y_tile, y, mask=inside)
+
+
+@triton.jit
+def _gain_kernel(
+    dy_ptr, u_ptr, part_ptr, M, K, SPAN,
+    stride_dm, stride_dk, stride_um, stride_uk,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    part = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((BLOCK_K,), ACC)
+    for m0 in range(part * SPAN, tl.minimum(part * SPAN + SPAN, M), BLOCK_M):
+        m = (m0 + tl.arange(0, BLOCK_M)).to(tl.int64)
+        inside = (m < M)[:, None] & (k < K)[None, :]  # [BLOCK_M, BLOCK_K]
+        dy = tl.load(dy_ptr + m[:, None] * stride_dm + k[None, :] * stride_dk, mask=inside, other=0.0).to(ACC)
+        u = tl.load(u_ptr + m[:, None] * stride_um + k[None, :] * stride_uk, mask=inside, other=0.0).to(ACC)
+        total += tl.sum(dy * u, 0)
+    tl.store(part_ptr + part * K + k, total, mask=k < K)
+
+
+def masked(x: Tensor, dropout: float, seeds: Tensor) -> Tensor:
+    """``mask ∘ x``, without the factor ``1 / (1 - p)``: every bit of what is kept is x's."""
+    y = x.new_empty(x.shape)
+    _launch(_masked_kernel, x, y, (seeds,), (threshold(dropout),), add=False)
+    return y
+
+
+def add_masked_(dx: Tensor, q: Tensor, dropout: float, seeds: Tensor) -> None:
+    """``dx += mask ∘ q``."""
+    _launch(_masked_kernel, q, dx, (seeds,), (threshold(dropout),), add=True)
+
+
+def add_scaled_(y: Tensor, u: Tensor, factor: Tensor) -> None:
+    """``y += factor ∘ u``, a factor for each column."""
+    _launch(_scaled_kernel, u, y, (factor,), (), add=True)
+
+
+def scaled(dy: Tensor, factor: Tensor) -> Tensor:
+    """``factor ∘ dy``, in dy's dtype."""
+    y = dy.new_empty(dy.shape)
+    _launch(_scaled_kernel, dy, y, (factor,), (), add=False)
+    return y
+
+
+def gain_gradient(dy: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
+    """``Σ dy ∘ u`` over the rows, in ``dtype``."""
+    (m, k), c = dy.shape, config(dy.shape[1])
+    parts, span = split(m, c.block_m, cdiv(k, c.block_k))
+    total = dy.new_empty(k, dtype=dtype)
+    partials = dy.new_empty(parts, k, dtype=dtype) if parts > 1 else total[None]
+    if k:
+        run(
+            _gain_kernel, (cdiv(k, c.block_k), parts), dy, u, partials, m, k, span, *dy.stride(), *u.stride(),
+            ACC=math(dy, dy).triton, BLOCK_M=c.block_m, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=2,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    if parts > 1:
+        sum_into(partials, total)
+    return total
+
+
+def _launch(kernel, x: Tensor, y: Tensor, tables: tuple[Tensor, ...], numbers: tuple[int, ...], add: bool) -> None:
+    (m, k), c = x.shape, config(x.shape[1])
+    grid = cdiv(m, c.block_m), cdiv(k, c.block_k)
+    if 0 in grid:
+        return
+    run(
+        kernel, grid, x, y, *tables, m, k, *numbers, *x.stride(), *y.stride(), ADD=add, ACC=math(x, x).triton,
+        BLOCK_M=c.block_m, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def describe(x: Tensor, lora_as, weights=(), *_) -> list[str]:
+    """The kernel configuration of a call, for ``fastpeft.explain``."""
+    columns = {x.shape[-1], *(weight.shape[0] for weight in weights)}
+    return [f"{k} columns: {config(k)}" for k in sorted(columns)] + ["the products as lora_linear"]
