@@ -18,7 +18,7 @@ from .formats.peft_configs import is_peft_config, translated
 from .method import Method
 from .originals import disabled, lifted
 from .placement import model_inside
-from .pretrained import put_up, take_down
+from .pretrained import forget_quantisation, put_up, take_down
 from .reentrant import close_checkpoints, open_checkpoints
 from .registry import METHODS, mergeable_of, method_of, methods_of
 from .resizing import unwatch_sizes, watch_sizes
@@ -197,6 +197,8 @@ def detach(model: nn.Module, keep_merged: bool = False) -> nn.Module:
         put_carried(holder, state, ())
     for method in methods:
         method.lift(holder)
+    if keep_merged:
+        forget_quantisation(holder)
     for method in reversed(methods):
         method.remove(holder, keep_merged)
     take_down(holder)

@@ -130,8 +130,13 @@ class Mergeable(Method):
         """Whether its adapters are in the frozen weights now."""
 
     @abstractmethod
-    def prepare_merge(self, model: nn.Module) -> Callable[[], None] | None:
-        """Raise whatever can be wrong; returns what merges its active adapters, or None if none is active."""
+    def prepare_merge(self, model: nn.Module, dequantise: bool = False) -> Callable[[], None] | None:
+        """Raise whatever can be wrong; returns what merges its active adapters, or None if none is active.
+
+        Args:
+            model: What they are attached to.
+            dequantise: Whether quantised layers become plain ones.
+        """
 
     @abstractmethod
     def unmerge(self, model: nn.Module) -> None:

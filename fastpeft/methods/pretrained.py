@@ -10,12 +10,14 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.protocol import is_added, original_child
+from ..nn.quantised import kind_of
 from ..nn.trained_copy import TrainedCopy
 from .attachment import Attachment, attachment_of, original_name, state_of
 from .formats.files import whole
@@ -47,7 +49,8 @@ class SavePretrained:
             call.arguments["state_dict"] = _base_state(
                 self.module, self.module.state_dict() if given is None else given
             )
-            return own(*call.args, **call.kwargs)
+            with _unmarked(self.module):
+                return own(*call.args, **call.kwargs)
         warnings.warn(
             "save_pretrained: the weights are the base model's, which from_pretrained reads; the adapters beside them "
             "are for load_state_dict of the attached model (Trainer's resumption). Write adapters with fastpeft.save",
@@ -62,6 +65,36 @@ class SavePretrained:
                 live = {name: live[name] if name in in_place else value for name, value in given.items()}
             call.arguments["state_dict"] = {**_base_state(self.module, live), **adapters}
             return own(*call.args, **call.kwargs)
+
+
+@contextmanager
+def _unmarked(model: nn.Module) -> Iterator[None]:
+    """Inside the block a transformers model whose layers were written out is none in 4 or 8 bits, if all were."""
+    marks: list[tuple[dict, str, Any]] = []
+    if _written_out(model):
+        left = next((path for path, module in model.named_modules() if kind_of(module)), None)
+        if left is not None:
+            raise ValueError(f"save_pretrained: {left} is quantised, expected to be written out as other layers are")
+        for owner, name in ((vars(model), "hf_quantizer"), (vars(model.config), "quantization_config")):
+            marks.append((owner, name, owner.pop(name)))
+    try:
+        yield
+    finally:
+        for owner, name, value in marks:
+            owner[name] = value
+
+
+def forget_quantisation(holder: nn.Module) -> None:
+    """Transformers' models whose layers are all written out, for good, are no longer models in 4 or 8 bits."""
+    for model in holder.modules():
+        if _written_out(model) and not any(map(kind_of, model.modules())):
+            cast(Any, model).hf_quantizer.remove_quantization_config(model)
+
+
+def _written_out(model: nn.Module) -> bool:
+    quantizer = vars(model).get("hf_quantizer")
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    return method == "bitsandbytes" and any(getattr(m, "merged_dtype", bool)() for m in model.modules())
 
 
 def put_up(holder: nn.Module) -> None:

@@ -79,19 +79,25 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module, dequantise: bool = False) -> None:
     """Add the active adapters to the frozen weights, so that the model runs at the speed of the base model.
 
     ``W + scale · B A`` is computed in float32 or wider and rounded once. The original weights are kept beside the
     merged ones, since subtracting would lose bits; ``detach(model, keep_merged=True)`` lets them go.
 
+    A weight in 4 or 8 bits is quantised again, as PEFT does it, which rounds small terms away.
+
     Args:
         model: A model that adapters are attached to, or a wrapper around it.
+        dequantise: Whether a quantised layer becomes a plain one instead, in the dtype in which it is computed, for as
+            long as the model is merged; nothing else is lost then than by rounding the sum to that dtype.
 
     Raises:
+        TypeError: ``dequantise`` is neither True nor False.
         ValueError: An active adapter is no term of a weight (bottleneck, prompt), or a layer cannot be merged (not
             finite, a bias without a place, a weight tied to another module). Nothing has been changed then.
     """
+    _check.boolean("merge", "dequantise", dequantise)
     holder, state = holder_of("merge", model)
     refuse_merged("merge", holder, state)
     for name in state.active:
@@ -99,7 +105,9 @@ def merge(model: nn.Module) -> None:
             method = method_of("merge", config)
             if not isinstance(method, Mergeable):
                 raise ValueError(f"merge: adapter {name!r} is {method.title}, which cannot be: {method.unmergeable}")
-    ready = [run for run in (method.prepare_merge(holder) for method in mergeable_of(state)) if run is not None]
+    ready = [
+        run for run in (method.prepare_merge(holder, dequantise) for method in mergeable_of(state)) if run is not None
+    ]
     if not ready:
         raise ValueError("merge: no adapter is active")
     for run in ready:

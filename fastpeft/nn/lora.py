@@ -19,6 +19,7 @@ from .backend import serving_backend
 from .base_layer import features, frozen_weight, is_conv1d, not_adaptable_reason, served_dtype, trained_dtype
 from .branch import Branch
 from .guarding import keep, kept, state_without_kept
+from .low_rank import low_rank
 from .sharing import SharedInput
 
 
@@ -76,7 +77,7 @@ class LoraLinear(nn.Module):
         self.active: tuple[str, ...] = ()
         self.disabled = False
         self.merged: tuple[str, ...] = ()
-        self._before_merge: tuple[Tensor, Tensor | None] | None = None
+        self._before_merge: merging.Merged | None = None
         self.train(base_layer.training)
         self.add_adapter(name, dtype, r=r, alpha=alpha, dropout=dropout, rslora=rslora, lora_bias=lora_bias, init=init)
         self.set_adapter([name])
@@ -179,8 +180,8 @@ class LoraLinear(nn.Module):
         weight = frozen_weight(self.base_layer)
         if isinstance(weight, str) or quantised.is_called(weight, x):
             y = self.base_layer(x)
-            return y + self._low_rank(x, [None] * len(self.active), None).to(y.dtype)
-        y = self._low_rank(x, [weight] + [None] * (len(self.active) - 1), self.bias)
+            return y + low_rank(self, x, [None] * len(self.active), None).to(y.dtype)
+        y = low_rank(self, x, [weight] + [None] * (len(self.active) - 1), self.bias)
         return quantised.as_given(y, weight, x)
 
     def __getstate__(self) -> dict:
@@ -221,7 +222,8 @@ class LoraLinear(nn.Module):
     def fastpeft_report(self) -> str:
         """``"fused"``, "fused beside its base" and why, or why this layer computes nothing of its own."""
         if self.disabled or self.merged or not self.active:
-            return "disabled" if self.disabled else "merged" if self.merged else "no active adapter"
+            written = " into a weight that was written out" if self.merged and self.merged_dtype() else ""
+            return "disabled" if self.disabled else f"merged{written}" if self.merged else "no active adapter"
         weight = frozen_weight(self.base_layer)
         return f"fused beside its base: it {weight}" if isinstance(weight, str) else "fused"
 
@@ -237,18 +239,21 @@ class LoraLinear(nn.Module):
         return merging.added(self._adapters([names] if isinstance(names, str) else names))
 
     @torch.no_grad()
-    def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
+    def merged_tensors(self, dequantise: torch.dtype | None = None) -> merging.Merged:
         """The base's weight and bias with the active adapters added, in the base's layout and dtype.
+
+        Args:
+            dequantise: The dtype of a plain layer with them, in place of a quantised base; None quantises again.
 
         Raises:
             ValueError: There is no active adapter, a bias has nowhere to go, or a merged value is not finite.
         """
         if not self.active:
             raise ValueError("no active adapter to merge")
-        return merging.merged(self.base_layer, self._adapters(self.active))
+        return merging.merged(self.base_layer, self._adapters(self.active), dequantise)
 
     @torch.no_grad()
-    def merge(self, tensors: tuple[Tensor, Tensor | None] | None = None) -> None:
+    def merge(self, tensors: merging.Merged | None = None) -> None:
         """Add the active adapters to the base. The base's own tensors are kept, so ``unmerge`` restores every bit.
 
         Args:
@@ -260,15 +265,21 @@ class LoraLinear(nn.Module):
         if self.merged:
             raise ValueError("LoraLinear: merge of a merged layer; unmerge it first")
         tensors = self.merged_tensors() if tensors is None else tensors
-        self._before_merge = merging.exchange(self.base_layer, *tensors)
+        self._before_merge = merging.exchange(self, *tensors)
         self.merged = self.active
+
+    def merged_dtype(self) -> torch.dtype | None:
+        """Of a merged layer whose quantised base was written out for that: the dtype."""
+        before: Any = self._before_merge
+        written = isinstance(before, tuple) and isinstance(before[0], nn.Module)
+        return self.base_layer.weight.dtype if written else None
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Give the base its own tensors back, bit for bit."""
         if self._before_merge is None:
             raise ValueError("LoraLinear: unmerge of a layer that is not merged")
-        merging.exchange(self.base_layer, *self._before_merge)
+        merging.exchange(self, *self._before_merge)
         self.merged, self._before_merge = (), None
 
     def extra_repr(self) -> str:
@@ -277,24 +288,3 @@ class LoraLinear(nn.Module):
 
     def _adapters(self, names: Sequence[str]) -> list[LoraAdapter]:
         return [cast(LoraAdapter, self.adapters[name]) for name in names]
-
-    def _low_rank(self, x: Tensor, weights: list[Any], bias: Tensor | None) -> Tensor:
-        """The base for which a weight is given, and the term of every active adapter."""
-        adapters = self._adapters(self.active)
-        lora_as, lora_bs = [a.lora_A for a in adapters], [a.lora_B for a in adapters]
-        frozen = x.dtype if quantised.kind_of(self.base_layer) else self.weight.dtype
-        dtype = served_dtype(lora_as[0].dtype, frozen)
-        if any(a.dtype != dtype for a in lora_as):
-            dtype = served_dtype(None, frozen)
-            lora_as, lora_bs = ([cast(Any, t.to(dtype)) for t in ts] for ts in (lora_as, lora_bs))
-        for adapter in adapters:
-            if adapter.lora_bias is not None:
-                term = adapter.scale * adapter.lora_bias.to(dtype)
-                bias = term if bias is None else bias + term
-        bias = quantised.fitting_bias(bias, weights[0], x, dtype)
-        scales, dropouts = [a.scale for a in adapters], [a.dropout if self.training else 0.0 for a in adapters]
-        if len(adapters) == 1 and weights[0] is not None:
-            return ops.lora_linear(x, weights[0], lora_as[0], lora_bs[0], bias, scales[0], dropouts[0])
-        biases = [bias] + [None] * (len(adapters) - 1)
-        ys = ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
-        return sum(ys[1:], ys[0])

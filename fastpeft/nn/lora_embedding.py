@@ -121,8 +121,11 @@ class LoraEmbedding(LoraLinear):
         return "an embedding, whose low-rank term is a lookup and a small product in PyTorch"
 
     @torch.no_grad()
-    def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
+    def merged_tensors(self, dequantise: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
         """The base's weight with the active adapters added, in its dtype, and None.
+
+        Args:
+            dequantise: Without effect: no weight here is quantised.
 
         Raises:
             ValueError: There is no active adapter, or a merged value is not finite.

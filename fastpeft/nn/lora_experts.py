@@ -193,8 +193,11 @@ class LoraExperts(LoraLinear):
         return {name: found[0] if name in flat else torch.stack(found) for name, found in added.items()}
 
     @torch.no_grad()
-    def merged_tensors(self) -> dict[str, Tensor]:  # type: ignore[override]
+    def merged_tensors(self, dequantise: torch.dtype | None = None) -> dict[str, Tensor]:  # type: ignore[override]
         """The adapted parameters with the active adapters added, in their layout and dtype.
+
+        Args:
+            dequantise: Without effect: no weight here is quantised.
 
         Raises:
             ValueError: There is no active adapter, or a merged value is not finite.

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from . import quantised
 from .adapter import LoraAdapter
 from .base_layer import is_conv1d
+
+Merged = tuple[Tensor | nn.Module, Tensor | None]  # weight and bias, or a layer in place of the base
 
 
 def added(adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
@@ -30,8 +33,18 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, tensors)
 
 
-def exchange(base: nn.Linear, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Give the base these tensors, where there are any, and return those that it had in their place."""
+def exchange(layer: Any, weight: Tensor | nn.Module, bias: Tensor | None) -> Merged:
+    """Give a layer's base these tensors, where there are any, and return those that it had in their place.
+
+    Args:
+        layer: A ``LoraLinear``.
+        weight: Of the base; or another base.
+        bias: Of the base, or None.
+    """
+    base = layer.base_layer
+    if isinstance(weight, nn.Module):
+        layer.base_layer = weight
+        return base, None
     if quantised.kind_of(base):
         before = quantised.exchange(base, weight)
     else:
@@ -42,10 +55,15 @@ def exchange(base: nn.Linear, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return before, before_bias
 
 
-def merged(base: nn.Linear, adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
+def merged(base: nn.Linear, adapters: Sequence[LoraAdapter], dequantise: torch.dtype | None = None) -> Merged:
     """The base's weight and bias with the adapters added, in the base's layout and dtype; a bias that stays is None.
 
     A quantised weight is quantised again, which rounds it: the adapters' part may be lost in that.
+
+    Args:
+        base: The frozen layer.
+        adapters: At least one.
+        dequantise: The dtype of a plain layer that is to stand in the place of a quantised one.
 
     Raises:
         ValueError: A bias has nowhere to go, or a merged value is not finite.
@@ -53,10 +71,25 @@ def merged(base: nn.Linear, adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Te
     weight, bias = added(adapters)
     if bias is not None and base.bias is None:
         raise ValueError("lora_bias cannot be merged into a base layer without bias")
-    if quantised.kind_of(base):
-        return quantised.requantised(base, weight), None if bias is None else (base.bias + bias).to(base.bias.dtype)
-    weight = (base.weight + (weight.T if is_conv1d(base) else weight)).to(base.weight.dtype)
     bias = None if bias is None else (base.bias + bias).to(base.bias.dtype)
+    if quantised.kind_of(base):
+        if dequantise is None:
+            return quantised.requantised(base, weight), bias
+        weight = (quantised.written(base) + weight).to(dequantise)
+    else:
+        weight = (base.weight + (weight.T if is_conv1d(base) else weight)).to(base.weight.dtype)
     if not weight.isfinite().all() or not (bias is None or bias.isfinite().all()):
         raise ValueError("the merged weights are not all finite")
-    return weight, bias
+    return (_plain(base, weight, bias), None) if quantised.kind_of(base) else (weight, bias)
+
+
+def _plain(base: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer of the weight's dtype, frozen as the base is, in its mode; without a bias of its own, the base's."""
+    n, k = weight.shape
+    layer = nn.Linear(k, n, base.bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if base.bias is not None:
+        layer.bias = nn.Parameter(
+            (base.bias if bias is None else bias).to(weight.dtype, copy=True), requires_grad=False
+        )
+    return layer.train(base.training)

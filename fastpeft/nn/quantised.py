@@ -166,6 +166,34 @@ def _same(one: tuple, other: tuple) -> bool:
     return True
 
 
+def written(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The layer's weight ``[N, K]``.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    four = kind_of(module) == "Linear4bit"
+    base = base_of(module) if four else _eight_bit_base(module, module._parameters["weight"])
+    if isinstance(base, str):
+        raise ValueError(f"the weight {base}")
+    return ops.dequantise(base, dtype)
+
+
+def computed_in(module: nn.Module, model: nn.Module) -> torch.dtype | None:
+    """The dtype in which a quantised layer's library multiplies; None for other layers.
+
+    Args:
+        module: The layer.
+        model: That it is in: of int8 it is the dtype of what is not quantised there.
+    """
+    kind = kind_of(module)
+    if kind is None:
+        return None
+    found: Any = module.__dict__.get("compute_dtype") if kind == "Linear4bit" else None
+    plain = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    return found or next(plain, torch.float32)
+
+
 def requantised(module: nn.Module, delta: Tensor) -> nn.Parameter:
     """The layer's weight with ``delta`` ``[N, K]`` added, quantised again as its library does, and PEFT; not yet in it.
 
@@ -173,11 +201,8 @@ def requantised(module: nn.Module, delta: Tensor) -> nn.Parameter:
         ValueError: The weight cannot be read, or a sum is not finite.
     """
     weight: Any = module._parameters["weight"]
-    base = base_of(module) if kind_of(module) == "Linear4bit" else _eight_bit_base(module, weight)
-    if isinstance(base, str):
-        raise ValueError(f"the weight {base}")
     state = getattr(weight, "quant_state", None)
-    total = ops.dequantise(base, torch.float32 if state is None else state.dtype) + delta
+    total = written(module, torch.float32 if state is None else state.dtype) + delta
     if not total.isfinite().all():
         raise ValueError("the merged weights are not all finite")
     own = {"bnb_quantized", "data", "requires_grad", "module", "quant_state", "CB", "SCB"}

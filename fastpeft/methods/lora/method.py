@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from ...nn import quantised
 from ...nn.base_layer import not_adaptable_reason
 from ...nn.live_slice import LiveSlice
 from ...nn.lora import LoraLinear
@@ -151,8 +152,8 @@ class LoraMethod(Mergeable):
         record = self.record(model)
         layers = record.layers(model).values()
         modules: list[Any] = [m for m in (*layers, *record.wrappers(model).values()) if not m.disabled]
-        merged = [layer for layer in layers if layer.merged]
-        for layer in merged:
+        merged = [(layer, layer.merged_dtype()) for layer in layers if layer.merged]
+        for layer, _ in merged:
             layer.unmerge()
         enable_biases = record.biases.disable(model)
         for module in modules:
@@ -162,15 +163,15 @@ class LoraMethod(Mergeable):
             for module in modules:
                 module.disabled = False
             enable_biases()
-            for layer in merged:
-                layer.merge()
+            for layer, dtype in merged:
+                layer.merge(layer.merged_tensors(dtype))
 
         return enable
 
     def merged(self, model: nn.Module) -> bool:
         return any(layer.merged for layer in self.record(model).layers(model).values())
 
-    def prepare_merge(self, model: nn.Module) -> Callable[[], None] | None:
+    def prepare_merge(self, model: nn.Module, dequantise: bool = False) -> Callable[[], None] | None:
         names, ready = owners(model), []
         for path, layer in self.record(model).layers(model).items():
             if not layer.active:
@@ -178,7 +179,8 @@ class LoraMethod(Mergeable):
             for weight in layer.adapted(layer.active) if isinstance(layer, LoraExperts) else ("weight",):
                 _check_mergeable(path, layer.base_layer, weight, names)
             try:
-                ready.append((layer, layer.merged_tensors()))
+                dtype = quantised.computed_in(layer.base_layer, model) if dequantise else None
+                ready.append((layer, layer.merged_tensors(dtype)))
             except ValueError as error:
                 raise ValueError(f"merge: {path}: {error}") from None
 

@@ -72,6 +72,62 @@ def test_merged_with_pefts_rounding_and_back(bits, tmp_path):
         assert torch.equal(model(x).logits, before)
 
 
+@pytest.mark.parametrize("bits", FORMATS)
+def test_merged_into_weights_that_are_written_out_and_back(bits):
+    model, x = load(bits=bits).train(), ids()
+    fastpeft.attach(model, fastpeft.Lora(r=4, targets="all-linear", init="random"))
+    layer = model.model.layers[0].mlp.down_proj
+    base, weight = layer.base_layer, quantised.written(layer.base_layer) + layer.delta("default")[0]
+    with torch.no_grad():
+        before = model(x).logits
+        fastpeft.merge(model, dequantise=True)
+        assert type(layer.base_layer) is nn.Linear
+        assert torch.equal(layer.base_layer.weight, weight.to(BF16))
+        assert not layer.base_layer.weight.requires_grad
+        assert statuses(model) == {"merged into a weight that was written out"}
+        after = model(x).logits
+        assert (after - before).norm() < 8 * torch.finfo(BF16).eps * before.norm()
+        with fastpeft.disable_adapter(model):
+            assert layer.base_layer is base
+        assert torch.equal(model(x).logits, after)
+        with pytest.raises(ValueError, match="merged"):
+            fastpeft.save(model, "nowhere")
+        fastpeft.unmerge(model)
+        assert layer.base_layer is base
+        assert torch.equal(model(x).logits, before)
+
+
+def test_what_was_written_out_is_saved_as_a_model_that_never_was_quantised(tmp_path):
+    model, x = load(), ids()
+    fastpeft.attach(model, fastpeft.Lora(r=4, targets="all-linear", init="random"))
+    fastpeft.merge(model, dequantise=True)
+    logits = model(x).logits
+    model.save_pretrained(tmp_path / "merged")
+    assert model.is_quantized
+    fastpeft.unmerge(model)
+    fastpeft.merge(model, dequantise=True)
+    fastpeft.detach(model, keep_merged=True)
+    assert not model.is_quantized
+    model.save_pretrained(tmp_path / "detached")
+    for folder in ("merged", "detached"):
+        loaded = type(model).from_pretrained(tmp_path / folder, dtype=BF16)
+        assert type(loaded.model.layers[0].mlp.up_proj) is nn.Linear
+        assert torch.equal(loaded(x).logits, logits)
+
+
+def test_some_layers_written_out_are_no_model_that_can_be_saved(tmp_path):
+    model = load()
+    fastpeft.attach(model, fastpeft.Lora(r=4, targets=["q_proj"], init="random"))
+    with pytest.raises(TypeError, match="^merge: dequantise is 1"):
+        fastpeft.merge(model, dequantise=1)
+    fastpeft.merge(model, dequantise=True)
+    with pytest.raises(ValueError, match="k_proj is quantised, expected to be written out"):
+        model.save_pretrained(tmp_path)
+    assert model.is_quantized
+    fastpeft.detach(model, keep_merged=True)
+    assert model.is_quantized
+
+
 def test_few_rows_and_several_adapters():
     model, x = load(), ids(1, 5)
     fastpeft.attach(model, fastpeft.Lora(r=4, targets="all-linear", init="random"), name="one")
