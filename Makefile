@@ -6,7 +6,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 
 .PHONY: demo demo-methods demo-serve docs test test-all test-thorough test-oldest test-adapters \
-	test-nullgpu mutants peft-suite adapters-suite bench gpu check
+	test-nullgpu test-engines mutants peft-suite adapters-suite bench gpu check
 
 demo: .venv/demo
 	$(PY) -m fastpeft.cli demo
@@ -45,6 +45,10 @@ test-adapters: .venv/adapters
 # On a GPU that computes nothing: host time, launches, synchronisations, memory and capture of PyTorch's CUDA build.
 test-nullgpu: .venv-nullgpu/ready
 	.venv-nullgpu/bin/python -m bench.nullgpu -m pytest tests/nullgpu
+
+# In vLLM's engine and its server, whose build for CPUs runs our LoRA layers.
+test-engines: .venv-engines/ready
+	.venv-engines/bin/python -m pytest tests/engines
 
 # Breaks the package in one place at a time; a test must fail each time. `make test-all` runs a sample.
 mutants: .venv/ready
@@ -95,6 +99,11 @@ check: .venv/ready
 	sed '/^torch==/d; /^triton>/d' constraints.txt > .venv-nullgpu/constraints.txt
 	FASTPEFT_NO_CUDA=1 PIP_CONSTRAINT=.venv-nullgpu/constraints.txt \
 		.venv-nullgpu/bin/python -m pip install -e .[test] && .venv-nullgpu/bin/python -m fastpeft.cli build && touch $@
+
+.venv-engines/ready: constraints-engines.txt pyproject.toml setup.py
+	$(PYTHON) -m venv .venv-engines
+	PIP_CONSTRAINT= .venv-engines/bin/python -m pip install --no-deps -r constraints-engines.txt
+	FASTPEFT_NO_CUDA=1 .venv-engines/bin/python -m pip install --no-deps -e . && touch $@
 
 .venv/docs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $@

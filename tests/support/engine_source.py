@@ -84,8 +84,10 @@ def looker(names: dict[str, str]):
 
 if __name__ == "__main__":
     package, version, tree = sys.argv[1:]
-    interface = importlib.import_module(f"fastpeft.integrations.{package}").INTERFACE
+    plugin = importlib.import_module(f"fastpeft.integrations.{package}")
+    interface = plugin.INTERFACE | getattr(plugin, "CPU_INTERFACE", {})
     file = RECORDED / f"{package}.json"
     versions = json.loads(file.read_text()) if file.exists() else {}
     versions[version] = {target: said(Path(tree), target) for target in interface}
-    file.write_text(json.dumps(versions, indent=1) + "\n")
+    ordered = sorted(versions, key=lambda name: [int(part) for part in name.split(".")])
+    file.write_text(json.dumps({name: versions[name] for name in ordered}, indent=1) + "\n")

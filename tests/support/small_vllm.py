@@ -8,12 +8,10 @@ from torch import nn
 SLOTS, RANK, K = 4, 8, 24
 
 
-class PunicaWrapperGPU:
+class PunicaWrapperCPU:
     """vLLM's wrapper, as far as the plug-in sees it; ``mapping`` is the slots themselves."""
 
     def __init__(self, max_num_batched_tokens, max_batches, device, **kwargs):
-        self.max_loras = kwargs["lora_config"].max_loras
-        self.token_mapping_meta = types.SimpleNamespace(no_lora_flag_cpu=torch.tensor([False], device="cpu"))
         self._token_lora_indices = torch.empty(max_num_batched_tokens, dtype=torch.long)
 
     @property
@@ -23,12 +21,24 @@ class PunicaWrapperGPU:
     def update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs):
         self.tokens = len(mapping)
         self._token_lora_indices[: self.tokens] = torch.tensor(mapping)
-        self.token_mapping_meta.no_lora_flag_cpu[0] = all(slot < 0 for slot in mapping)
 
     def add_lora_linear(
         self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, **kwargs
     ) -> str:
         return "vLLM's own"
+
+
+class PunicaWrapperGPU(PunicaWrapperCPU):
+    """It also knows its slots, and whether a step has an adapter."""
+
+    def __init__(self, max_num_batched_tokens, max_batches, device, **kwargs):
+        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        self.max_loras = kwargs["lora_config"].max_loras
+        self.token_mapping_meta = types.SimpleNamespace(no_lora_flag_cpu=torch.tensor([False], device="cpu"))
+
+    def update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs):
+        super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
+        self.token_mapping_meta.no_lora_flag_cpu[0] = all(slot < 0 for slot in mapping)
 
 
 class BaseLinearLayerWithLoRA(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from fastpeft.integrations import vllm
+from fastpeft.integrations import _vllm_ranks, vllm
 from fastpeft.integrations._step import StepRouting, routing_of
 from fastpeft.ops import route
 from tests.support.backends import BACKENDS, DEVICE
@@ -16,16 +16,23 @@ from tests.support.small_vllm import (
     BaseLinearLayerWithLoRA,
     K,
     MergedColumnParallelLinearWithLoRA,
+    PunicaWrapperCPU,
     PunicaWrapperGPU,
 )
+
+_vllm_ranks.record_ranks(BaseLinearLayerWithLoRA)
 
 
 class Unwrapped(BaseLinearLayerWithLoRA):
     """A layer of somebody else's, defined after the plug-in ran."""
 
+    def set_lora(self, index, lora_a, lora_b):
+        self.reset_lora(index)
+        self.lora_a_stacked[0][index, 0].copy_(lora_a)
+        self.lora_b_stacked[0][index, 0].copy_(lora_b)
 
-vllm.record_ranks(BaseLinearLayerWithLoRA)
-FastPunicaWrapper = type("FastPunicaWrapper", (vllm._Fast, PunicaWrapperGPU), {})
+
+WRAPPERS = {"GPU": (vllm._Fast, PunicaWrapperGPU), "CPU": (vllm._FastCPU, PunicaWrapperCPU)}
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +41,9 @@ def _on_the_device():
         yield
 
 
-def wrapper(max_tokens=40, slots=SLOTS):
-    return FastPunicaWrapper(max_tokens, 8, DEVICE, lora_config=types.SimpleNamespace(max_loras=slots))
+def wrapper(kind="GPU"):
+    fast = type("FastPunicaWrapper", WRAPPERS[kind], {})
+    return fast(40, 8, DEVICE, lora_config=types.SimpleNamespace(max_loras=SLOTS))
 
 
 def whole(*shape, dtype=torch.float32):
@@ -97,9 +105,10 @@ def test_add_lora_linear_is_the_dense_formula(monkeypatch, backend, mapping, wid
     assert torch.equal(y.double(), expected)
 
 
-def test_scale_dtype_and_three_dimensions():
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_scale_dtype_and_three_dimensions(kind):
     ranks, mapping = (2, RANK, 0, 4), [0, 1, 3, 3]
-    fast, layer = wrapper(), loaded((16, 8), ranks, torch.float16)
+    fast, layer = wrapper(kind), loaded((16, 8), ranks, torch.float16)
     fast.update_metadata(mapping, [], SLOTS + 1, 0)
     x, y = whole(1, 4, K, dtype=torch.float16), torch.zeros(1, 4, 24, dtype=torch.float16)
     expected = dense(y[0], x[0], layer, mapping, ranks, scale=0.5)
@@ -116,8 +125,9 @@ def test_add_inputs_false_starts_from_zero():
     assert torch.equal(y.double(), dense(torch.zeros(4, 16), x, layer, mapping, ranks))
 
 
-def test_a_step_without_adapters_launches_nothing(monkeypatch):
-    fast, layer = wrapper(), loaded((16,), (2, 2, 2, 2))
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_step_without_adapters_launches_nothing(monkeypatch, kind):
+    fast, layer = wrapper(kind), loaded((16,), (2, 2, 2, 2))
     fast.update_metadata([-1] * 5, [], SLOTS + 1, 0)
     monkeypatch.setattr("fastpeft.integrations._step.multi_lora_", lambda *_: pytest.fail("launched"))
     y = torch.ones(5, 16)
@@ -192,7 +202,7 @@ def test_compiled_once_for_every_batch_and_mapping():
 
 
 def ranks_of(layer):
-    return vllm._RANKS[layer.lora_a_stacked[0].data_ptr()].tolist()
+    return _vllm_ranks.ranks_of(layer.lora_a_stacked[0]).tolist()
 
 
 def test_ranks_follow_the_adapters():
@@ -200,18 +210,17 @@ def test_ranks_follow_the_adapters():
     layer.set_lora(1, [torch.ones(3, K), None], [torch.ones(16, 3), None])
     layer.set_lora(3, [torch.ones(RANK, K), torch.ones(2, K)], [torch.ones(16, RANK), torch.ones(8, 2)])
     assert ranks_of(layer) == [[RANK, 3, RANK, RANK], [RANK, 0, RANK, 2]]
-    table = vllm._RANKS[layer.lora_a_stacked[0].data_ptr()]
+    table = _vllm_ranks.ranks_of(layer.lora_a_stacked[0])
     layer.set_lora(1, [torch.ones(1, K), torch.ones(4, K)], [torch.ones(16, 1), torch.ones(8, 4)])
     layer.reset_lora(3)
-    assert ranks_of(layer) == [[RANK, 1, RANK, RANK], [RANK, 4, RANK, RANK]]
-    assert vllm._RANKS[layer.lora_a_stacked[0].data_ptr()] is table, "a captured graph reads the first table"
+    assert ranks_of(layer) == [[RANK, 1, RANK, 0], [RANK, 4, RANK, 0]]
+    assert _vllm_ranks.ranks_of(layer.lora_a_stacked[0]) is table, "a captured graph reads the first table"
 
 
 def test_an_unknown_layer_counts_every_rank():
     """Its adapters are served in full: a table that nobody narrowed says R."""
     layer = Unwrapped()
-    layer.lora_a_stacked[0][2, 0] = 1
-    layer.lora_b_stacked[0][2, 0] = 1
+    layer.set_lora(2, torch.ones(RANK, K), torch.ones(16, RANK))
     fast = wrapper()
     fast.update_metadata([2], [], SLOTS + 1, 0)
     y = torch.zeros(1, 16)
@@ -221,7 +230,7 @@ def test_an_unknown_layer_counts_every_rank():
 
 def test_wrapping_twice_wraps_once():
     before = BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora
-    vllm.record_ranks(BaseLinearLayerWithLoRA)
+    _vllm_ranks.record_ranks(BaseLinearLayerWithLoRA)
     assert (BaseLinearLayerWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora) == before
 
 
@@ -229,6 +238,15 @@ def test_ranks_go_with_their_layer():
     layer = BaseLinearLayerWithLoRA()
     layer.set_lora(0, torch.ones(2, K), torch.ones(16, 2))
     address = layer.lora_a_stacked[0].data_ptr()
-    assert address in vllm._RANKS
+    assert address in _vllm_ranks._TABLES
     del layer
-    assert address not in vllm._RANKS
+    assert address not in _vllm_ranks._TABLES
+
+
+def test_ranks_noted_during_a_step_change_between_steps():
+    """Steps are in inference mode, and an adapter that is loaded over HTTP is not."""
+    layer = BaseLinearLayerWithLoRA()
+    with torch.inference_mode():
+        layer.set_lora(0, torch.ones(2, K), torch.ones(16, 2))
+    layer.set_lora(0, torch.ones(3, K), torch.ones(16, 3))
+    assert ranks_of(layer) == [[3, RANK, RANK, RANK]]

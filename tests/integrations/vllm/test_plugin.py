@@ -29,11 +29,17 @@ def test_recorded_version_has_the_interface(version):
     assert _interface.problems(vllm.INTERFACE, looker(VERSIONS[version])) == []
 
 
-def test_source_has_the_interface():
+@pytest.mark.parametrize("version", vllm.TESTED_CPU)
+def test_recorded_version_has_the_interface_of_cpus(version):
+    assert _interface.problems(vllm.CPU_INTERFACE, looker(VERSIONS[version])) == []
+
+
+@pytest.mark.parametrize("interface", ["INTERFACE", "CPU_INTERFACE"])
+def test_source_has_the_interface(interface):
     tree = tree_of("vllm")
     if tree is None:
         pytest.skip("vLLM is not installed; FASTPEFT_VLLM_SOURCE may name an unpacked wheel or a checkout")
-    assert _interface.problems(vllm.INTERFACE, lambda target: present(said(tree, target))) == []
+    assert _interface.problems(getattr(vllm, interface), lambda target: present(said(tree, target))) == []
 
 
 ADD = "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.add_lora_linear"
@@ -57,16 +63,20 @@ def test_a_difference_is_a_problem_and_an_addition_is_not(text, fits):
     assert [ADD in line for line in found] == ([] if fits else [True])
 
 
-@pytest.mark.parametrize("target", vllm.INTERFACE)
-def test_each_name_is_missed(target):
-    names = {name: text for name, text in VERSIONS["0.33.0"].items() if name != target}
-    assert [line.split()[0] for line in _interface.problems(vllm.INTERFACE, looker(names))] == [target]
+@pytest.mark.parametrize("interface", [vllm.INTERFACE, vllm.CPU_INTERFACE], ids=["CUDA", "CPU"])
+def test_each_name_is_missed(interface):
+    for target in interface:
+        names = {name: text for name, text in VERSIONS["0.32.0"].items() if name != target}
+        assert [line.split()[0] for line in _interface.problems(interface, looker(names))] == [target]
 
 
 class Platform:
     """vLLM's Platform; ``CudaPlatform`` names the wrapper that vLLM builds."""
 
     def is_cuda(self):
+        return False
+
+    def is_cpu(self):
         return False
 
     @classmethod
@@ -107,6 +117,7 @@ def engine(monkeypatch):
         "vllm.platforms.interface": {"Platform": Platform},
         "vllm.lora.punica_wrapper.punica_base": vars(wrapper),
         "vllm.lora.punica_wrapper.punica_gpu": {"PunicaWrapperGPU": small_vllm.PunicaWrapperGPU},
+        "vllm.lora.punica_wrapper.punica_cpu": {"PunicaWrapperCPU": small_vllm.PunicaWrapperCPU},
         "vllm.lora.ops.triton_ops.lora_kernel_metadata": {"LoRAKernelMeta": LoRAKernelMeta},
         "vllm.lora.layers.base_linear": {"BaseLinearLayerWithLoRA": Base},
     }
@@ -189,13 +200,39 @@ def test_vllm_builds_the_wrapper_and_a_second_call_changes_nothing(engine, monke
     assert hasattr(Base.reset_lora, "fastpeft")
 
 
+@pytest.fixture
+def cpu_engine(engine, monkeypatch):
+    """The same as vLLM's build for CPUs."""
+    monkeypatch.setattr(engine, "is_cuda", lambda self: False)
+    monkeypatch.setattr(engine, "is_cpu", lambda self: True)
+    monkeypatch.setattr(engine, "get_punica_wrapper", classmethod(lambda cls: vllm.REPLACED_CPU))
+    return engine
+
+
+def test_vllm_builds_the_wrapper_of_cpus(cpu_engine, monkeypatch):
+    monkeypatch.setenv("FASTPEFT_VLLM", "strict")
+    vllm.plugin()
+    module, _, name = cpu_engine.get_punica_wrapper().rpartition(".")
+    built = getattr(sys.modules[module], name)(8, 2, "cpu", lora_config=types.SimpleNamespace(max_loras=2))
+    assert isinstance(built, small_vllm.PunicaWrapperCPU)
+    assert not isinstance(built, small_vllm.PunicaWrapperGPU)
+
+
+def test_a_build_for_cpus_that_differs_is_left_alone(cpu_engine, monkeypatch):
+    monkeypatch.setenv("FASTPEFT_VLLM", "strict")
+    vllm.plugin()
+    monkeypatch.setattr(small_vllm.PunicaWrapperCPU, "add_lora_linear", lambda self, y: None)
+    with pytest.raises(RuntimeError, match=r"PunicaWrapperCPU.add_lora_linear is \(self, y\), expected \(self, y, x"):
+        cpu_engine.get_punica_wrapper()
+
+
 def broken(engine, monkeypatch, how):
     if how == "another wrapper":
         monkeypatch.setattr(engine, "get_punica_wrapper", classmethod(lambda cls: "other.Wrapper"))
         return "the platform's wrapper is other.Wrapper"
     if how == "not CUDA":
         monkeypatch.setattr(engine, "is_cuda", lambda self: False)
-        return "the platform is CudaPlatform, expected CUDA"
+        return "the platform is CudaPlatform, expected CUDA or CPU"
     if how == "a name is gone":
         monkeypatch.delattr(LoRAKernelMeta, "__annotations__")
         return "LoRAKernelMeta.no_lora_flag_cpu is missing"
