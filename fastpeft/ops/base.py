@@ -194,10 +194,7 @@ def _taken(count: int) -> Tensor:
     """The thread's buffer, or a new one where it is smaller or in use."""
     found, _kept.bytes = getattr(_kept, "bytes", None), None
     count = -(-count // 8) * 8
-    if found is not None and len(found) >= count:
-        return found
-    with torch.inference_mode(False):  # whose tensors could not be written into in training
-        return torch.empty(count, dtype=torch.uint8)
+    return found if found is not None and len(found) >= count else torch.empty(count, dtype=torch.uint8)
 
 
 def _contiguous(name: str, tensor: Tensor) -> Tensor:

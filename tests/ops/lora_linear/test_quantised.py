@@ -152,6 +152,22 @@ def test_a_cpu_keeps_one_buffer():
     assert found[0] == found[1] == found[2] != found[3]
 
 
+def test_a_cpus_buffer_grows_and_serves_second_gradients():
+    """Also where it was made in inference mode, by a smaller weight."""
+    p, (small, *_) = problem(FP64, rows=(3,)), bases(FP64)
+    p, small = p.map(Tensor.cpu), ops.Base(*(t.cpu() if isinstance(t, Tensor) else t for t in small))
+    large = four_bit(1 << 12, 70, 32, dtype=FP64)
+    x, weight = p.x.clone().requires_grad_(), ops.dequantise(large, FP64, backend="reference")
+    b = torch.zeros(1 << 12, p.lora_as[0].shape[0], dtype=FP64)
+    with torch.inference_mode():
+        for base, lora_b in ((small, p.lora_bs[0]), (large, b)):
+            y = ops.lora_linear(p.x, base, p.lora_as[0], lora_b, backend="reference")
+    torch.testing.assert_close(y.clone(), p.x @ weight.T)
+    y = ops.lora_linear(x, large, p.lora_as[0], b, backend="reference")
+    (dx,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(dx.sum(), x)[0], 2 * (torch.ones_like(p.x) @ weight.T @ weight))
+
+
 def test_bad_calls():
     p, (base, *_) = problem(), bases(FP32, k=64)
     with pytest.raises(ValueError, match="lora_linear: weight has K=64, expected K=70"):
