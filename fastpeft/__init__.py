@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .methods.switch import merge as merge
     from .methods.switch import set_adapter as set_adapter
     from .methods.switch import unmerge as unmerge
+    from .nn.dequantisers import register_dequantiser as register_dequantiser
     from .ops import explain as explain
 
 _MODULES = ("integrations", "methods", "nn", "ops", "reference", "serving", "testing")
@@ -72,6 +73,7 @@ _HOME = {
     "merge": "methods.switch",
     "per_row": "methods.per_row",
     "register": "integrations.peft",
+    "register_dequantiser": "nn.dequantisers",
     "report": "integrations.models",
     "restore": "integrations.models",
     "save": "methods.checkpoint",

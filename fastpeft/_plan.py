@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from . import _host
-from ._tape import Refused, Tape, recording
+from ._tape import Refused, Tape, recording, unrecorded
 
-__all__ = ["node", "planned", "refusals"]
+__all__ = ["node", "planned", "refusals", "unrecorded"]
 
 refusals: Counter[str] = Counter()  # why calls that were seen twice have no plan
 

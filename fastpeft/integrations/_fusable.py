@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._check import PLAIN
-from ..nn import quantised
+from ..nn import dequantisers, quantised
 from ..nn.guarding import GLOBAL_HOOKS, guard_child, guard_item, keep, kept
 from ..nn.plain import transform
 from ..nn.sharing import Branch
@@ -152,9 +152,15 @@ def _weight(base: Any) -> Any:
         if quantised.kind_of(base) is not None:
             found = quantised.base_of(base)
             return f"base_layer {found}" if isinstance(found, str) else found
+        other = dequantisers.base_of(base)
+        if other is not None:
+            return f"base_layer {other}" if isinstance(other, str) else other
         return f"base_layer is {_name(base)}, neither nn.Linear nor Conv1D"
     weight = _own(base, "weight")
     if type(weight) not in PLAIN:
+        other = dequantisers.base_of(base)
+        if other is not None:
+            return f"base_layer {other}" if isinstance(other, str) else other
         return f"base_layer.weight is {_name(weight)}, not a plain tensor"
     return weight if kind is nn.Linear else weight.T
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, ops
-from . import quantised
+from . import dequantisers, quantised
 from .branch import own_path_reason
 from .read_body import returns_several
 
@@ -32,8 +32,8 @@ def not_linear_reason(module: nn.Module) -> str | None:
 
 
 def not_adaptable_reason(module: nn.Module) -> str | None:
-    """None for what LoRA can stand around: such a layer, quantised by bitsandbytes, or a subclass that is called."""
-    if quantised.kind_of(module) is not None:
+    """None for what LoRA can stand around: such a layer, one that is written out, or a subclass that is called."""
+    if quantised.kind_of(module) is not None or (isinstance(module, nn.Linear) and dequantisers.reads(module)):
         return None
     reason = not_linear_reason(module)
     if reason is None or not isinstance(module, nn.Linear) or type(module).__module__.startswith("torch."):
@@ -54,7 +54,9 @@ def frozen_weight(module: Any) -> Tensor | ops.Base | str:
         return quantised.base_of(module)
     if is_conv1d(module):
         return module.weight.T
-    kind = type(module)
+    other, kind = dequantisers.base_of(module), type(module)
+    if other is not None:
+        return other
     return module.weight if kind is nn.Linear else f"is a {kind.__name__}"
 
 

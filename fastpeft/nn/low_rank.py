@@ -20,7 +20,7 @@ def low_rank(layer: Any, x: Tensor, weights: list[Any], bias: Tensor | None) -> 
     """
     adapters = layer._adapters(layer.active)
     lora_as, lora_bs = [a.lora_A for a in adapters], [a.lora_B for a in adapters]
-    frozen = x.dtype if quantised.kind_of(layer.base_layer) else layer.weight.dtype
+    frozen = x.dtype if quantised.is_read(layer.base_layer) else layer.weight.dtype
     dtype = served_dtype(lora_as[0].dtype, frozen)
     if any(a.dtype != dtype for a in lora_as):
         dtype = served_dtype(None, frozen)

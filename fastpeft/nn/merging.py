@@ -72,15 +72,17 @@ def merged(base: nn.Linear, adapters: Sequence[LoraAdapter], dequantise: torch.d
     if bias is not None and base.bias is None:
         raise ValueError("lora_bias cannot be merged into a base layer without bias")
     bias = None if bias is None else (base.bias + bias).to(base.bias.dtype)
-    if quantised.kind_of(base):
-        if dequantise is None:
+    if quantised.is_read(base):
+        if dequantise is None and quantised.kind_of(base):
             return quantised.requantised(base, weight), bias
+        if dequantise is None:
+            raise ValueError(f"a {type(base).__name__} cannot be quantised again, expected dequantise=True")
         weight = (quantised.written(base) + weight).to(dequantise)
     else:
         weight = (base.weight + (weight.T if is_conv1d(base) else weight)).to(base.weight.dtype)
     if not weight.isfinite().all() or not (bias is None or bias.isfinite().all()):
         raise ValueError("the merged weights are not all finite")
-    return (_plain(base, weight, bias), None) if quantised.kind_of(base) else (weight, bias)
+    return (_plain(base, weight, bias), None) if quantised.is_read(base) else (weight, bias)
 
 
 def _plain(base: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:

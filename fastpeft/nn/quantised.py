@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _check, ops
+from . import dequantisers
 from .guarding import guard_item, guard_lora
 
 FEW_ROWS = 32  # up to here bitsandbytes multiplies by the codes themselves, and a weight written out would be read once
@@ -35,6 +36,11 @@ def kind_of(module: nn.Module) -> str | None:
         if kind.__module__ == _MODULE and kind.__name__ in ("Linear4bit", "Linear8bitLt"):
             return kind.__name__ if type(module).forward is getattr(kind, "forward", None) else None
     return None
+
+
+def is_read(module: nn.Module) -> bool:
+    """Whether the layer's weight is written out: bitsandbytes', or that of a library with a dequantiser."""
+    return kind_of(module) is not None or dequantisers.reads(module)
 
 
 def base_of(module: nn.Module) -> ops.Base | str:
@@ -172,8 +178,10 @@ def written(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     Raises:
         ValueError: It cannot be read.
     """
-    four = kind_of(module) == "Linear4bit"
-    base = base_of(module) if four else _eight_bit_base(module, module._parameters["weight"])
+    base: Any = dequantisers.base_of(module)
+    if kind_of(module) is not None:
+        four = kind_of(module) == "Linear4bit"
+        base = base_of(module) if four else _eight_bit_base(module, module._parameters["weight"])
     if isinstance(base, str):
         raise ValueError(f"the weight {base}")
     return ops.dequantise(base, dtype)
@@ -184,13 +192,14 @@ def computed_in(module: nn.Module, model: nn.Module) -> torch.dtype | None:
 
     Args:
         module: The layer.
-        model: That it is in: of int8 it is the dtype of what is not quantised there.
+        model: That it is in: where the library multiplies in the input's, it is the dtype of what is not quantised.
     """
-    kind = kind_of(module)
-    if kind is None:
+    if not is_read(module):
         return None
-    found: Any = module.__dict__.get("compute_dtype") if kind == "Linear4bit" else None
-    plain = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    found: Any = dequantisers.computed_in(module)
+    if kind_of(module) == "Linear4bit":
+        found = module.__dict__.get("compute_dtype")
+    plain = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.dtype in _check.FLOATS)
     return found or next(plain, torch.float32)
 
 

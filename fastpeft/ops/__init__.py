@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _backend, _check
 from .._backend import Explanation
-from .base import Base, eight_bit, four_bit
+from .base import Base, eight_bit, four_bit, written_by
 from .bottleneck import bottleneck
 from .dequantise import dequantise
 from .dora_linear import dora_linear, dora_norm
@@ -42,9 +42,10 @@ __all__ = [
     "prompt_gather",
     "route",
     "row_linear",
+    "written_by",
 ]
 
-_OTHERS = ("Base", "ExpertLinear", "Explanation", "dora_norm", "eight_bit", "explain", "four_bit")
+_OTHERS = ("Base", "ExpertLinear", "Explanation", "dora_norm", "eight_bit", "explain", "four_bit", "written_by")
 OPS = tuple(name for name in __all__ if name not in _OTHERS)
 
 

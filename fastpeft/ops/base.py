@@ -8,17 +8,22 @@ costs more there than what is written: each thread keeps one buffer, of the larg
 sizes this beats a GEMM that reads the codes, which would decode them again for every block of rows.
 """
 
+import itertools
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _backend
+from .._plan import unrecorded
 
 TABLES = 5  # tensors of a Base beside its codes
 _LAYOUT = 4  # and numbers: N, K, block, block2
+_writers: "weakref.WeakValueDictionary[int, _Writer]" = weakref.WeakValueDictionary()  # by their numbers in layouts
+_numbers = itertools.count(1)
 _kept = threading.local()  # ``bytes``: a CPU's buffer, while nobody writes into it
 
 
@@ -121,6 +126,45 @@ def eight_bit(codes: Tensor, absmax: Tensor, dtype: torch.dtype | None = None) -
     return Base(codes, absmax.view(-1), absent, absent, absent, absent, (n, k), k, 1, dtype)
 
 
+class _Writer:
+    """The function behind a ``Base`` of another library; the tensor that stands for its codes keeps it."""
+
+    def __init__(self, function: Callable[[], Tensor]):
+        self.function = function
+
+
+def written_by(
+    function: Callable[[], Tensor], shape: Sequence[int], device: torch.device | str, dtype: torch.dtype | None = None
+) -> Base:
+    """A weight in a format of which nothing is known here but how it is written out.
+
+    Args:
+        function: gives W ``[N, K]`` in a floating-point dtype, on ``device``; asked anew in forward and in backward.
+        shape: N and K.
+        device: where W is.
+        dtype: in which its library multiplies by it; None: in that of x.
+    """
+    n, k = (int(size) for size in shape)
+    absent, number = torch.empty(0, device=device), next(_numbers)
+    codes: Any = torch.empty(1, dtype=torch.uint8, device=device)
+    codes.fastpeft_writer = _writers[number] = _Writer(function)
+    return Base(codes, absent, absent, absent, absent, absent, (n, k), 1, -number, dtype)
+
+
+def opaque(number: int, shape: Sequence[int], like: torch.dtype) -> Tensor:
+    """What the function of ``written_by`` gives, in this dtype; ``number`` is the ``block2`` of its ``Base``."""
+    writer = _writers.get(-number)
+    if writer is None:
+        raise RuntimeError("Base: the layer that a weight was to be read from is gone")
+    unrecorded("weights that another library writes out")
+    with torch.no_grad():
+        weight = writer.function()
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or tuple(weight.shape) != tuple(shape):
+        found = f"{list(weight.shape)} in {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"Base: a weight was written out as {found}, expected {list(shape)} in a floating-point dtype")
+    return weight.detach().to(like)
+
+
 def parts(weights: Sequence) -> tuple[list, list[Tensor], list[int]]:
     """Weights as an op's schema has them: the tensors, the tables behind their codes, and their layouts.
 
@@ -170,7 +214,8 @@ class Written:
     def __iter__(self) -> Iterator[Tensor]:
         found = shapes(self.weights, self.layouts)
         impl = _backend.load("dequantise", self.backend)
-        count = max(n * k for n, k in filter(None, found))
+        own = [size for p, size in enumerate(found) if size and self.layouts[_LAYOUT * p + 3] > 0]
+        count = max((n * k for n, k in own), default=0)
         keeps = self.backend == "reference" and self.like.device.type == "cpu"
         scratch = _taken(count * self.like.itemsize).view(self.like.dtype) if keeps else self.like.new_empty(count)
         tables = iter(self.tables)
@@ -178,9 +223,13 @@ class Written:
             if shape is None:
                 yield weight
                 continue
-            out = scratch[: shape[0] * shape[1]].view(shape)
+            given = [next(tables) for _ in range(TABLES)]
             block, block2 = self.layouts[_LAYOUT * p + 2 : _LAYOUT * (p + 1)]
-            impl.write(out, weight, *(next(tables) for _ in range(TABLES)), block, block2)
+            if block2 < 0:
+                yield opaque(block2, shape, self.like.dtype)
+                continue
+            out = scratch[: shape[0] * shape[1]].view(shape)
+            impl.write(out, weight, *given, block, block2)
             yield out
         if keeps:
             _kept.bytes = scratch.view(torch.uint8)

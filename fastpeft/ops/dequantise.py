@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _backend, _check
 from .._library import register_op
-from .base import TABLES, Base
+from .base import TABLES, Base, opaque
 
 
 def _implementation(codes, absmax, code, absmax2, code2, offset, shape, block, block2, dtype, backend):
@@ -39,7 +39,7 @@ def dequantise(base: Base, dtype: torch.dtype | None = None, backend: str | None
     """The weight ``[N, K]`` of a ``Base``: float32 products, rounded once to ``dtype``; a constant to autograd.
 
     Args:
-        base: made by ``fastpeft.ops.four_bit`` or ``fastpeft.ops.eight_bit``.
+        base: made by ``fastpeft.ops.four_bit``, ``fastpeft.ops.eight_bit`` or ``fastpeft.ops.written_by``.
         dtype: float16, bfloat16, float32 or float64; None is the base's, float32 without one.
         backend: "cuda", "triton" or "reference", which then serves the call, or raises with the reason why it cannot.
             None takes the environment's ``FASTPEFT_BACKEND``, and without one the first of the three that can serve.
@@ -54,6 +54,8 @@ def dequantise(base: Base, dtype: torch.dtype | None = None, backend: str | None
     if not isinstance(base, Base):
         raise TypeError(f"dequantise: base is {_check.shown(base)}, expected a fastpeft.ops.Base")
     dtype = _check.dtype_or_none("dequantise", "dtype", dtype) or base.dtype or torch.float32
+    if base.block2 < 0:
+        return opaque(base.block2, base.shape, dtype)
     backend = _backend.choose("dequantise", backend, REASONS, base.codes, dtype)
     shape = [int(size) for size in base.shape]
     return _dequantise(*base[: 1 + TABLES], shape, base.block, base.block2, dtype, backend)[0]
