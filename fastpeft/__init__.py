@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .methods.selective.selection import Selection as Selection
     from .methods.selective.selection import load_selective as load_selective
     from .methods.selective.selection import select as select
+    from .methods.serving_bits import serving_bits as serving_bits
     from .methods.switch import active_adapters as active_adapters
     from .methods.switch import disable_adapter as disable_adapter
     from .methods.switch import merge as merge
@@ -78,6 +79,7 @@ _HOME = {
     "restore": "integrations.models",
     "save": "methods.checkpoint",
     "select": "methods.selective.selection",
+    "serving_bits": "methods.serving_bits",
     "set_adapter": "methods.switch",
     "unmerge": "methods.switch",
 }

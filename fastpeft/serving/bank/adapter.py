@@ -20,6 +20,7 @@ from ...methods.formats.peft_format import from_peft
 from ...methods.formats.verdict import examine
 from ...methods.lora.config import Lora
 from ...methods.targets import ALL_LINEAR, names
+from ...nn.slot_rank import slot_rank
 from ..errors import BadCheckpoint
 from .experts import ExpertSite, by_parameter
 from .sites import Site, unserved_reason
@@ -112,7 +113,7 @@ def read_adapter(
     pairs = _pairs(op, name, model, {site.path: site for site in sites}, tensors)
     _check_pairs(op, name, lora, sites, pairs, max_rank, parameters)
     pin = sites[0].device.type == "cuda"
-    padded = sites[0].device.type == "cpu"
+    on_cpu = sites[0].device.type == "cpu"
     ranks, scales = torch.zeros(len(sites), dtype=torch.int32), torch.zeros(len(sites))
     host: dict[Site, tuple[Tensor, Tensor]] = {}
     for site, (a, b) in pairs.items():
@@ -120,7 +121,7 @@ def read_adapter(
         if isinstance(site, ExpertSite):
             (a, b), served = site.stacked(a, b), r
         else:
-            served = _rank_class(r, max_rank) if padded else r
+            served = slot_rank(r, max_rank, on_cpu)
         a, b = pad(a, (0, 0, 0, served - r)), pad(b, (0, served - r))
         host[site] = _host(op, name, site, a.T if site.embedding else a, pin), _host(op, name, site, b, pin)
         ranks[site.index] = served
@@ -129,11 +130,6 @@ def read_adapter(
             raise BadCheckpoint(f"{op}: {name!r} has scale {scale} at {site.path}, expected a number of float32")
         scales[site.index] = scale
     return Adapter(name, host, ranks.pin_memory() if pin else ranks, scales.pin_memory() if pin else scales)
-
-
-def _rank_class(rank: int, max_rank: int) -> int:
-    """8, 16, 32, ...: a CPU takes adapters of one rank together; so few are apart, and less than half is zeros."""
-    return min(max(8, 1 << (rank - 1).bit_length()), max_rank)
 
 
 def _read(
