@@ -6,6 +6,7 @@ the attached model reads: that is how Trainer resumes and loads its best model. 
 are written, since that is what merging is for.
 """
 
+import functools
 import inspect
 import sys
 import warnings
@@ -26,6 +27,7 @@ from .switch import disable_adapter
 
 ATTRIBUTE = "save_pretrained"
 _MARK = "fastpeft."
+_THEIRS = "fastpeft_original"  # on a quantizer's class: what it was
 
 
 class SavePretrained:
@@ -97,11 +99,20 @@ def _written_out(model: nn.Module) -> bool:
     return method == "bitsandbytes" and any(getattr(m, "merged_dtype", bool)() for m in model.modules())
 
 
+@functools.cache
+def _trained(kind: type) -> type:
+    """A transformers quantizer that says that its model is trained, as Trainer asks where it sees no PEFT."""
+    return type(kind.__name__, (kind,), {"is_qat_trainable": True, _THEIRS: kind, "__module__": __name__})
+
+
 def put_up(holder: nn.Module) -> None:
     """Have the modules that can save themselves do so as above; ``take_down`` undoes it."""
     for module in holder.modules():
         if callable(getattr(type(module), ATTRIBUTE, None)) and not is_added(module):
             module.__dict__[ATTRIBUTE] = SavePretrained(module, holder)
+        quantizer = vars(module).get("hf_quantizer")
+        if getattr(quantizer, "is_trainable", False) and not hasattr(quantizer, _THEIRS):
+            quantizer.__class__ = _trained(type(quantizer))
     holder.register_load_state_dict_pre_hook(_before_loading)
     holder.register_load_state_dict_post_hook(_after_loading)
     holder.register_state_dict_post_hook(_refuse_outside)
@@ -112,6 +123,9 @@ def take_down(holder: nn.Module) -> None:
     for module in holder.modules():
         if isinstance(module.__dict__.get(ATTRIBUTE), SavePretrained):
             del module.__dict__[ATTRIBUTE]
+        quantizer = vars(module).get("hf_quantizer")
+        if hasattr(quantizer, _THEIRS):
+            quantizer.__class__ = getattr(quantizer, _THEIRS)
     ours = (_before_loading, _after_loading, _refuse_outside)
     for hooks in (holder._load_state_dict_pre_hooks, holder._load_state_dict_post_hooks, holder._state_dict_hooks):
         for number, hook in list(cast(Any, hooks).items()):

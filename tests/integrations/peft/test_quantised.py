@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import fastpeft
@@ -132,26 +132,6 @@ def test_models_train_as_with_peft(family, bits):
     assert all(torch.equal(found[name], again[name]) for name in found)
     fastpeft.restore(model)
     assert {type(m).__module__ for m in model.modules() if hasattr(m, "lora_A")} == {"peft.tuners.lora.bnb"}
-
-
-def test_the_loss_falls_as_with_peft():
-    curves = []
-    for ours in (False, True):
-        model = adapted(prepare_model_for_kbit_training(load("llama", "nf4 nested"))).train()
-        if ours:
-            fastpeft.accelerate(model, strict=True)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses = []
-        for _ in range(10):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", BF16):
-                loss = model(ids(), labels=ids()).loss
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        curves.append(torch.tensor(losses))
-    assert curves[0][-1] < curves[0][0] - 0.25
-    assert (curves[0] - curves[1]).abs().max() < 0.1 * (curves[0][0] - curves[0][-1])
 
 
 def test_saved_and_loaded_both_ways(tmp_path):

@@ -52,6 +52,7 @@ def test_saved_for_peft(tmp_path):
     base = load().train()
     fastpeft.detach(model)
     assert torch.equal(model(x).logits, base(x).logits)
+    assert type(model.hf_quantizer) is type(base.hf_quantizer)
 
 
 @pytest.mark.parametrize("bits", FORMATS)
