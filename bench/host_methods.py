@@ -20,10 +20,12 @@ Steps = dict[str, Callable[[], object]]
 
 
 def _training(model: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], object]:
+    parameters = [*model.parameters()]
+
     def step() -> Tensor:
         y = forward()
         y.backward(torch.zeros_like(y))
-        for parameter in model.parameters():
+        for parameter in parameters:
             parameter.grad = None
         return y
 

@@ -47,6 +47,7 @@ __all__ = [
 
 _OTHERS = ("Base", "ExpertLinear", "Explanation", "dora_norm", "eight_bit", "explain", "four_bit", "written_by")
 OPS = tuple(name for name in __all__ if name not in _OTHERS)
+_UNPLANNED = ("dequantise", "prompt_gather", "route")  # called once a step, or inside of another
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:
@@ -74,7 +75,7 @@ def explain(op: str, *args, **kwargs) -> Explanation:
         facts = module.facts(given)
     except KeyError as error:
         raise TypeError(f"explain: {op} needs {error.args[0]} beside {', '.join(given) or 'nothing'}") from None
-    return _backend.explain(op, page, given.get("backend"), module.REASONS, *facts, planned=hasattr(module, "_planned"))
+    return _backend.explain(op, page, given.get("backend"), module.REASONS, *facts, planned=op not in _UNPLANNED)
 
 
 def _bound(op: str, function: Callable, args: Sequence, kwargs: Mapping) -> dict:

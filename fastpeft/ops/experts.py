@@ -21,176 +21,19 @@ Implementation" (2024) for products that gather and combine.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _backend, _check
-from .._library import register_op
+from .. import _check
 from .._mask import threshold
-from ..reference.experts import ExpertLinear, ExpertRouting, experts_of_rows
-from ..reference.experts_grouped import grouped_matmul, laid_out_as
-from ..reference.routing import Routing
+from .._plan import planned
+from ..reference.experts import ExpertLinear
 from . import experts_arguments as arguments
+from . import experts_registered as registered
 from .experts_arguments import REASONS, facts
 
 __all__ = ["REASONS", "ExpertLinear", "experts", "facts"]
-
-
-def _implementation(x, weight, bias, lora_a, lora_b, weights, seeds, tables, scale, dropout, tile, up, backend):
-    impl, routing = _backend.load("experts", backend), _routing(tables, tile)
-    rows = x.index_select(0, routing.tokens) if up else x
-    y = grouped_matmul(rows, weight.mT, routing.rows.starts)
-    if bias.numel():
-        y.add_(bias.index_select(0, experts_of_rows(routing.rows)))
-    s = x.new_empty(0)
-    if lora_a.numel():
-        s = impl.shrink(rows, lora_a, routing.rows, scale, dropout, seeds)
-        impl.expand_(y, s, lora_b, routing.rows, 0.0, None)
-    return [y if up else impl.combine(y, weights, routing, y.dtype)], s
-
-
-def _fake(x, weight, bias, lora_a, lora_b, weights, seeds, tables, scale, dropout, tile, up, backend):
-    tokens, places = tables[:2]
-    y = x.new_empty(tokens.shape[0] if up else places.shape[0], weight.shape[1])
-    shape = (tokens.shape[0], lora_a.shape[1]) if lora_a.dim() == 3 else (0,)
-    return [y], x.new_empty(shape, dtype=torch.promote_types(lora_a.dtype, torch.float32))
-
-
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, lora_a, lora_b, weights, seeds, tables, *ctx.settings = inputs
-    ctx.needs = [t.requires_grad for t in (x, weight, bias, lora_a, lora_b, weights)]
-    ctx.save_for_backward(*_kept(ctx.needs, x, output[1]), weight, bias, lora_a, lora_b, weights, seeds, *tables)
-
-
-def _kept(needs, x, s):
-    """x and S, where the gradients that are asked for read them."""
-    _, need_dw, _, need_da, need_db, need_dweights = needs
-    absent = x.new_empty(0)
-    return x if need_dw or need_da or need_dweights else absent, s if need_db or need_dweights else absent
-
-
-def _backward(ctx, grads, _):
-    x, s, weight, bias, lora_a, lora_b, weights, seeds, *tables = ctx.saved_tensors
-    found = _expert_linear_backward(
-        grads[0], x, s, weight, bias, lora_a, lora_b, weights, seeds, tables, ctx.needs, *ctx.settings
-    )
-    return *(grad if need else None for grad, need in zip(found, ctx.needs, strict=True)), None, [None] * 5, *[None] * 5
-
-
-def _no_second_gradients(ctx, grads):
-    raise RuntimeError("experts: gradients of gradients are not served; fastpeft.reference.experts has them")
-
-
-def _backward_implementation(
-    dy, x, s, weight, bias, lora_a, lora_b, weights, seeds, tables, needs, scale, dropout, tile, up, backend
-):
-    """``[dx, dweight, dbias, dlora_a, dlora_b, dweights]``; what is not needed is an empty tensor."""
-    impl, routing = _backend.load("experts", backend), _routing(tables, tile)
-    rows, places = routing.rows, routing.places
-    need_dx, need_dw, need_dbias, need_da, need_db, need_dweights = needs
-    dx: Any = None
-    ds: Any = None
-    dw = dbias = da = db = dweights = None
-    d = dy if up else dy.to(weight.dtype).index_select(0, routing.tokens)
-    low_rank = bool(lora_a.numel())
-    if low_rank and (need_dx or need_da or need_dweights):
-        ds = impl.shrink(d, lora_b.mT, rows, scale, 0.0, None)
-    wide = torch.promote_types(d.dtype, torch.float32)
-    if need_dx or need_dweights:
-        dx = grouped_matmul(d, weight, rows.starts)
-    if need_dweights:
-        of_row = (dx.to(wide) * x).sum(1)
-        if bias.numel():
-            of_row += (d.to(wide) * bias.index_select(0, experts_of_rows(rows))).sum(1)
-        if low_rank and scale:
-            of_row += (ds * s).sum(1).div_(scale)
-        dweights = torch.where(places < rows.starts[-1], of_row[places], 0).to(weights.dtype)
-    if need_dx and low_rank:
-        impl.expand_(dx, ds, lora_a.mT, rows, dropout, seeds)
-    w: Any = None if up else _of_rows(weights, places)
-    weighted = (lambda t: t) if up else lambda t: t * w.to(t.dtype)
-    if need_da:
-        da = laid_out_as(impl.dlora_a(weighted(ds), x, routing, up, dropout, seeds, lora_a.dtype), lora_a)
-    if need_db:
-        db = laid_out_as(impl.dlora_b(d, weighted(s), routing, lora_b.dtype), lora_b)
-    if need_dw:
-        dw = laid_out_as(impl.dlora_a(weighted(d.to(wide)), x, routing, up, 0.0, None, weight.dtype), weight)
-    if need_dbias:
-        dbias = impl.dbias(d, weighted(d.new_ones(len(d), 1, dtype=wide)), routing, bias.dtype)
-    if need_dx:
-        dx = impl.combine(dx, None, routing, dx.dtype) if up else dx.mul_(w.to(dx.dtype))
-    found = dx if need_dx else None, dw, dbias, da, db, dweights
-    return [dy.new_empty(0) if grad is None else grad for grad in found]
-
-
-def _backward_fake(dy, x, s, weight, bias, lora_a, lora_b, weights, seeds, tables, needs, *settings):
-    *_, up, _ = settings
-    tokens, places = tables[:2]
-    dx = weight.new_empty((places if up else tokens).shape[0], weight.shape[2])
-    pairs = ((t.new_empty(t.shape), t) for t in (weight, bias, lora_a, lora_b))
-    parameters = (laid_out_as(grad, t) if t.dim() == 3 else grad for grad, t in pairs)
-    grads = dx, *parameters, weights.new_empty(weights.shape)
-    return [grad if need else dy.new_empty(0) for grad, need in zip(grads, needs, strict=True)]
-
-
-def _routing(tables, tile) -> ExpertRouting:
-    tokens, places, order, starts, tiles = tables
-    return ExpertRouting(tokens, places, Routing(order, starts, tiles, starts.shape[0] - 1, tile))
-
-
-def _of_rows(weights: Tensor, places: Tensor) -> Tensor:
-    """The router's weight of each row: ``[M, 1]``."""
-    rows = weights.new_empty(places.numel())
-    return rows.index_copy_(0, places.reshape(-1).long(), weights.reshape(-1))[:, None]
-
-
-_OPERANDS = "Tensor weight, Tensor bias, Tensor lora_a, Tensor lora_b, Tensor weights, Tensor seeds, Tensor[] tables, "
-_SETTINGS = "float scale, float dropout, int tile, bool up, str backend"
-_expert_linear_backward = register_op(
-    "expert_linear_backward",
-    f"(Tensor dy, Tensor x, Tensor s, {_OPERANDS}bool[] needs, {_SETTINGS}) -> Tensor[]",
-    _backward_implementation,
-    _backward_fake,
-)
-_expert_linear = register_op(
-    "expert_linear",
-    f"(Tensor x, {_OPERANDS}{_SETTINGS}) -> (Tensor[], Tensor)",
-    _implementation,
-    _fake,
-    _setup_context,
-    _backward,
-    _no_second_gradients,
-)
-
-
-class _OfActivation(torch.autograd.Function):
-    """``_expert_linear`` of ``activation(u)``, which keeps u and computes ``activation(u)`` again."""
-
-    @staticmethod
-    def forward(ctx, activation, u, h, weight, bias, lora_a, lora_b, weights, seeds, tables, settings):
-        (y,), s = _expert_linear(h, weight, bias, lora_a, lora_b, weights, seeds, tables, *settings)
-        ctx.activation, ctx.settings = activation, settings
-        ctx.needs = [t.requires_grad for t in (u, weight, bias, lora_a, lora_b, weights)]
-        _, s = _kept(ctx.needs, u, s)
-        ctx.save_for_backward(u, s, weight, bias, lora_a, lora_b, weights, seeds, *tables)
-        ctx.autocast = u.device.type, torch.get_autocast_dtype(u.device.type), torch.is_autocast_enabled(u.device.type)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        if torch.is_grad_enabled():  # create_graph=True
-            _no_second_gradients(ctx, dy)
-        u, s, weight, bias, lora_a, lora_b, weights, seeds, *tables = ctx.saved_tensors
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            u = u.detach().requires_grad_()
-            h = ctx.activation(u).to(weight.dtype)
-        operands = s, weight, bias, lora_a, lora_b, weights, seeds, tables
-        dh, *found = _expert_linear_backward(dy, h.detach(), *operands, ctx.needs, *ctx.settings)
-        du = torch.autograd.grad(h, u, dh) if ctx.needs[0] else (None,)
-        found = (grad if need else None for grad, need in zip(found, ctx.needs[1:], strict=True))
-        return None, *du, None, *found, None, None, None
 
 
 def experts(
@@ -232,29 +75,30 @@ def experts(
     Raises:
         TypeError, ValueError: naming the argument, what it is and what was expected.
     """
-    arguments.tokens(x, top_k_index, top_k_weights)
     if not callable(activation):
         raise TypeError(f"experts: activation is {_check.shown(activation)}, expected a function of a tensor")
-    up = arguments.projection("up", up, x, {"K": x.shape[1]})
-    down = arguments.projection("down", down, x, {"E": len(up.weight), "N": x.shape[1]}, up.weight.dtype)
+    up, down = arguments.numbers("up", up), arguments.numbers("down", down)
+    with torch.no_grad():
+        tables = _routed(x, top_k_index, top_k_weights, up, down, tile, backend)
     backend = arguments.backend(backend, x, up, down)
-    dropout = max(up.dropout, down.dropout)
-    seeds = arguments.seeds(seeds, len(up.weight), bool(threshold(dropout)), x)
-    tile = arguments.default_tile(up.weight.dtype, dropout) if tile is None else tile
-    routing = arguments.routing(top_k_index, len(up.weight), tile, backend)
-    (u,), _ = _expert_linear(*_operands(x.to(up.weight.dtype), up, x.new_empty(0), seeds[0], routing), True, backend)
+    tile = arguments.tile(tile, up, down, top_k_index)
+    seeds = arguments.seeds(seeds, len(up.weight), bool(threshold(max(up.dropout, down.dropout))), x)
+    of_up, of_down = (None, None) if seeds is None else seeds
+    (u,) = _up(x.to(up.weight.dtype), up, of_up, tables, tile, backend)
     plain = not torch.compiler.is_compiling() and type(u) is Tensor
     h = activation(u.detach()) if plain else None
     if h is not None and not h.requires_grad:
         _check_activation(h, u, down)
-        operands = _operands(h.to(down.weight.dtype), down, top_k_weights, seeds[1], routing)
-        y = _OfActivation.apply(activation, u, *operands[:8], (*operands[8:], False, backend))
+        h = h.to(down.weight.dtype)
+        y = _OfActivation.apply(activation, u, h, *down[:4], top_k_weights, of_down, tables, (*down[4:], tile, backend))
     else:  # compiled, or the activation trains parameters of its own, which rows without an expert must not reach
-        used = (routing.rows.order < routing.rows.starts[-1])[:, None]
+        _, _, order, starts, _ = tables
+        used = (order < starts[-1])[:, None]
         h = activation(torch.where(used, u, 0))
         _check_activation(h, u, down)
         h = torch.where(used, h, 0).to(down.weight.dtype)
-        (y,), _ = _expert_linear(*_operands(h, down, top_k_weights, seeds[1], routing), False, backend)
+        operands = _operands(h, down, top_k_weights, of_down, tables, tile)
+        (y,), _ = registered.expert_linear(*operands, False, backend)
     return y.to(x.dtype)
 
 
@@ -264,10 +108,76 @@ def _check_activation(h: Tensor, u: Tensor, down: ExpertLinear) -> None:
         raise ValueError(f"experts: activation returns shape {list(h.shape)}, expected {expected}")
 
 
-def _operands(x: Tensor, linear: ExpertLinear, weights: Tensor, seeds: Tensor, routing: ExpertRouting) -> tuple:
+@planned
+def _routed(x, top_k_index, top_k_weights, up, down, tile, backend):
+    """Check every tensor and sort the rows: tokens, places, and the routing's order, starts and tiles."""
+    arguments.tokens(x, top_k_index, top_k_weights)
+    arguments.projection("up", up, x, {"K": x.shape[1]})
+    arguments.projection("down", down, x, {"E": len(up.weight), "N": x.shape[1]}, up.weight.dtype)
+    backend = arguments.backend(backend, x, up, down)
+    tile = arguments.tile(tile, up, down, top_k_index)
+    tokens, places, rows = arguments.routing(top_k_index, len(up.weight), tile, backend)
+    return [tokens, places, *rows[:3]]
+
+
+@planned
+def _up(x, linear, seeds, tables, tile, backend):
+    (u,), _ = registered.expert_linear(*_operands(x, linear, None, seeds, tables, tile), True, backend)
+    return [u]
+
+
+@planned
+def _down(h, linear, weights, seeds, tables, tile, backend):
+    """y, and S where there is an adapter; without gradients."""
+    (y,), s = registered.expert_linear(*_operands(h, linear, weights, seeds, tables, tile), False, backend)
+    return [y] if linear.lora_a is None else [y, s]
+
+
+@planned
+def _gradients(dy, h, s, linear, weights, seeds, tables, needs, tile, backend):
+    """Of ``_down``, those that are needed."""
+    h, *operands = _operands(h, linear, weights, seeds, tables, tile)
+    s = h.new_empty(0) if s is None else s
+    *operands, scale, dropout, tile = operands
+    found = registered.expert_linear_backward(dy, h, s, *operands, needs, scale, dropout, tile, False, backend)
+    return [grad for grad, need in zip(found, needs, strict=True) if need]
+
+
+def _operands(x, linear, weights, seeds, tables, tile) -> tuple:
     """The ops' arguments up to ``up`` and ``backend``: what is absent is empty."""
     weight, bias, lora_a, lora_b, scale, dropout = linear
     absent = x.new_empty(0)
-    optional = (absent if tensor is None else tensor for tensor in (bias, lora_a, lora_b))
-    tables = [routing.tokens, routing.places, *routing.rows[:3]]
-    return x, weight, *optional, weights, seeds, tables, scale, dropout, routing.rows.tile
+    optional = (absent if tensor is None else tensor for tensor in (bias, lora_a, lora_b, weights))
+    seeds = absent.new_empty(0, dtype=torch.int64) if seeds is None else seeds
+    return x, weight, *optional, seeds, list(tables), scale, dropout, tile
+
+
+class _OfActivation(torch.autograd.Function):
+    """``_down`` of ``activation(u)``, which keeps u and computes ``activation(u)`` again."""
+
+    @staticmethod
+    def forward(ctx, activation, u, h, weight, bias, lora_a, lora_b, weights, seeds, tables, settings):
+        linear = ExpertLinear(weight, bias, lora_a, lora_b, *settings[:2])
+        y, *s = _down(h, linear, weights, seeds, tables, *settings[2:])
+        ctx.activation, ctx.settings = activation, settings
+        trained = u, weight, bias, lora_a, lora_b, weights
+        ctx.needs = [t is not None and t.requires_grad for t in trained]
+        _, s = registered.kept(ctx.needs, u, s[0]) if s else (u, None)
+        ctx.save_for_backward(u, s, weight, bias, lora_a, lora_b, weights, seeds, *tables)
+        ctx.autocast = u.device.type, torch.get_autocast_dtype(u.device.type), torch.is_autocast_enabled(u.device.type)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if torch.is_grad_enabled():  # create_graph=True
+            registered.no_second_gradients(ctx, dy)
+        u, s, weight, bias, lora_a, lora_b, weights, seeds, *tables = ctx.saved_tensors
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            u = u.detach().requires_grad_()
+            h = ctx.activation(u).to(weight.dtype)
+        scale, dropout, tile, backend = ctx.settings
+        linear = ExpertLinear(weight, bias, lora_a, lora_b, scale, dropout)
+        given = iter(_gradients(dy, h.detach(), s, linear, weights, seeds, tables, ctx.needs, tile, backend))
+        dh, *found = (next(given) if need else None for need in ctx.needs)
+        du = None if dh is None else torch.autograd.grad(h, u, dh)[0]
+        return None, du, None, *found, None, None, None

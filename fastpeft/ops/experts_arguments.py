@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import _backend, _check
 from ..reference.experts import ExpertLinear, ExpertRouting
 from ..reference.routing import Routing
-from .routing import TILES, route
+from .routing import ONE_OF_TILES, TILES, route, tile_of
 
 MAX_RANK = 512
 
@@ -25,13 +25,19 @@ def tokens(x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
     _check.tensor("experts", "top_k_weights", top_k_weights, ("T", "k"), sizes, x)
 
 
-def projection(
-    name: str, linear: ExpertLinear, x: Tensor, sizes: dict[str, int], dtype: torch.dtype | None = None
-) -> ExpertLinear:
-    """Shapes and dtypes of one projection, whose ``sizes`` and weight's dtype may be known; the numbers as floats."""
+def numbers(name: str, linear: ExpertLinear) -> ExpertLinear:
+    """A projection with its numbers as floats."""
     if not isinstance(linear, ExpertLinear):
         raise TypeError(f"experts: {name} is {_check.shown(linear)}, expected an ExpertLinear")
-    weight, bias, lora_a, lora_b, scale, dropout = linear
+    scale = _check.finite("experts", f"{name}.scale", linear.scale)
+    return linear._replace(scale=scale, dropout=_check.probability("experts", f"{name}.dropout", linear.dropout))
+
+
+def projection(
+    name: str, linear: ExpertLinear, x: Tensor, sizes: dict[str, int], dtype: torch.dtype | None = None
+) -> None:
+    """Shapes and dtypes of one projection, whose ``sizes`` and weight's dtype may be known."""
+    weight, bias, lora_a, lora_b, _, _ = linear
     op, of = "experts", lambda part: f"{name}.{part}"
     _check.tensor(op, of("weight"), weight, ("E", "N", "K"), sizes, x)
     _check.dtype(op, of("weight"), weight, dtype or weight.dtype)
@@ -49,14 +55,12 @@ def projection(
         _check.dtype(op, of("lora_b"), lora_b, lora_a.dtype)
         if lora_a.shape[1] == 0:
             raise ValueError(f"{op}: {of('lora_a')} has R=0, expected R>=1")
-    scale = _check.finite(op, of("scale"), scale)
-    return linear._replace(scale=scale, dropout=_check.probability(op, of("dropout"), dropout))
 
 
-def seeds(given: Tensor | None, experts: int, drops: bool, x: Tensor) -> Tensor:
-    """int64 ``[2, E]``; drawn from torch's generator, which checkpointing restores; empty where nobody drops."""
+def seeds(given: Tensor | None, experts: int, drops: bool, x: Tensor) -> Tensor | None:
+    """int64 ``[2, E]``; drawn from torch's generator, which checkpointing restores; None where nobody drops."""
     if not drops:
-        return torch.empty(2, 0, dtype=torch.int64, device=x.device)
+        return None
     if given is None:
         return torch.randint(1 << 62, (2, experts), dtype=torch.int64, device=x.device)
     fits = isinstance(given, Tensor) and given.dtype == torch.int64 and given.device == x.device
@@ -68,6 +72,13 @@ def seeds(given: Tensor | None, experts: int, drops: bool, x: Tensor) -> Tensor:
 def default_tile(dtype: torch.dtype, dropout: float) -> int | None:
     """Rows of a tile where nobody says: by their number, as ``route`` has it; 64 of float32 and a mask spill."""
     return TILES[0] if dropout and dtype.itemsize > 2 else None
+
+
+def tile(given: int | None, up: ExpertLinear, down: ExpertLinear, top_k_index: Tensor) -> int:
+    """Rows of a tile: as given, or by the number of rows."""
+    if given is not None:
+        return _check.integer("experts", "tile", given, ONE_OF_TILES)
+    return default_tile(up.weight.dtype, max(up.dropout, down.dropout)) or tile_of(top_k_index.numel())
 
 
 def routing(top_k_index: Tensor, experts: int, tile: int | None, backend: str | None) -> ExpertRouting:

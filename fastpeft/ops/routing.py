@@ -15,7 +15,7 @@ from .._library import register_op
 from ..reference.routing import Routing, tile_count
 
 TILES = (16, 64)
-_ONE_OF_TILES = f"one of {', '.join(map(str, TILES))}"
+ONE_OF_TILES = f"one of {', '.join(map(str, TILES))}"
 DECODE_TOKENS = 512  # up to here a batch is few tokens of many adapters; past it, many tokens of few
 
 
@@ -71,14 +71,19 @@ def route(token_slots: Tensor, slots: int, tile: int | None = None, backend: str
         raise TypeError(f"route: token_slots is {given}, expected a tensor of torch.int32 or torch.int64")
     slots = _check.positive("route", "slots", slots)
     if tile is None:
-        tile = TILES[0] if token_slots.numel() <= DECODE_TOKENS else TILES[1]
+        tile = tile_of(token_slots.numel())
     else:
-        tile = _check.integer("route", "tile", tile, _ONE_OF_TILES)
+        tile = _check.integer("route", "tile", tile, ONE_OF_TILES)
     if tile not in TILES:
-        raise ValueError(f"route: tile is {tile}, expected {_ONE_OF_TILES}")
+        raise ValueError(f"route: tile is {tile}, expected {ONE_OF_TILES}")
     backend = _backend.choose("route", backend, REASONS, token_slots)
     order, starts, tiles = _route(token_slots.reshape(-1), slots, tile, backend)
     return Routing(order, starts, tiles, slots, tile)
+
+
+def tile_of(tokens: int) -> int:
+    """Tokens of a tile where nobody says."""
+    return TILES[0] if tokens <= DECODE_TOKENS else TILES[1]
 
 
 def check_slots(op: str, name: str, given: Tensor | Routing, rows: int) -> None:

@@ -228,7 +228,7 @@ def test_every_op_explains_its_call(op, monkeypatch):
     configuration = [f"  {line}" for line in found.configuration]
     planned = [] if found.host is None else [f"  calls that repeat: {found.host}"]
     assert str(found).splitlines() == [*lines, *configuration, *planned]
-    assert bool(planned) == (op not in ("dequantise", "experts", "prompt_gather", "route"))
+    assert bool(planned) == (op not in ("dequantise", "prompt_gather", "route"))
     with pytest.raises(ValueError, match=f"^{op}: backend is 'nonsense', expected one of"):
         fastpeft.explain(op, **arguments(op), backend="nonsense")
 

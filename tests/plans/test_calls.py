@@ -12,6 +12,7 @@ from tests.support.planned_calls import (
     RUNS,
     bottleneck,
     dora,
+    experts,
     gradients,
     linear,
     lora,
@@ -54,9 +55,15 @@ CASES = {
     "multi_lora": lambda: mixed(new(5, 24)),
     "bottleneck": lambda: bottleneck(new(5, 24)),
     "rows": lambda: rows(new(5, 24)),
+    "experts": lambda: experts(new(5, 24)),
+    "experts, dropout": lambda: experts(new(5, 24), 0.5),
     "columns": lambda: rows(new(5, 24), columns=True),
 }
-THROUGH_PYTHON = {"multi_lora"}  # on a CPU: it reads where each slot's tokens begin
+THROUGH_PYTHON = {
+    "multi_lora",
+    "experts",
+    "experts, dropout",
+}  # on a CPU: the routing reads where each slot's tokens begin
 
 
 @pytest.mark.parametrize("name", CASES)

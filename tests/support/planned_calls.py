@@ -68,6 +68,18 @@ def rows(x, columns=False):
     return ops.row_linear(x, weight, trained, index, columns=columns), [x, trained]
 
 
+def experts(x, dropout=0.0):
+    """With an adapter on each projection; one of five rows has no expert."""
+    index, weights = torch.tensor([[0, 2], [1, 2], [3, -1], [2, 0], [1, 3]]), new(5, 2)
+    parts = new(4, 12, 24, grad=False), None, new(4, 2, 24), new(4, 12, 2)
+    up = ops.ExpertLinear(*parts, scale=0.5, dropout=dropout)
+    down = ops.ExpertLinear(
+        new(4, 24, 6, grad=False), new(4, 24, grad=False), new(4, 3, 6), new(4, 24, 3), 2.0, dropout
+    )
+    y = ops.experts(x, index, weights, up, down, torch.nn.functional.glu, torch.arange(8).view(2, 4))
+    return y, [x, weights, up.lora_a, up.lora_b, down.lora_a, down.lora_b]
+
+
 def gradients(y, inputs):
     asked = [t for t in inputs if t is not None and t.requires_grad]
     return torch.autograd.grad(y.square().sum(), asked)

@@ -24,7 +24,8 @@ def test_opcheck(backend, up, adapted):
     )
     linear, weights = (p.up, p.x.new_empty(0)) if up else (p.down, p.top_k_weights)
     x = p.x if up else torch.randn(6, 4, device=DEVICE)
-    operands = _operands(x, linear, weights, p.seeds[0 if up else 1], routing(p.top_k_index, 3, 16, backend))
+    tokens, places, rows = routing(p.top_k_index, 3, 16, backend)
+    operands = _operands(x, linear, weights, p.seeds[0 if up else 1], [tokens, places, *rows[:3]], 16)
     *tensors, seeds, tables, scale, dropout, tile = operands
     leaves = [t.clone().requires_grad_(bool(t.numel())) for t in tensors]
     settings = scale, dropout, tile, up, backend

@@ -80,7 +80,7 @@ MUTANTS = {
         "laid_out_as": {"always contiguous": ("parameter.is_contiguous() or", "True or", STRIDES)},
         "_served": {"dtypes that grouped_mm refuses": ("and all(map(_aligned, operands))", "", SPLIT)},
     },
-    "fastpeft/ops/experts.py": {
+    "fastpeft/ops/experts_registered.py": {
         "_backward_implementation": {
             "bias not in the router's gradient": ("if bias.numel():", "if False:"),
             "low-rank term not in the router's gradient": ("if low_rank and scale:", "if False:"),
@@ -89,11 +89,14 @@ MUTANTS = {
                                                     "of_row[places]", GUARDS),
             "dh without the router's weights": ("else dx.mul_(w.to(dx.dtype))", "else dx"),
         },
-        "_OfActivation.backward": {"second gradients silently 0": ("_no_second_gradients(ctx, dy)", "pass", SECOND)},
-        "_kept": {"x kept for B": ("x if need_dw or need_da", "x if need_db or need_dw or need_da", KEPT)},
+        "kept": {"x kept for B": ("x if need_dw or need_da", "x if need_db or need_dw or need_da", KEPT)},
+    },
+    "fastpeft/ops/experts.py": {
+        "_OfActivation.backward": {
+            "second gradients silently 0": ("registered.no_second_gradients(ctx, dy)", "pass", SECOND),
+        },
         "experts": {
-            "one seed for both": ("weight.dtype), down, top_k_weights, seeds[1]",
-                                  "weight.dtype), down, top_k_weights, seeds[0]"),
+            "one seed for both": ("else seeds", "else (seeds[0], seeds[0])"),
             "an activation that trains is forgotten": ("if h is not None and not h.requires_grad:",
                                                        "if h is not None:", TRAINS),
         },

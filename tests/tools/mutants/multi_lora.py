@@ -80,9 +80,9 @@ MUTANTS = {
                 "tests/ops/test_routing.py::test_a_slot_that_does_not_exist",
             ),
         },
-        "route": {
+        "tile_of": {
             "always small tiles": (
-                "token_slots.numel() <= DECODE_TOKENS",
+                "tokens <= DECODE_TOKENS",
                 "True",
                 "tests/ops/test_routing.py::test_few_tokens_take_small_tiles",
             ),
