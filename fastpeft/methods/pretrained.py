@@ -110,7 +110,7 @@ def put_up(holder: nn.Module) -> None:
     for module in holder.modules():
         if callable(getattr(type(module), ATTRIBUTE, None)) and not is_added(module):
             module.__dict__[ATTRIBUTE] = SavePretrained(module, holder)
-        quantizer = vars(module).get("hf_quantizer")
+        quantizer: Any = vars(module).get("hf_quantizer")
         if getattr(quantizer, "is_trainable", False) and not hasattr(quantizer, _THEIRS):
             quantizer.__class__ = _trained(type(quantizer))
     holder.register_load_state_dict_pre_hook(_before_loading)
@@ -123,7 +123,7 @@ def take_down(holder: nn.Module) -> None:
     for module in holder.modules():
         if isinstance(module.__dict__.get(ATTRIBUTE), SavePretrained):
             del module.__dict__[ATTRIBUTE]
-        quantizer = vars(module).get("hf_quantizer")
+        quantizer: Any = vars(module).get("hf_quantizer")
         if hasattr(quantizer, _THEIRS):
             quantizer.__class__ = getattr(quantizer, _THEIRS)
     ours = (_before_loading, _after_loading, _refuse_outside)

@@ -12,6 +12,7 @@ from html import escape
 
 from torch import nn
 
+from .. import _host
 from ..nn.protocol import Reported, is_added, reported
 from ..nn.read_past import read_past
 from .attachment import attachment_of, check_module
@@ -31,11 +32,13 @@ class Report:
         layers: One ``LayerReport`` for each layer, in the model's order.
         trained: How many numbers of the model's parameters are trained.
         total: How many numbers its parameters have.
+        host: What makes calls that repeat cost the host more than they need to; None with the host extension.
     """
 
     layers: tuple[LayerReport, ...]
     trained: int = 0
     total: int = 0
+    host: str | None = None
 
     @property
     def fused(self) -> int:
@@ -71,7 +74,8 @@ class Report:
             counts.setdefault(layer.kind, []).append(layer.fused)
         lines = [f"{sum(fused)} of {len(fused)} {kind} fused" for kind, fused in counts.items()]
         share = f" ({self.trained / self.total:.2%})" if self.total else ""
-        return [*(lines or ["no adapted layers"]), f"{self.trained:,} of {self.total:,} parameters trained{share}"]
+        lines = [*(lines or ["no adapted layers"]), f"{self.trained:,} of {self.total:,} parameters trained{share}"]
+        return lines if self.host is None else [*lines, f"calls that repeat: {self.host}"]
 
 
 def report(model: nn.Module, describers: Sequence[Describer] = ()) -> Report:
@@ -108,7 +112,8 @@ def report(model: nn.Module, describers: Sequence[Describer] = ()) -> Report:
             rows.extend(method.report(module))
     rows = _without_gradient(model, {path: module for module, path in paths.items()}, rows)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return Report(tuple(rows), sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes))
+    host = _host.described() if _host.load() is None else None
+    return Report(tuple(rows), sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes), host)
 
 
 def _row(

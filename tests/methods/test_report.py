@@ -4,6 +4,7 @@ import pytest
 from torch import nn
 
 import fastpeft
+from fastpeft import _host
 from fastpeft.methods.folding import folded
 from fastpeft.nn import LoraLinear
 from tests.support.small_net import attached, build
@@ -25,15 +26,26 @@ class TestReport:
         model = attached()
         model.layers[1].out.base_layer.register_forward_hook(lambda *args: None)
         lines = str(fastpeft.report(model)).splitlines()
-        assert lines[0] == "13 of 14 LoRA layers fused"
-        assert [line.split()[:3] for line in lines[2:]] == [
+        assert lines[0] == "14 of 14 LoRA layers fused"
+        assert [line.split()[:3] for line in lines[-6:]] == [
             ["layers.0-2.q_proj", "fused", "(reference),"],
             ["layers.0-2.k_proj", "fused", "(reference),"],
             ["layers.0-2.v_proj", "fused", "(reference),"],
             ["layers.0,2.out", "fused", "(reference)"],
-            ["layers.1.out", "not", "fused:"],
+            ["layers.1.out", "fused", "beside"],
             ["score.0,2", "fused", "(reference)"],
         ]
+
+    def test_what_costs_the_host_more_than_it_needs_to(self, monkeypatch):
+        monkeypatch.setattr(_host, "load", lambda: None)
+        monkeypatch.setattr(_host, "missing", lambda: "not built")
+        report = fastpeft.report(attached())
+        assert str(report).splitlines()[2] == f"calls that repeat: {report.host}"
+        assert report.host.endswith("since the extension is not built")
+        monkeypatch.setattr(_host, "load", object)
+        report = fastpeft.report(attached())
+        assert report.host is None
+        assert "calls that repeat" not in str(report)
 
     def test_two_numbers_in_a_path(self):
         """A model of experts: every layer has every expert."""
@@ -63,9 +75,13 @@ class TestReport:
         model.layers[0].out.base_layer.register_forward_hook(lambda *args: None)
         with fastpeft.disable_adapter(model):
             assert fastpeft.report(model).fused == 0
+        assert "  layers.0.out       fused beside its base (reference), since it has hooks" in str(
+            fastpeft.report(model)
+        )
+        model.layers[1].out.set_adapter([])
         report = fastpeft.report(model)
         assert report.fused == len(report) - 1
-        assert "  layers.0.out       not fused: its base layer has hooks" in str(report)
+        assert "  layers.1.out       not fused: no active adapter" in str(report)
         fastpeft.set_adapter(model, [])
         assert {row.status for row in fastpeft.report(model)} == {"no active adapter"}
 

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "ops": {*_OPS, "_device", "_mask", "reference", "kernels", "cuda", "_C"},
     "nn": {"nn", "ops", "_check", "_device", "_host"},
     "testing": {"testing", *_OPS, "reference"},
-    "methods": {"methods", "nn", "ops", "_check"},
+    "methods": {"methods", "nn", "ops", "_check", "_host"},
     "serving": {"serving", "methods", "nn", "ops", "_check"},  # reads the checkpoints that methods write
     "integrations": {"integrations", "methods", "serving", "nn", "ops", "_check", "_host"},
     "cli": {"_host", "methods", "serving", "integrations", "nn", "ops", "testing", "_backend", "_C"},
