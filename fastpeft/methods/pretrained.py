@@ -112,7 +112,8 @@ def put_up(holder: nn.Module) -> None:
             module.__dict__[ATTRIBUTE] = SavePretrained(module, holder)
         quantizer: Any = vars(module).get("hf_quantizer")
         if getattr(quantizer, "is_trainable", False) and not hasattr(quantizer, _THEIRS):
-            quantizer.__class__ = _trained(type(quantizer))
+            kind: Any = type(quantizer)
+            quantizer.__class__ = _trained(kind)
     holder.register_load_state_dict_pre_hook(_before_loading)
     holder.register_load_state_dict_post_hook(_after_loading)
     holder.register_state_dict_post_hook(_refuse_outside)
