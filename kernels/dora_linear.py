@@ -2,7 +2,7 @@
 
     masked           mask ∘ x                                one read of x, one write
     add_masked_      dx += mask ∘ q                          one read of both, one write
-    add_scaled_      y += factor ∘ u                         one read of both, one write
+    combined         S Cᵀ + bias + factor ∘ u + y             one read of u and y, one write
     scaled           factor ∘ dy                             one read of dy, one write
     gain_gradient    Σ dy ∘ u over the rows                  one read of both; partial sums, added in a fixed order
 
@@ -10,7 +10,7 @@ Alphabet: rows m, columns k; ``x``, ``q``, ``dx`` ``[M, K]`` and ``y``, ``u``, `
 K columns here, any strides. All is computed in float32 (float64 for gradcheck) and rounded once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from .._mask import threshold
 from .dropout import keep_tile
-from .launch import cdiv, math, next_power_of_2, run, split
+from .launch import alignment, capability, cdiv, launch, math, next_power_of_2, run, split
+from .lora_linear_products import aligned
+from .lora_linear_products import config as linear_config
 from .partials import sum_into
+from .planes import dot, products
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,46 @@ def _masked_kernel(
 def _scaled_kernel(
     x_ptr, y_ptr, factor_ptr, M, K,
     stride_xm, stride_xk, stride_ym, stride_yk,
-    ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (m < M)[:, None] & (k < K)[None, :]  # [BLOCK_M, BLOCK_K]
     x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk, mask=inside, other=0.0).to(ACC)
     y_tile = y_ptr + m[:, None] * stride_ym + k[None, :] * stride_yk
-    y = x * tl.load(factor_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+    tl.store(y_tile, x * tl.load(factor_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :], mask=inside)
+
+
+@triton.jit
+def _combined_kernel(
+    s_ptr, c_ptr, bias_ptr, u_ptr, factor_ptr, y_ptr, out_ptr,
+    M, K, R,
+    stride_sm, stride_sr, stride_ck, stride_cr, stride_bias, stride_um, stride_uk, stride_ym, stride_yk,
+    stride_om, stride_ok,
+    BIAS: tl.constexpr, ADD: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    stride_sm, stride_ck = aligned(stride_sm, ALIGN), aligned(stride_ck, ALIGN)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+    for r0 in range(0, R, BLOCK_R):
+        r = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)
+        s_tile = s_ptr + m[:, None] * stride_sm + r[None, :] * stride_sr  # [BLOCK_M, BLOCK_R]
+        c_tile = c_ptr + r[:, None] * stride_cr + k[None, :] * stride_ck  # [BLOCK_R, BLOCK_K]
+        s = tl.load(s_tile, mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)
+        c = tl.load(c_tile, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0)
+        acc = dot(s, c, acc, PRECISION)
+    inside = (m < M)[:, None] & (k < K)[None, :]  # [BLOCK_M, BLOCK_K]
+    factor = tl.load(factor_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+    u = tl.load(u_ptr + m[:, None] * stride_um + k[None, :] * stride_uk, mask=inside, other=0.0)
+    acc += factor * u.to(ACC)
+    if BIAS:
+        acc += tl.load(bias_ptr + k * stride_bias, mask=k < K, other=0.0).to(ACC)[None, :]
     if ADD:
-        y += tl.load(y_tile, mask=inside, other=0.0).to(ACC)
-    tl.store(y_tile, y, mask=inside)
+        y = tl.load(y_ptr + m[:, None] * stride_ym + k[None, :] * stride_yk, mask=inside, other=0.0)
+        acc += y.to(ACC)
+    tl.store(out_ptr + m[:, None] * stride_om + k[None, :] * stride_ok, acc, mask=inside)
 
 
 @triton.jit
@@ -94,24 +126,35 @@ def _gain_kernel(
 def masked(x: Tensor, dropout: float, seeds: Tensor) -> Tensor:
     """``mask ∘ x``, without the factor ``1 / (1 - p)``: every bit of what is kept is x's."""
     y = x.new_empty(x.shape)
-    _launch(_masked_kernel, x, y, (seeds,), (threshold(dropout),), add=False)
+    _launch(_masked_kernel, x, y, (seeds,), (threshold(dropout),), ADD=False)
     return y
 
 
 def add_masked_(dx: Tensor, q: Tensor, dropout: float, seeds: Tensor) -> None:
     """``dx += mask ∘ q``."""
-    _launch(_masked_kernel, q, dx, (seeds,), (threshold(dropout),), add=True)
+    _launch(_masked_kernel, q, dx, (seeds,), (threshold(dropout),), ADD=True)
 
 
-def add_scaled_(y: Tensor, u: Tensor, factor: Tensor) -> None:
-    """``y += factor ∘ u``, a factor for each column."""
-    _launch(_scaled_kernel, u, y, (factor,), (), add=True)
+def combined(s: Tensor, c: Tensor, bias: Tensor | None, u: Tensor, factor: Tensor, y: Tensor | None = None) -> Tensor:
+    """``S Cᵀ + bias + factor ∘ u + y`` in u's dtype, a factor for each column."""
+    (m, rank), k = s.shape, c.shape[0]
+    acc, tile = products(s, c, u.dtype), linear_config("up", rank, s.dtype, capability(s), u.dtype)
+    tile = replace(tile, block_m=min(tile.block_m, 64), block_k=min(tile.block_k, 64))  # u and y take registers too
+    out = u.new_empty(m, k)
+    launch(
+        _combined_kernel, (cdiv(m, tile.block_m), cdiv(k, tile.block_k)), tile, acc,
+        s, c, bias, u, factor, y, out, m, k, rank,
+        *s.stride(), *c.stride(), 0 if bias is None else bias.stride(0), *u.stride(),
+        *((0, 0) if y is None else y.stride()), *out.stride(),
+        BIAS=bias is not None, ADD=y is not None, ALIGN=alignment(rank, s.stride(0), c.stride(0)),
+    )  # fmt: skip
+    return out
 
 
 def scaled(dy: Tensor, factor: Tensor) -> Tensor:
     """``factor ∘ dy``, in dy's dtype."""
     y = dy.new_empty(dy.shape)
-    _launch(_scaled_kernel, dy, y, (factor,), (), add=False)
+    _launch(_scaled_kernel, dy, y, (factor,))
     return y
 
 
@@ -132,13 +175,13 @@ def gain_gradient(dy: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-def _launch(kernel, x: Tensor, y: Tensor, tables: tuple[Tensor, ...], numbers: tuple[int, ...], add: bool) -> None:
+def _launch(kernel, x: Tensor, y: Tensor, tables: tuple[Tensor, ...], numbers: tuple[int, ...] = (), **flags) -> None:
     (m, k), c = x.shape, config(x.shape[1])
     grid = cdiv(m, c.block_m), cdiv(k, c.block_k)
     if 0 in grid:
         return
     run(
-        kernel, grid, x, y, *tables, m, k, *numbers, *x.stride(), *y.stride(), ADD=add, ACC=math(x, x).triton,
+        kernel, grid, x, y, *tables, m, k, *numbers, *x.stride(), *y.stride(), **flags, ACC=math(x, x).triton,
         BLOCK_M=c.block_m, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -16,6 +16,8 @@ from ..nn import dequantisers, quantised
 from ..nn.guarding import GLOBAL_HOOKS, guard_child, guard_item, keep, kept
 from ..nn.plain import transform
 from ..nn.sharing import Branch
+from . import _dora
+from ._dora import Dora
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _DEVICES = frozenset({"cpu", "cuda"})
@@ -31,7 +33,7 @@ class Beside(list):
 def plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
     """One branch for each active adapter of ``layer``, the first with the base layer; or why PEFT serves the call.
 
-    Where the base's weight cannot be read, they are ``Beside`` it.
+    Where the base's weight cannot be read, they are ``Beside`` it. An adapter that is DoRA is the only one: ``Dora``.
 
     Args:
         x: the input; None stands for any plain tensor in the base weight's dtype and on its device.
@@ -48,6 +50,8 @@ def plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
         branches = _branches(layer, modules, weight, _own(modules["base_layer"], "bias"))
     if isinstance(branches, str):
         return branches
+    if isinstance(weight, str) and isinstance(branches, Dora):
+        return f"its adapter is DoRA, and {weight}"
     if isinstance(weight, str):
         branches, branches.reason = Beside(branches), weight
     dense = weight if isinstance(weight, Tensor) else None
@@ -101,7 +105,7 @@ def guard(layer: Any, guards: Any) -> None:
 def alone(x: Tensor, branches: list[Branch]) -> bool:
     """Whether the base layer is to be called as it is for this x, and the low-rank terms added to what it gives."""
     weight = branches[0].weight
-    return weight is None or quantised.is_called(weight, x)
+    return weight is None or (quantised.is_called(weight, x) and not isinstance(branches, Dora))
 
 
 def beside(layer: Any, x: Tensor, branches: list[Branch]) -> Tensor:
@@ -119,6 +123,8 @@ def described(branches: list[Branch]) -> str:
 
 def run(x: Tensor, branches: list[Branch]) -> Tensor:
     """The fused op over a plan: one adapter, or the sum of several."""
+    if isinstance(branches, Dora):
+        return _dora.run(x, branches)
     weights, lora_as, lora_bs, biases, scales, dropouts, lora_biases = map(list, zip(*branches, strict=True))
     stack = len(branches) > 1 and not any(dropouts)
     for i, scale in enumerate(scales):
@@ -169,17 +175,20 @@ def _branches(layer: Any, modules: dict, weight: Any, bias: Tensor | None) -> li
     active = layer._active_adapter
     downs, ups, drops = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     variants = getattr(layer, "lora_variant", _EMPTY)
-    found = []
+    found: list[Branch] = []
+    magnitude: Any = None
     for name in (active,) if isinstance(active, str) else active:
         if name not in downs:
             continue
         if name in variants or layer.use_dora.get(name):
-            return f"adapter {name!r} is the variant {_name(variants[name]) if name in variants else 'DoRA'}"
+            magnitude = _dora.magnitude_of(layer, name, variants)
+            if isinstance(magnitude, str):
+                return f"adapter {name!r} is {magnitude}"
         down, up, drop, scale = downs[name], ups[name], drops[name], layer.scaling[name]
         if type(down) is not nn.Linear or type(up) is not nn.Linear or _own(down, "bias") is not None:
             return f"adapter {name!r}: lora_A and lora_B are {_name(down)} and {_name(up)}, not nn.Linear"
         if type(drop) is nn.Dropout:
-            dropout = drop.p if drop.training else 0.0
+            dropout = drop.p if drop.training and (magnitude is None or layer.training) else 0.0
             if dropout >= 1.0 or drop.inplace:
                 return f"adapter {name!r}: lora_dropout is {drop}"
         elif type(drop) is nn.Identity:
@@ -193,12 +202,12 @@ def _branches(layer: Any, modules: dict, weight: Any, bias: Tensor | None) -> li
         a, b, lora_bias = _own(down, "weight"), _own(up, "weight"), _own(up, "bias")
         found.append(Branch(weight, a, b, bias, scale, dropout, lora_bias))
         weight = bias = None  # the other adapters add to the first
-    return found or "no adapter is active"
+    return (found if magnitude is None else _dora.planned(found, magnitude)) or "no adapter is active"
 
 
 def _unfit(layer: Any, x: Tensor | None, weight: Tensor | None, branches: list[Branch]) -> str | None:
     """Why the op cannot serve x; ``weight`` is the dense one, if there is one."""
-    first = branches[0].lora_a
+    first, given = branches[0].lora_a, x is not None
     x = (first if weight is None else weight) if x is None else x
     if type(x) not in PLAIN:
         return f"the input is {_name(x)}, not a plain tensor"
@@ -219,6 +228,9 @@ def _unfit(layer: Any, x: Tensor | None, weight: Tensor | None, branches: list[B
             return "the adapters' weights differ in dtype"
         if a.device != device or b.device != device:
             return f"the input is on {device}, the adapter on {a.device} and {b.device}"
+    reason = _dora.unfit(x, branches, given) if isinstance(branches, Dora) else None
+    if reason is not None:
+        return reason
     if dtype not in _FLOATS or base_dtype not in _FLOATS or adapter_dtype not in _FLOATS:
         return f"dtypes {dtype}, {base_dtype}, {adapter_dtype}"
     if dtype != torch.float64 and torch.is_autocast_enabled(device.type):

@@ -5,8 +5,8 @@
 
 Around bitsandbytes' layers the weight is written out where it is read. Any other base that cannot be read (of another
 library, hooked, a subclass of nn.Linear) is called as it is, and the low-rank term, still fused, is added to what it
-gives. A call that the op cannot serve (DoRA and other variants, mixed batches, merged or disabled adapters, hooks on
-the inner modules, ...) runs PEFT's own forward. ``fastpeft.report(model)`` says which layers, and why.
+gives. DoRA has an op of its own. A call that no op can serve (other variants, mixed batches, merged or disabled
+adapters, hooks on the inner modules, ...) runs PEFT's own forward. ``fastpeft.report(model)`` says which layers, why.
 Three differences remain: dropout masks come from another generator than ``torch.nn.Dropout``'s; gradients of gradients
 are not defined; and the input itself is kept for backward, so it must not be modified in place after the call (PEFT
 keeps a copy where there is dropout or a float32 adapter).
@@ -26,7 +26,7 @@ from ..nn.backend import serving_backend
 from ..nn.experts_call import layout_of
 from ..nn.guarding import state_without_kept
 from ..nn.read_past import read_past
-from . import _experts, _fusable
+from . import _dora, _experts, _fusable
 from ._layers import layers_of, refuse_unfused
 
 _OLDEST = (0, 15)
@@ -93,7 +93,7 @@ class FastForward(nn.Module):
         weight, lora_a = plan[0].weight, plan[0].lora_a
         dtype = lora_a.dtype if weight is None else weight.dtype or lora_a.dtype
         x = lora_a.new_empty(1, lora_a.shape[1], dtype=dtype)
-        return serving_backend("lora_linear", x, weight, lora_a)
+        return serving_backend("dora_linear" if isinstance(plan, _dora.Dora) else "lora_linear", x, weight, lora_a)
 
     def fastpeft_report(self) -> str:
         """``"fused"``, "fused beside its base" and why, or why PEFT's own forward serves this layer as it is now."""
@@ -244,6 +244,8 @@ def __getattr__(name: str) -> type:
 
 
 def _shared_branch(layer: Any, plan: list[sharing.Branch]) -> sharing.Branch | str:
+    if isinstance(plan, _dora.Dora):
+        return "its adapter is DoRA"
     if len(plan) > 1:
         return "several adapters are active"
     if isinstance(plan[0].scale, Tensor):

@@ -43,15 +43,15 @@ def _implementation(
     norm = norm.clone() if norm.numel() else row_norms(dense, lora_a, lora_b, scale, backend)
     gain = magnitude.to(norm.dtype).div(norm)
     s = linear.down(x, [lora_a], [scale], [dropout], seeds)
-    y = linear.up(s, _scaled_rows(lora_b, gain), bias if bias.numel() else None, x.dtype)
+    low_rank = s, _scaled_rows(lora_b, gain), bias if bias.numel() else None
     if threshold(dropout):
         dropped = impl.masked(x, dropout, seeds)
-        u = x.new_empty(y.shape).addmm_(dropped, dense.T, beta=0, alpha=inverse_keep(dropout))
-        y.addmm_(x, dense.T)
-        impl.add_scaled_(y, u, gain - 1)
+        u = x.new_empty(x.shape[0], lora_b.shape[0]).addmm_(dropped, dense.T, beta=0, alpha=inverse_keep(dropout))
+        del dropped
+        y = impl.combined(*low_rank, u, gain - 1, x @ dense.T)
     else:
         u = x @ dense.T
-        impl.add_scaled_(y, u, gain)
+        y = impl.combined(*low_rank, u, gain)
     return [y], [s, u if keeps else x.new_empty(0), gain, norm]
 
 
@@ -101,7 +101,8 @@ def _definition(ctx, grads):
             )
         x = x.new_zeros(grads[0].shape[0], lora_a.shape[1], requires_grad=need_dx)
     bias = lora_b.new_zeros(lora_b.shape[0], requires_grad=need_dbias)
-    weight = _dense(x, weight, tables, layouts, backend)
+    if layouts:
+        (weight,) = Written(x, [weight], tables, layouts, backend).apart()
 
     def outputs(x, _, __, lora_a, lora_b, magnitude, bias, *___):
         operands = x, weight, lora_a, lora_b, magnitude, bias
@@ -151,8 +152,9 @@ def _backward_fake(
 
 
 def _dense(like: Tensor, weight: Tensor, tables, layouts, backend: str) -> Tensor:
-    """The weight, written out in the dtype of ``like`` where it is quantised."""
-    return next(iter(Written(like, [weight], tables, layouts, backend))) if layouts else weight
+    """The weight, written out in the dtype of ``like`` where it is quantised; until another one is."""
+    (dense,) = Written(like, [weight], tables, layouts, backend) if layouts else (weight,)
+    return dense
 
 
 def _scaled_rows(matrix: Tensor, gain: Tensor) -> Tensor:
@@ -213,8 +215,10 @@ def dora_linear(
             takes the environment's ``FASTPEFT_BACKEND``, and without one the first that can serve.
 
     Returns:
-        ``[..., N]`` in x's dtype. Under autocast x, weight and bias are cast to autocast's dtype first. With 16-bit x
-        and float32 adapters, the low-rank term is rounded to 16 bits before the base is added, as in ``lora_linear``.
+        ``[..., N]`` in x's dtype. Under autocast x, weight and bias are cast to autocast's dtype first. Products with W
+        are rounded to x's dtype, also that of dropped x, which PEFT computes in float32 beside float32 adapters; all
+        else is computed in the adapters' dtype, and y rounded once. So with dropout the magnitude's gradient is as
+        accurate as it is without.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

@@ -71,9 +71,11 @@ def add_masked_(dx: Tensor, q: Tensor, dropout: float, seeds: Tensor) -> None:
     dx.addcmul_(q, mask)
 
 
-def add_scaled_(y: Tensor, u: Tensor, factor: Tensor) -> None:
-    """``y += factor ∘ u``, a factor for each column."""
-    y.addcmul_(u, factor)
+def combined(s: Tensor, c: Tensor, bias: Tensor | None, u: Tensor, factor: Tensor, y: Tensor | None = None) -> Tensor:
+    """``S Cᵀ + bias + factor ∘ u + y`` in u's dtype, a factor for each column."""
+    total = s @ c.T if bias is None else torch.addmm(bias.to(s.dtype), s, c.T)
+    total.addcmul_(u, factor)
+    return (total if y is None else total.add_(y)).to(u.dtype)
 
 
 def scaled(dy: Tensor, factor: Tensor) -> Tensor:

@@ -246,5 +246,7 @@ def test_explain_refuses_what_the_op_has_not(op):
 def test_explain_says_what_is_no_tensor():
     with pytest.raises(TypeError, match=r"^explain: x is 'x' \(str\), expected a tensor"):
         fastpeft.explain("lora_linear", "x")
-    with pytest.raises(ValueError, match="^explain: op is 'lora', expected one of bottleneck, dequantise, experts"):
+    with pytest.raises(
+        ValueError, match="^explain: op is 'lora', expected one of bottleneck, dequantise, dora_linear, experts"
+    ):
         fastpeft.explain("lora")

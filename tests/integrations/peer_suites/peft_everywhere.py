@@ -56,7 +56,7 @@ def _fuse_everywhere():
         if x is not None and not _COMPARED.busy:
             _COMPARED.counts["fused" if isinstance(made, list) else made] += 1
         if WRONG != 1 and _COMPARED.busy and isinstance(made, list):
-            return [branch._replace(lora_a=branch.lora_a * WRONG) for branch in made]
+            made[:] = [branch._replace(lora_a=branch.lora_a * WRONG) for branch in made]
         return made
 
     def compared(self, x, *args, **kwargs):
@@ -119,12 +119,16 @@ def _compare(layer, x, branches, forward):
     """With dropout off, since masks are drawn apart, and B where it is zero made random."""
     from peft.tuners.lora.layer import Linear
 
+    from fastpeft.integrations._dora import Dora
     from fastpeft.nn.sharing import SharedInput
+    from fastpeft.reference import dora_linear
 
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     modules = [module for name in active for module in (layer.lora_A[name], layer.lora_B[name])]
     places = [(module, key) for module in modules for key in ("weight", "bias") if getattr(module, key) is not None]
     base = layer.base_layer
+    dora = isinstance(branches, Dora)
+    places += [(layer.lora_magnitude_vector[active[0]], "weight")] if dora else []
     places += [(base, "bias")] if base.bias is not None and base.bias.requires_grad else []
     kept = [getattr(module, key) for module, key in places]
     if not all(isinstance(value, torch.nn.Parameter) for value in kept):
@@ -160,6 +164,12 @@ def _compare(layer, x, branches, forward):
             y = y + sign(torch.tensor(float(branch.scale))) * (term if lora_bias is None else term + lora_bias)
         return y
 
+    def truth(leaves):
+        """Of DoRA, which is no sum of products."""
+        (branch,), (x, a, b, *rest) = branches, leaves
+        bias = rest[1] if len(rest) > 1 else None if branch.bias is None else branch.bias.detach().double()
+        return dora_linear(x, branch.weight.detach().double(), a, b, rest[0], bias, float(branch.scale))
+
     n, k = branches[0].weight.shape
     length = k + n + x.numel() // max(k, 1) + sum(branch.lora_a.shape[0] for branch in branches) + 8
     try:
@@ -170,7 +180,9 @@ def _compare(layer, x, branches, forward):
             own = run(lambda x: Linear.forward(layer, x))
             fused = run(lambda x: forward(layer, x))
             what = os.environ.get("PYTEST_CURRENT_TEST", "")
-            _COMPARED.compare(what, fused, own, [x, *values], length, formula)
+            given = (None, truth) if dora else (formula,)
+            _COMPARED.compare(what, fused, own, [x, *values], length, *given)
+            _COMPARED.counts["compared, DoRA"] += dora
             if rounds is not None and rounds.rounds:
                 _COMPARED.counts["compared through siblings"] += 1
     finally:

@@ -151,11 +151,13 @@ def test_variants_and_other_layers_are_named(monkeypatch):
     assert not {"fused"} & {found["embed"], found["conv"]}
     for model in (ours, plain):
         model.set_adapter("dora")
-    assert_pefts(ours, plain, 0, monkeypatch, tolerance=0)
-    assert "dora" in statuses(ours)["up"].lower()
-    with pytest.raises(ValueError, match="3 of 3") as error:
+    assert_pefts(ours, plain, 1, monkeypatch)
+    assert statuses(ours)["up"] == "fused"
+    up(ours).lora_variant["dora"] = type("Another", (), {})
+    assert statuses(ours)["up"] == "adapter 'dora' is the variant Another"
+    with pytest.raises(ValueError, match="2 of 3") as error:
         fastpeft.accelerate(plain, strict=True)
-    assert all(f"model.{name}: " in str(error.value) for name in found)
+    assert all(f"model.{name}: " in str(error.value) for name in ("embed", "conv"))
 
 
 def test_mixed_batches_are_pefts(monkeypatch):

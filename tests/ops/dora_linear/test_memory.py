@@ -86,10 +86,12 @@ def test_any_strides_of_what_lies_between(backend, change):
     torch.testing.assert_close(impl.gain_gradient(one, other, FP32), (a * b).sum(0))
     torch.testing.assert_close(impl.scaled(one, factor), a * factor)
     torch.testing.assert_close(impl.masked(one, 0.5, seeds), impl.masked(a, 0.5, seeds))
-    impl.add_scaled_(one, other, factor)
-    torch.testing.assert_close(one, a + factor * b)
+    s, c = torch.randn(37, 3, device=DEVICE), torch.randn(22, 3, device=DEVICE)
+    wanted = a + factor * b + s @ c.T
+    torch.testing.assert_close(impl.combined(change(s), change(c), None, other, factor, one), wanted)
+    torch.testing.assert_close(impl.combined(s, c, change(factor), other, factor), wanted - a + factor)
     impl.add_masked_(one, other, 0.5, seeds)
-    torch.testing.assert_close(one, a + factor * b + impl.masked(b, 0.5, seeds))
+    torch.testing.assert_close(one, a + impl.masked(b, 0.5, seeds))
 
 
 @pytest.mark.parametrize(("backend", "dtype", "adapter"), served((FP32, FP32), (FP16, FP32), (BF16, FP32)))

@@ -10,6 +10,7 @@ GRADIENTS = _OP + "test_gradients_are_those_of_the_definition"
 NORM = _OP + "test_the_norm_is_that_of_the_sum"
 CANCELS = _OP + "test_a_row_that_cancels_has_no_norm"
 GIVEN = _OP + "test_a_norm_that_is_given_is_taken"
+RANKS = _OP + "test_rows_and_leading_dimensions"
 TRAINED = _OP + "test_what_is_trained"
 FROZEN = _OP + "test_no_gradient_reaches_the_weight"
 AUTOCAST = "tests/ops/dora_linear/test_torch.py::test_autocast_is_the_same_as_casting_by_hand"
@@ -25,13 +26,20 @@ MUTANTS = {
             "stride of x ignored": ("k[None, :] * stride_xk", "k[None, :]"),
         },
         "_scaled_kernel": {
-            "no factor": ("x * tl.load(factor_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]", "x"),
+            "scaled by nothing": ("x * tl.load(factor_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]", "x"),
+            "stride of what is scaled ignored": ("k[None, :] * stride_xk", "k[None, :]"),
+        },
+        "_combined_kernel": {
+            "u without its factor": ("factor * u.to(ACC)", "u.to(ACC)"),
             "what was there is lost": ("if ADD:", "if False:"),
+            "the bias is lost": ("if BIAS:", "if False:"),
+            "the last ranks left out": ("range(0, R, BLOCK_R)", "range(0, R - 1, BLOCK_R)", RANKS),
+            "stride of the combined u ignored": ("k[None, :] * stride_uk", "k[None, :]"),
             "stride of y ignored": ("k[None, :] * stride_yk", "k[None, :]"),
         },
         "_gain_kernel": {
             "the last rows left out": ("tl.minimum(part * SPAN + SPAN, M)", "tl.minimum(part * SPAN + SPAN, M - 1)"),
-            "rows past the last read": ("(m < M)[:, None]", "(m < M + 1)[:, None]", GUARDS),
+            "rows past the last summed": ("(m < M)[:, None]", "(m < M + 1)[:, None]", GUARDS),
             "stride of u ignored": ("k[None, :] * stride_uk", "k[None, :]"),
         },
     },
@@ -42,9 +50,12 @@ MUTANTS = {
             "the bias is scaled": ("y = y + bias", "y = y + gain * bias"),
             "the gain of W alone": (" + scale * (lora_b @ lora_a)", ""),
         },
-        "masked": {"nothing is dropped": (".mul_(x)", ".fill_(1).mul_(x)")},
+        "masked": {"nothing of x is dropped": (".mul_(x)", ".fill_(1).mul_(x)")},
         "add_masked_": {"nothing is dropped": ("dx.addcmul_(q, mask)", "dx.add_(q)")},
-        "add_scaled_": {"no factor": ("y.addcmul_(u, factor)", "y.add_(u)")},
+        "combined": {
+            "u without its factor": ("total.addcmul_(u, factor)", "total.add_(u)"),
+            "what was there is lost": (".add_(y)", ""),
+        },
         "scaled": {"no factor": ("(dy * factor)", "dy.clone()")},
         "gain_gradient": {"without u": (" * u", "")},
     },
@@ -59,7 +70,7 @@ MUTANTS = {
         "_implementation": {
             "a norm that is given is not taken": ("norm.clone() if norm.numel()", "norm.clone() if False", GIVEN),
             "B without the gain": ("_scaled_rows(lora_b, gain)", "lora_b"),
-            "the gain twice": ("u, gain - 1)", "u, gain)"),
+            "the gain twice": ("u, gain - 1,", "u, gain,"),
             "dropped x without its factor": ("inverse_keep(dropout)", "1.0"),
             "u always kept": ("u if keeps else x.new_empty(0)", "u", KEPT),
         },
@@ -68,7 +79,7 @@ MUTANTS = {
             "S always kept": ("s if need_db or need_dm else absent", "s", KEPT),
         },
         "_backward_implementation": {
-            "B without the gain": ("_scaled_rows(lora_b, gain)", "lora_b"),
+            "dS of B without the gain": ("_scaled_rows(lora_b, gain)", "lora_b"),
             "dB without the gain": ("_scaled_rows(dc, gain)", "dc"),
             "the magnitude past B": (".add_(through_b)", ""),
             "the magnitude's gradient is the gain's": (".div_(norm)", ""),
