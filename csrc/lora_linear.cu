@@ -120,7 +120,7 @@ int launch(const Matrix& x, const Matrix& w, const Matrix& s, const Matrix& p, c
   if (int failed = active_clusters(function, SHARED, known, &clusters)) return failed;
   const Tiles tiles = Tiles::of<Config>(params);
   fastpeft::Launch how;
-  how.grid = CLUSTER * (clusters < tiles.count() ? clusters : tiles.count());
+  how.grid = CLUSTER * tiles.clusters(clusters);
   how.threads = THREADS;
   how.shared = SHARED;
   how.cluster = CLUSTER;

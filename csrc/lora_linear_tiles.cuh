@@ -7,6 +7,7 @@ namespace lora_linear {
 
 constexpr int BLOCK_M = 128, BLOCK_K = 64;  // BLOCK_K: one 128-byte line of the swizzle
 constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS), CLUSTER = 2;
+constexpr int START = 256;  // k tiles that take a hundred times what a cluster's start takes: predicted, not measured
 constexpr int GROUP = 4;  // pairs of M tiles that are walked N first: their x and one column of w stay in L2
 
 /// Tile sizes; what a multiprocessor's 227 KB hold decides the number of stages.
@@ -72,6 +73,14 @@ struct Tiles {
             (p.K + BLOCK_K - 1) / BLOCK_K, (p.R + BLOCK_K - 1) / BLOCK_K};
   }
   __host__ __device__ __forceinline__ int count() const { return pairs * columns; }
+
+  /// Clusters of the grid. Where there is much to do they are more than the device holds at a time: whoever is free gets
+  /// the next, so that another kernel on one multiprocessor costs a share of the time, and does not double it.
+  int clusters(int resident) const {
+    const int waves = (count() + resident - 1) / resident;
+    const int64_t rounds = 1 + int64_t(waves) * (base + low) / START;
+    return static_cast<int>(rounds < waves ? rounds * resident : count());
+  }
 
   /// The pair and the column of the `index`-th tile.
   __device__ __forceinline__ void locate(int index, int& pair, int& column) const {

@@ -23,18 +23,23 @@ from .bottleneck_backward import run as backward
 from .bottleneck_launch import (
     DECODE,
     EPS,
+    ROWS,
     STEPS,
     blocks_of,
     config,
     empty_kept,
+    math_of,
+    math_to,
     norm_of,
     numbers_of,
     seed_stride,
     stride_of,
     strides_of,
 )
+from .bottleneck_parts import add_parts
 from .bottleneck_tiles import activate, add_bias, dot, finish, project, row_stats, rows_of, slot_of
-from .launch import capability, cdiv, launch, math, split
+from .launch import capability, cdiv, launch, split
+from .planes import SPLIT
 
 __all__ = ["backward", "config", "describe", "empty_kept", "forward", "needs_x"]
 
@@ -49,7 +54,7 @@ def _fused_kernel(
     M, K, N, R, numbers_ptr, stride_tiles, stride_stats, stride_seed,
     stride_x, stride_d, stride_db, stride_u, stride_ub, stride_scale, stride_nw, stride_nb, stride_res, stride_y,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, GROUPED: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    UP: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -75,7 +80,7 @@ def _fused_kernel(
         u_tile = u_ptr + slot * stride_u[0] + r[:, None] * stride_u[2] + n[None, :] * stride_u[1]
         u = tl.load(u_tile, mask=(r < R)[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
         finish(
-            dot(h, u, tl.zeros((BLOCK_M, BLOCK_K), ACC), PRECISION),
+            dot(h, u, tl.zeros((BLOCK_M, BLOCK_K), ACC), UP),
             ub_ptr if ub_ptr is None else ub_ptr + slot * stride_ub[0],
             scale_ptr if scale_ptr is None else scale_ptr + slot * stride_scale[0],
             res_ptr, y_ptr, seed_ptr if seed_ptr is None else seed_ptr + slot * stride_seed,
@@ -89,7 +94,7 @@ def _hidden_kernel(
     x_ptr, d_ptr, db_ptr, nw_ptr, nb_ptr, h_ptr, stats_ptr, order_ptr, starts_ptr, tiles_ptr,
     M, K, R, SPAN, numbers_ptr, stride_tiles, stride_stats,
     stride_x, stride_d, stride_db, stride_nw, stride_nb, stride_h,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, GROUPED: tl.constexpr, PLANES: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, GROUPED: tl.constexpr, SPLIT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +116,7 @@ def _hidden_kernel(
         pid_p * SPAN, tl.minimum(pid_p * SPAN + SPAN, K), K, R,
         stride_x, stride_d, stride_nw, stride_nb, NORM, ACC, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
     )  # fmt: skip
-    if PLANES == 1:
+    if not SPLIT:
         z = add_bias(z, db_ptr if db_ptr is None else db_ptr + slot * stride_db[0], r, R, stride_db, ACC)
         z = activate(z, ACTIVATION)
     h_tile = h_ptr + pid_p * stride_h[0] + m[:, None] * stride_h[1] + r[None, :] * stride_h[2]
@@ -120,10 +125,10 @@ def _hidden_kernel(
 
 @triton.jit
 def _hidden_up_kernel(
-    h_ptr, db_ptr, u_ptr, ub_ptr, scale_ptr, res_ptr, y_ptr, order_ptr, starts_ptr, tiles_ptr, seed_ptr,
+    h_ptr, u_ptr, ub_ptr, scale_ptr, res_ptr, y_ptr, order_ptr, starts_ptr, tiles_ptr, seed_ptr,
     M, N, R, numbers_ptr, stride_tiles, stride_seed,
-    stride_h, stride_db, stride_u, stride_ub, stride_scale, stride_res, stride_y,
-    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, GROUPED: tl.constexpr, PLANES: tl.constexpr,
+    stride_h, stride_u, stride_ub, stride_scale, stride_res, stride_y,
+    DROPOUT: tl.constexpr, GROUPED: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -136,14 +141,8 @@ def _hidden_up_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
     for r0 in range(0, R, BLOCK_R):
         r = (r0 + tl.arange(0, BLOCK_R)).to(tl.int64)
-        h_tile = h_ptr + m[:, None] * stride_h[1] + r[None, :] * stride_h[2]  # [BLOCK_M, BLOCK_R]
-        h_ok = m_ok[:, None] & (r < R)[None, :]
-        h = tl.load(h_tile, mask=h_ok, other=0.0)
-        if PLANES > 1:
-            for plane in tl.static_range(1, PLANES):
-                h += tl.load(h_tile + tl.full((), plane, tl.int64) * stride_h[0], mask=h_ok, other=0.0)
-            h = add_bias(h, db_ptr if db_ptr is None else db_ptr + slot * stride_db[0], r, R, stride_db, ACC)
-            h = activate(h, ACTIVATION)
+        h_tile = h_ptr + m[:, None] * stride_h[0] + r[None, :] * stride_h[1]  # [BLOCK_M, BLOCK_R]
+        h = tl.load(h_tile, mask=m_ok[:, None] & (r < R)[None, :], other=0.0)
         u_tile = u_ptr + slot * stride_u[0] + r[:, None] * stride_u[2] + n[None, :] * stride_u[1]
         u = tl.load(u_tile, mask=(r < R)[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
         acc = dot(h, u, acc, PRECISION)
@@ -172,8 +171,9 @@ def forward(
     else:  # rows without an adapter stay as they are here
         y = x.new_zeros(m, n) if residual is None else residual.clone(memory_format=torch.contiguous_format)
     stats = empty_kept(x, weights, settings)
-    tile, norm = 64 if routing is None else routing.tile, norm_of(weights, settings)
-    c = config("fused", hidden, weights.down.dtype, capability(x), tile)
+    tile, norm = ROWS if routing is None else routing.tile, norm_of(weights, settings)
+    acc = math_of(x, weights)
+    c = config("fused", hidden, weights.down.dtype, capability(x), tile, acc.precision in SPLIT)
     blocks, tables, stride_tiles = blocks_of(m, c.block_m, routing)
     busy = tile > DECODE if routing is not None else blocks >= FUSED_BLOCKS
     if not busy or hidden > (FUSED_WIDTH_WIDE if weights.down.dtype.itemsize > 2 else FUSED_WIDTH):
@@ -181,11 +181,12 @@ def forward(
         return y, stats
     down, down_bias, up, up_bias, scale, norm_weight, norm_bias = weights
     launch(
-        _fused_kernel, (blocks,), c, math(x, down),
+        _fused_kernel, (blocks,), c, acc,
         x, down, down_bias, up, up_bias, scale, norm_weight, norm_bias, residual, y, stats, *tables, seed,
         m, k, n, hidden, numbers_of(settings, x, down), stride_tiles, stats.stride(0), seed_stride(seed),
         x.stride(), *strides_of(weights, routing), stride_of(residual), y.stride(),
         ACTIVATION=settings.activation, NORM=norm, DROPOUT=seed is not None, GROUPED=routing is not None,
+        UP=math_to(x, weights, y.dtype).precision,
     )  # fmt: skip
     return y, stats
 
@@ -197,9 +198,9 @@ def needs_x(needs: tuple[bool, ...], norm: bool) -> bool:
 
 def _hidden_and_up(x, weights, residual, settings, seed, routing, y, stats):
     down, down_bias, up, up_bias, scale, norm_weight, norm_bias = weights
-    (m, k), hidden, n, tile = x.shape, down.shape[-2], up.shape[-2], 64 if routing is None else routing.tile
-    acc, grouped = math(x, down), routing is not None
-    c = config("hidden", hidden, down.dtype, capability(x), tile)
+    (m, k), hidden, n, tile = x.shape, down.shape[-2], up.shape[-2], ROWS if routing is None else routing.tile
+    acc, grouped = math_of(x, weights), routing is not None
+    c = config("hidden", hidden, down.dtype, capability(x), tile, acc.precision in SPLIT)
     blocks, tables, stride_tiles = blocks_of(m, c.block_m, routing)
     columns = cdiv(hidden, c.block_r)
     if not grouped:
@@ -208,23 +209,29 @@ def _hidden_and_up(x, weights, residual, settings, seed, routing, y, stats):
         parts = min(16, cdiv(k, 256)) if tile <= DECODE else 1
         span = cdiv(cdiv(k, parts), c.block_k) * c.block_k
         parts = cdiv(k, span)
-    h = x.new_empty(parts, m, hidden, dtype=down.dtype if parts == 1 else acc.torch)
+    h = x.new_empty(m, hidden, dtype=down.dtype)
+    z = h[None] if parts == 1 else x.new_empty(parts, m, hidden, dtype=acc.torch)
     stride_d, stride_db, stride_u, stride_ub, stride_scale, stride_nw, stride_nb = strides_of(weights, routing)
+    numbers = numbers_of(settings, x, down)
     launch(
         _hidden_kernel, (blocks, columns, parts), c, acc,
-        x, down, down_bias, norm_weight, norm_bias, h, stats, *tables,
-        m, k, hidden, span, numbers_of(settings, x, down), stride_tiles, stats.stride(0),
-        x.stride(), stride_d, stride_db, stride_nw, stride_nb, h.stride(),
-        ACTIVATION=settings.activation, NORM=norm_of(weights, settings), GROUPED=grouped, PLANES=parts,
+        x, down, down_bias, norm_weight, norm_bias, z, stats, *tables,
+        m, k, hidden, span, numbers, stride_tiles, stats.stride(0),
+        x.stride(), stride_d, stride_db, stride_nw, stride_nb, z.stride(),
+        ACTIVATION=settings.activation, NORM=norm_of(weights, settings), GROUPED=grouped, SPLIT=parts > 1,
     )  # fmt: skip
-    c = config("up", hidden, down.dtype, capability(x), tile)
+    if parts > 1:
+        tensors = down_bias, None, None, None, h, None
+        add_parts((z, None), tensors, numbers, stride_db, routing, acc, settings.activation, "")
+    acc = math_to(x, weights, y.dtype)
+    c = config("up", hidden, down.dtype, capability(x), tile, acc.precision in SPLIT)
     blocks, tables, stride_tiles = blocks_of(m, c.block_m, routing)
     launch(
         _hidden_up_kernel, (blocks, cdiv(n, c.block_k)), c, acc,
-        h, down_bias, up, up_bias, scale, residual, y, *tables, seed,
-        m, n, hidden, numbers_of(settings, x, down), stride_tiles, seed_stride(seed),
-        h.stride(), stride_db, stride_u, stride_ub, stride_scale, stride_of(residual), y.stride(),
-        ACTIVATION=settings.activation, DROPOUT=seed is not None, GROUPED=grouped, PLANES=parts,
+        h, up, up_bias, scale, residual, y, *tables, seed,
+        m, n, hidden, numbers, stride_tiles, seed_stride(seed),
+        h.stride(), stride_u, stride_ub, stride_scale, stride_of(residual), y.stride(),
+        DROPOUT=seed is not None, GROUPED=grouped,
     )  # fmt: skip
 
 

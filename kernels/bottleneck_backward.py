@@ -9,33 +9,38 @@ from torch import Tensor
 
 from .bottleneck_launch import (
     FACTOR,
+    FINISH,
+    ROWS,
     THRESHOLD,
     blocks_of,
     config,
-    factor_of,
+    math_of,
+    math_to,
     norm_of,
     numbers_of,
     seed_stride,
     strides_of,
     tables_of,
 )
-from .bottleneck_tiles import activate, add_bias, column_sum, dot, normalised, project, rows_of, slope, slot_of
+from .bottleneck_parts import add_parts, finish
+from .bottleneck_tiles import column_sum, dot, normalised, project, rows_of, slot_of
 from .dropout import keep_tile
 from .launch import capability, cdiv, launch, math, split
-from .partials import reduce_partials
+from .partials import sum_into
+from .planes import PLANES, SPLIT, products
 
 
 @triton.jit
 def _hidden_backward_kernel(
     dy_ptr, x_ptr, d_ptr, db_ptr, u_ptr, scale_ptr, nw_ptr, nb_ptr, dw_ptr, zb_ptr, stats_ptr,
     dz_ptr, h_ptr, means_ptr, order_ptr, starts_ptr, tiles_ptr, seed_ptr,
-    M, K, N, R, numbers_ptr, stride_tiles, stride_stats, stride_means, stride_seed, stride_zb,
+    M, K, N, R, SPAN, numbers_ptr, stride_tiles, stride_stats, stride_means, stride_seed, stride_zb,
     stride_dy, stride_x, stride_d, stride_db, stride_u, stride_scale, stride_nw, stride_nb, stride_h,
-    ACTIVATION: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, GROUPED: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, DROPOUT: tl.constexpr, GROUPED: tl.constexpr, SPLIT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    pid_m, pid_r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    pid_m, pid_r, pid_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     slot = slot_of(tiles_ptr, pid_m, GROUPED)
     if slot < 0:
         return
@@ -48,15 +53,12 @@ def _hidden_backward_kernel(
         rstd = tl.load(stats_ptr + stride_stats + m, mask=m_ok, other=0.0)
     z = project(
         x_ptr, d_ptr + slot * stride_d[0], nw_ptr if nw_ptr is None else nw_ptr + slot * stride_nw[0],
-        nb_ptr if nb_ptr is None else nb_ptr + slot * stride_nb[0], row, m_ok, r, mean, rstd, 0, K, K, R,
+        nb_ptr if nb_ptr is None else nb_ptr + slot * stride_nb[0], row, m_ok, r, mean, rstd,
+        pid_p * SPAN, tl.minimum(pid_p * SPAN + SPAN, K), K, R,
         stride_x, stride_d, stride_nw, stride_nb, NORM, ACC, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R,
     )  # fmt: skip
-    z = add_bias(z, db_ptr if db_ptr is None else db_ptr + slot * stride_db[0], r, R, stride_db, ACC)
-    h_tile = m[:, None] * stride_h[0] + r[None, :] * stride_h[1]
-    h_ok = m_ok[:, None] & r_ok[None, :]
-    tl.store(h_ptr + h_tile, activate(z, ACTIVATION), mask=h_ok)
     dh = tl.zeros((BLOCK_M, BLOCK_R), ACC)
-    for n0 in range(0, N, BLOCK_K):
+    for n0 in range(pid_p * SPAN, tl.minimum(pid_p * SPAN + SPAN, N), BLOCK_K):
         n = (n0 + tl.arange(0, BLOCK_K)).to(tl.int64)
         dy_tile = dy_ptr + row[:, None] * stride_dy[0] + n[None, :] * stride_dy[1]
         g = tl.load(dy_tile, mask=m_ok[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
@@ -64,20 +66,27 @@ def _hidden_backward_kernel(
             seed = tl.load(seed_ptr + slot * stride_seed)
             threshold = tl.load(numbers_ptr + THRESHOLD).to(tl.int32)
             g = tl.where(keep_tile(seed, threshold, drawn, n0, BLOCK_K), g, 0.0).to(g.dtype)
-        if scale_ptr is not None:
-            scale_tile = scale_ptr + slot * stride_scale[0] + n * stride_scale[1]
-            g = g.to(ACC) * tl.load(scale_tile, mask=n < N, other=0.0).to(ACC)[None, :]
         u_tile = u_ptr + slot * stride_u[0] + n[:, None] * stride_u[1] + r[None, :] * stride_u[2]
         u = tl.load(u_tile, mask=(n < N)[:, None] & r_ok[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
+        if scale_ptr is not None:
+            scale_tile = scale_ptr + slot * stride_scale[0] + n * stride_scale[1]
+            scale = tl.load(scale_tile, mask=n < N, other=0.0).to(ACC)
+            if PRECISION == PLANES:  # g stays what it is
+                u *= scale[:, None]
+            else:
+                g = g.to(ACC) * scale[None, :]
         dh = dot(g, u, dh, PRECISION)
-    dz = dh * tl.load(numbers_ptr + FACTOR) * slope(z, ACTIVATION)
-    tl.store(dz_ptr + h_tile, dz, mask=h_ok)
-    if NORM != "":  # the sums over k of dẑ and of dẑ ∘ x̂, as sums over r; those over other blocks of r are added later
-        dw = tl.load(dw_ptr + slot * stride_zb + r, mask=r_ok, other=0.0)
-        zb = tl.load(zb_ptr + slot * stride_zb + r, mask=r_ok, other=0.0)
-        means_tile = means_ptr + pid_r * 2 * stride_means + m
-        tl.store(means_tile, tl.sum(dz * dw[None, :], 1), mask=m_ok)
-        tl.store(means_tile + stride_means, tl.sum(dz * (z - zb[None, :]), 1), mask=m_ok)
+    if SPLIT:  # sums over a part of K and of N; ``add_parts`` does the rest
+        part = pid_p * stride_h[0] + m[:, None] * stride_h[1] + r[None, :] * stride_h[2]
+        tl.store(h_ptr + part, z, mask=m_ok[:, None] & r_ok[None, :])
+        tl.store(dz_ptr + part, dh, mask=m_ok[:, None] & r_ok[None, :])
+    else:
+        finish(
+            z, dh, db_ptr if db_ptr is None else db_ptr + slot * stride_db[0],
+            dw_ptr if dw_ptr is None else dw_ptr + slot * stride_zb,
+            zb_ptr if zb_ptr is None else zb_ptr + slot * stride_zb, dz_ptr, h_ptr, means_ptr,
+            m, m_ok, r, R, pid_r, numbers_ptr, stride_db, stride_means, stride_h[1:], ACTIVATION, NORM, ACC,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -154,11 +163,15 @@ def _weight_gradient_kernel(
             seed = tl.load(seed_ptr + pid_p * stride_seed)
             threshold = tl.load(numbers_ptr + THRESHOLD).to(tl.int32)
             x = tl.where(keep_tile(seed, threshold, m - start, pid_k * BLOCK_K, BLOCK_K), x, 0.0).to(x.dtype)
-        acc = dot(tl.trans(x.to(s.dtype)), s, acc, PRECISION)
+        acc = dot(tl.trans(x), s, acc, PRECISION)
         if s_sum_ptr is not None:
             s_sum += column_sum(s.to(ACC), BLOCK_M, BLOCK_R)
         if x_sum_ptr is not None:
             x_sum += column_sum(x.to(ACC), BLOCK_M, BLOCK_K)
+    if x_sum_ptr is not None:  # of h and dy
+        factor = tl.load(numbers_ptr + FACTOR)
+        acc *= factor
+        x_sum *= factor
     g_tile = g_ptr + pid_p * stride_g[0] + k[:, None] * stride_g[1] + r[None, :] * stride_g[2]
     tl.store(g_tile, acc, mask=(k < K)[:, None] & (r < R)[None, :])
     if s_sum_ptr is not None:
@@ -188,9 +201,7 @@ def run(
             if weights.norm_bias is not None:
                 ddown += total[..., None] * weights.norm_bias[..., None, :]
     if need_up or need_up_bias or need_scale:
-        outer, total = _outer(h, dy, weights, settings, seed, None, routing)
-        factor = factor_of(settings.scale, settings.dropout)
-        dup, dup_bias = outer.mul_(factor), total.mul_(factor)
+        dup, dup_bias = _outer(h, dy, weights, settings, seed, None, routing)
         if weights.scale is not None:
             dscale = (dup * weights.up).sum(-1)
             dscale = dscale if weights.up_bias is None else dscale + dup_bias * weights.up_bias
@@ -204,33 +215,42 @@ def run(
 def _hidden_backward(dy, x, stats, weights, settings, seed, routing):
     """dz and h ``[M, R]``, and where there is a norm the two means of each row ``[2, M]`` that its backward needs."""
     down, down_bias, up, _, scale, norm_weight, norm_bias = weights
-    (m, k), hidden, n, acc = x.shape, down.shape[-2], up.shape[-2], math(x, down)
-    c = config("hidden_backward", hidden, down.dtype, capability(x), 64 if routing is None else routing.tile)
+    (m, k), hidden, n, acc = x.shape, down.shape[-2], up.shape[-2], math_of(x, weights, dy)
+    tile = ROWS if routing is None else routing.tile
+    c = config("hidden_backward", hidden, down.dtype, capability(x), tile, acc.precision in SPLIT)
     blocks, tables, stride_tiles = blocks_of(m, c.block_m, routing)
-    columns = cdiv(hidden, c.block_r)
+    columns, parts, span = cdiv(hidden, c.block_r), 1, max(k, n)
+    if routing is None:
+        parts, span = split(max(k, n), c.block_k, blocks * columns)
     dz, h = x.new_empty(m, hidden, dtype=down.dtype), x.new_empty(m, hidden, dtype=down.dtype)
+    z, dh = (h[None], dz[None]) if parts == 1 else x.new_empty(2, parts, m, hidden, dtype=acc.torch)
     dw = zb = means = None
     if norm_weight is not None:
         wide = down.to(acc.torch)
         dw = (wide @ norm_weight.to(acc.torch)[..., None]).squeeze(-1).contiguous()
         zb = torch.zeros_like(dw) if norm_bias is None else (wide @ norm_bias.to(acc.torch)[..., None]).squeeze(-1)
         zb = zb if down_bias is None else zb + down_bias
-        means = x.new_empty(columns, 2, m, dtype=acc.torch)
+        means = x.new_empty(columns if parts == 1 else cdiv(hidden, FINISH), 2, m, dtype=acc.torch)
     stride_d, stride_db, stride_u, _, stride_scale, stride_nw, stride_nb = strides_of(weights, routing)
+    numbers, norm = numbers_of(settings, x, down), norm_of(weights, settings)
     launch(
-        _hidden_backward_kernel, (blocks, columns), c, acc,
-        dy, x, down, down_bias, up, scale, norm_weight, norm_bias, dw, zb, stats, dz, h, means, *tables, seed,
-        m, k, n, hidden, numbers_of(settings, x, down), stride_tiles, stats.stride(0), m, seed_stride(seed), hidden,
-        dy.stride(), x.stride(), stride_d, stride_db, stride_u, stride_scale, stride_nw, stride_nb, h.stride(),
-        ACTIVATION=settings.activation, NORM=norm_of(weights, settings), DROPOUT=seed is not None,
-        GROUPED=routing is not None,
+        _hidden_backward_kernel, (blocks, columns, parts), c, acc,
+        dy, x, down, down_bias, up, scale, norm_weight, norm_bias, dw, zb, stats, dh, z, means, *tables, seed,
+        m, k, n, hidden, span, numbers, stride_tiles, stats.stride(0), m, seed_stride(seed), hidden,
+        dy.stride(), x.stride(), stride_d, stride_db, stride_u, stride_scale, stride_nw, stride_nb, z.stride(),
+        ACTIVATION=settings.activation, NORM=norm, DROPOUT=seed is not None,
+        GROUPED=routing is not None, SPLIT=parts > 1,
     )  # fmt: skip
+    if parts > 1:
+        tensors = down_bias, dw, zb, dz, h, means
+        add_parts((z, dh), tensors, numbers, stride_db, None, acc, settings.activation, norm)
     return dz, h, None if means is None else means.sum(0).div_(k)
 
 
 def _dx(dz, x, stats, means, dy, weights, settings, routing):
     (m, hidden), k, down = dz.shape, x.shape[1], weights.down
-    c = config("dx", hidden, down.dtype, capability(x), 64 if routing is None else routing.tile)
+    acc, tile = math_to(x, weights, x.dtype), ROWS if routing is None else routing.tile
+    c = config("dx", hidden, down.dtype, capability(x), tile, acc.precision in SPLIT)
     blocks, tables, stride_tiles = blocks_of(m, c.block_m, routing)
     if routing is None:
         dx = x.new_empty(m, k)
@@ -238,7 +258,7 @@ def _dx(dz, x, stats, means, dy, weights, settings, routing):
         dx = dy.to(x.dtype, copy=True, memory_format=torch.contiguous_format) if settings.own else x.new_zeros(m, k)
     stride_d, *_, stride_nw, _ = strides_of(weights, routing)
     launch(
-        _dx_kernel, (blocks, cdiv(k, c.block_k)), c, math(x, down),
+        _dx_kernel, (blocks, cdiv(k, c.block_k)), c, acc,
         dz, down, x, weights.norm_weight, stats, means, dy if settings.own else None, dx, *tables,
         m, k, hidden, stride_tiles, stats.stride(0), m,
         dz.stride(), stride_d, x.stride(), stride_nw, dy.stride(), dx.stride(),
@@ -248,11 +268,15 @@ def _dx(dz, x, stats, means, dy, weights, settings, routing):
 
 
 def _outer(s, x, weights, settings, seed, stats, routing):
-    """From dz and x: ``dzᵀ x̂`` ``[R, K]`` and Σ dz; from h and dy, without stats: ``gᵀ h`` ``[N, R]`` and Σ g."""
-    (m, k), hidden, acc, of_x = x.shape, s.shape[1], math(x, s), stats is not None
-    c = config("outer", hidden, s.dtype, capability(x))
+    """From dz and x: ``dzᵀ x̂`` ``[R, K]`` and Σ dz; from h and dy, without stats: ``gᵀ h`` ``[N, R]`` and Σ g.
+
+    The latter two times the branch's factor.
+    """
+    (m, k), hidden, of_x = x.shape, s.shape[1], stats is not None
+    acc = math(x, s) if of_x and weights.norm_weight is not None else products(x, s, torch.float32)
+    c = config("outer", hidden, s.dtype, capability(x), split=acc.precision in SPLIT)
     grid = cdiv(k, c.block_k), cdiv(hidden, c.block_r)
-    parts, span = split(m, c.block_m, grid[0] * grid[1]) if routing is None else (routing.slots, 0)
+    parts, span = split(m, c.block_m, grid[0] * grid[1], least=8) if routing is None else (routing.slots, 0)
     g = x.new_empty((parts, hidden, k) if of_x else (parts, k, hidden), dtype=acc.torch)
     sums = x.new_empty(parts, hidden if of_x else k, dtype=acc.torch)
     launch(
@@ -262,4 +286,10 @@ def _outer(s, x, weights, settings, seed, stats, routing):
         s.stride(), x.stride(), (g.mT if of_x else g).stride(), sums.stride(0), sums.stride(0),
         NORM=norm_of(weights, settings) if of_x else "", DROPOUT=seed is not None, GROUPED=routing is not None,
     )  # fmt: skip
-    return (g, sums) if routing is not None else (reduce_partials(g, g.dtype), reduce_partials(sums, g.dtype))
+    if routing is not None:
+        return g, sums
+    if parts == 1:
+        return g[0], sums[0]
+    y, total = g.new_empty(g.shape[1:]), sums.new_empty(sums.shape[1:])
+    sum_into(g, y, sums, total)
+    return y, total

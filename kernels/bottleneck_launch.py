@@ -8,17 +8,28 @@ from torch import Tensor
 
 from .._device import on_device
 from .._mask import LANES, threshold
-from .launch import Config, cdiv, math, next_power_of_2
+from .launch import WARPGROUPS, Config, Math, cdiv, math, next_power_of_2
+from .planes import products
 
 STEPS = ("fused", "hidden", "up", "hidden_backward", "dx", "outer")
+FINISH = 32  # rows and columns of a program that adds parts
+ROWS = 128  # of a tile at most, where the rows of a program are not one slot's
 DECODE = 16  # rows a tile where weights, not rows, are what there is to read
 SMALL = (89, 120)  # where one ptxas or another spills a few registers at the tiles that fit elsewhere
 
 
-def config(step: str, hidden: int, dtype: torch.dtype, capability: int, tile: int = 64) -> Config:
-    """The tile sizes of ``step`` for weights of ``dtype``, the largest without spills."""
+def config(
+    step: str, hidden: int, dtype: torch.dtype, capability: int, tile: int = ROWS, split: bool = False
+) -> Config:
+    """The tile sizes of ``step`` for weights of ``dtype``, the largest without spills.
+
+    ``tile`` are the rows at most; with ``split`` weights are multiplied as planes of bfloat16.
+    """
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
     block_r, small = max(16, next_power_of_2(hidden)), capability in SMALL
+    if split and tile > DECODE and capability in WARPGROUPS:
+        return _config_of_planes(step, block_r, tile)
+    tile = min(tile, 64)
     if step == "fused":
         block_k = (16 if small else 32) if wide else 32 if block_r > 64 else 64
         return Config(tile, block_k, block_r, 8, 2 if wide else 3)
@@ -32,6 +43,37 @@ def config(step: str, hidden: int, dtype: torch.dtype, capability: int, tile: in
     if step == "outer":
         return Config(32, 32 if wide else 64, max(16 if wide else 32, block_r), 4 if wide else 8, 2)
     raise ValueError(f"config: step is {step!r}, expected one of {', '.join(STEPS)}")
+
+
+def _config_of_planes(step: str, block_r: int, tile: int) -> Config:
+    """The same for float32 weights beside bfloat16: large tiles, as every program splits its own into planes."""
+    if step == "fused":
+        return Config(min(tile, 64), 32, block_r, 4, 3)
+    if step == "hidden":
+        return Config(min(tile, 64), 32, min(block_r, 128), 4, 3)
+    if step == "hidden_backward":
+        return Config(tile, 32, min(block_r, 64), tile // 16, 3)
+    if step in ("up", "dx"):
+        return Config(tile, 128, min(block_r, 32), tile // 16, 2)
+    if step == "outer":
+        return Config(64, 128, min(block_r, 64), 8, 2)
+    raise ValueError(f"config: step is {step!r}, expected one of {', '.join(STEPS)}")
+
+
+def math_of(x: Tensor, weights, *others: Tensor) -> Math:
+    """How x and what else has rows are multiplied with the weights; normalised rows are float32, and no planes."""
+    plain = weights.norm_weight is None and all(t.dtype == x.dtype for t in others)
+    return (products if plain else _math)(x, weights.down, torch.float32)
+
+
+def math_to(x: Tensor, weights, out: torch.dtype) -> Math:
+    """How hidden values, in the weights' dtype, are multiplied with them where the result is rounded to ``out``."""
+    found, acc = products(weights.down, weights.down, out), math(x, weights.down)
+    return found if x.dtype == out == torch.bfloat16 and weights.norm_weight is None else acc
+
+
+def _math(x: Tensor, weight: Tensor, _: torch.dtype) -> Math:
+    return math(x, weight)
 
 
 def norm_of(weights, settings) -> str:

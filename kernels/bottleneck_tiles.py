@@ -5,11 +5,7 @@ import triton.language as tl
 
 from .bottleneck_launch import FACTOR, THRESHOLD
 from .dropout import keep_tile
-
-
-@triton.jit
-def dot(x, a, acc, PRECISION: tl.constexpr):
-    return tl.dot(x.to(a.dtype), a, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+from .planes import dot
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from .multi_lora_products import (
     ranks_of,
     write_shrunk,
 )
+from .planes import dot, products
 
 
 @triton.jit
@@ -43,8 +44,8 @@ def _outer_kernel(
         if DROPOUT:
             seed, threshold = tl.load(seed_ptr + slot), tl.load(threshold_ptr + slot)
             keep = keep_tile(seed, threshold, m - start, pid_k * BLOCK_K, BLOCK_K)
-            x = tl.where(keep, x, 0.0)
-        acc = tl.dot(tl.trans(x.to(ACC)), s, acc, input_precision=PRECISION, out_dtype=ACC)
+            x = tl.where(keep, x, 0.0).to(x.dtype)
+        acc = dot(tl.trans(x), s, acc, PRECISION)
     if DROPOUT:
         acc = acc * inverse_keep_of(threshold_ptr, slot, ACC)
     g_tile = g_ptr + slot * stride_gs + k[:, None] * stride_gk + r[None, :] * stride_gr
@@ -111,12 +112,13 @@ def shrink_backward(
 
 def outer(s, x, routing, slots, dtype):
     """``Sᵀ drop(x)`` of each slot: ``[slots, R, K]``."""
-    k, rank, acc, c = x.shape[1], s.shape[1], math(x, s), config("outer", s.shape[1], x.dtype, routing.tile)
+    k, rank, acc, dropout = x.shape[1], s.shape[1], products(x, s, dtype), slots.thresholds is not None
+    c = config("outer", rank, x.dtype, routing.tile, dropout)
     g = x.new_empty(routing.slots, rank, k, dtype=dtype)
     launch(
         _outer_kernel, (cdiv(k, c.block_k), cdiv(rank, c.block_r), routing.slots), c, acc,
         s, x, g, routing.order, routing.starts, *slots[1:], k, rank,
         *s.stride(), *x.stride(), *g.stride(),
-        RANKS=slots.ranks is not None, DROPOUT=slots.thresholds is not None,
+        RANKS=slots.ranks is not None, DROPOUT=dropout,
     )  # fmt: skip
     return g

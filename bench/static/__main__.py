@@ -10,6 +10,7 @@ import torch
 from .launches import Launch
 from .layer import Layer, added, steps
 from .model import predict, seconds
+from .others import OPS
 
 HEADER = (
     "**predicted** for an H100 SXM; registers, programs a multiprocessor (that fit / that there are), instructions of\n"
@@ -48,6 +49,7 @@ def layers(options) -> list[Layer]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
+    parser.add_argument("--op", choices=("lora_linear", *OPS), default="lora_linear", help="(default: lora_linear)")
     parser.add_argument("--rank", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--adapters", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1])
@@ -65,16 +67,19 @@ def main() -> None:
         found = []
         if not options.layers:
             print(f"## {layer}")
-        for step, floor, launched in steps(layer, options.arch):
+        for step, floor, launched in OPS.get(options.op, steps)(layer, options.arch):
             found.append((step, floor, launched))
             for launch in launched if not options.layers else ():
                 print(f"{step:12} floor {floor * 1e6:5.1f} | {row(launch)}", flush=True)
         parts = " ".join(f"{step} {sum(map(seconds, launched)) * 1e6:.0f}" for step, _, launched in found)
         count = sum(len(launched) for *_, launched in found)
         floor = sum(floor for _, floor, _ in found)
+        total = sum(seconds(launch) for *_, launched in found for launch in launched)
+        words = f"{options.op} {total * 1e6:.0f} us predicted"
+        if options.op == "lora_linear":
+            words = f"+{added(layer, found) * 1e6:.0f} us predicted over the frozen layer"
         print(
-            f"{layer}: +{added(layer, found) * 1e6:.0f} us predicted over the frozen layer "
-            f"({parts}; {count} launches; floor {floor * 1e6:.0f})\n",
+            f"{layer}: {words} ({parts}; {count} launches; floor {floor * 1e6:.0f})\n",
             flush=True,
         )
 

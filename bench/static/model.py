@@ -103,6 +103,7 @@ def predict(launch: Launch) -> Prediction:
     stages = max(1, launch.constants.get("num_stages", 2) - 1)
     if does.tile and found.loops:
         parts["bytes in flight"] = does.read * LATENCY / (resident * stages * does.tile * min(SMS, programs))
+    parts["chain"] = math.ceil(waves) * does.chain * LATENCY
     limit = max(parts, key=parts.get)
     return Prediction(parts[limit] + START, limit, parts, issue / uneven, fit, resident, does.moved, found)
 

@@ -18,19 +18,21 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
-import json, sys
+import json, math, sys
 import torch
 from bench.static.layer import Layer, steps
 from bench.static.launches import Launch
 from bench.static.model import instructions, predict
-rank, adapters, dropout, branches = json.loads(sys.argv[1])
-layer = Layer(rank, getattr(torch, adapters), dropout, branches=branches)
-for step, _, launched in steps(layer):
+from bench.static.others import OPS
+op, rank, adapters, dropout, branches, rows = json.loads(sys.argv[1])
+layer = Layer(rank, getattr(torch, adapters), dropout, rows, branches=branches)
+for step, _, launched in OPS.get(op, steps)(layer):
     kernels = [launch for launch in launched if isinstance(launch, Launch)]
     codes = [predict(launch).code for launch in kernels]
     print(json.dumps({
         "step": step, "launches": len(launched), "spills": sum(c.spills + c.stack for c in codes),
         "instructions": sum(map(instructions, kernels)) * 32 / (layer.rows * layer.inputs),
+        "programs": [predict(launch).fit * 132 >= math.prod(launch.grid) for launch in kernels],
         "products": [name for c in codes for name in c.main + c.outside if "MMA" in name],
     }))
 """
@@ -48,6 +50,42 @@ LAUNCHES = {"down": 2, "up": 1, "up_backward": 2, "dX": 1, "dA": 2}  # with the 
 MORE = {("up_backward", 64): 4, ("down", 3): 2, ("dX", 3): 2}  # two passes; the branches' A's are stacked first
 
 
+# (op, rank or width, adapters, rows): instructions an element of [rows, 4096], and launches, both at most, by step.
+OTHERS = {
+    ("bottleneck", 256, "float32", 8448): {"forward": (105, 2), "backward": (295, 6)},
+    ("bottleneck", 64, "float32", 512): {"forward": (52, 3), "backward": (105, 5)},
+    ("multi_lora", 16, "bfloat16", 32): {"shrink": (145, 1), "expand": (350, 1), "backward": (1450, 8)},
+    ("multi_lora", 16, "bfloat16", 8192): {"shrink": (5, 1), "expand": (18, 1), "backward": (34, 8)},
+    ("multi_lora", 16, "float32", 8192): {"shrink": (12, 1), "expand": (35, 1), "backward": (80, 8)},
+    ("row_linear", 16, "bfloat16", 8192): {"rows": (25, 3), "columns": (40, 2)},
+}
+
+
+def rows_of(*case):
+    """What the program says of a case, by step."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return {row["step"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_hard_counts_of_other_ops(case):
+    op, rank, adapters, count = case
+    rows = rows_of(op, rank, adapters, 0.0, 1, count)
+    assert rows.keys() == OTHERS[case].keys()
+    for step, (instructions, launches) in OTHERS[case].items():
+        assert rows[step]["spills"] == 0, step
+        assert rows[step]["launches"] <= launches, step
+        assert rows[step]["instructions"] <= instructions, step
+        assert rows[step]["products"], step
+        assert not any("TF32" in name for name in rows[step]["products"]), step
+    if count == 32:  # tokens of as many adapters: all programs run at once
+        assert rows["expand"]["programs"] == [True]
+
+
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=[] if case == (16, "float32", 0.0, 1) else pytest.mark.thorough) for case in BOUNDS],
@@ -55,11 +93,7 @@ MORE = {("up_backward", 64): 4, ("down", 3): 2, ("dX", 3): 2}  # two passes; the
 )
 def test_hard_counts(case):
     rank, _, _, branches = case
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    rows = {row["step"]: row for row in map(json.loads, done.stdout.splitlines())}
+    rows = rows_of("lora_linear", *case, 8192)
     assert rows.keys() == LAUNCHES.keys()
     for step, row in rows.items():
         assert row["spills"] == 0, step

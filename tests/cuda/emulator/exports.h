@@ -19,6 +19,8 @@ EXPORTED void emulator_ahead(void* to, const void* from, size_t bytes) {
   };
 }
 
+EXPORTED unsigned emulator_last_grid() { return emulator::last_grid; }
+
 EXPORTED const char* emulator_error_text() { return fastpeft::error_text; }
 
 #undef EXPORTED

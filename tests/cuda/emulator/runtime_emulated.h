@@ -8,6 +8,7 @@ namespace emulator {
 
 constexpr size_t SHARED_LIMIT = 232448;  // of one block on sm_90
 inline std::string last_error = "no error";
+inline unsigned last_grid = 0;  // blocks of the last launch
 
 inline cudaError_t failed(cudaError_t code, const std::string& why) {
   last_error = why;
@@ -51,6 +52,7 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(Param
   if (config->dynamicSmemBytes > SHARED_LIMIT || config->blockDim.y != 1 || config->blockDim.z != 1)
     return failed(cudaErrorInvalidConfiguration, "blocks that the emulator does not launch");
   try {
+    last_grid = config->gridDim.x;
     const Index blocks = {config->gridDim.x, config->gridDim.y, config->gridDim.z};
     run_grid(kernel, blocks, cluster_of(*config), config->blockDim.x, config->dynamicSmemBytes, Parameters(args)...);
   } catch (const Fault& fault) {

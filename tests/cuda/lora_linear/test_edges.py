@@ -49,6 +49,18 @@ def test_every_order_and_grid(gpu, clusters):
         assert torch.equal(gpu.forward(*operands, config=NARROW), expected)
 
 
+@pytest.mark.parametrize(("columns", "depth", "blocks"), [(1024, 2048, 4), (1024, 1984, 2), (128, 2048, 2), (384, 64, 2)])
+def test_long_work_has_more_clusters_than_fit(gpu, columns, depth, blocks):
+    """Of eight tiles with 32 steps two clusters take four each, one after the other or wherever there is room."""
+    x, w = integer_inputs((200, depth), (columns, depth), dtype=FP16)
+    x[:, 64:] = 0
+    none = x[:, :0], w[:, :0]
+    gpu.set(clusters=1)
+    y = gpu.forward(x, w, *none, config=NARROW)
+    assert gpu.library.emulator_last_grid() == blocks
+    assert torch.equal(y.double(), x.double() @ w.double().T)
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     st.integers(1, 400), st.integers(1, 400), st.integers(1, 30), st.integers(0, 256), st.integers(0, 1), st.integers()

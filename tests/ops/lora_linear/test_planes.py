@@ -55,12 +55,24 @@ def test_products(dtype):
     assert error.max() <= (2**-15 if dtype == FP32 else 2**-20)
 
 
+@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16)], ids=str)
+def test_halves(dtypes):
+    """Two planes of whichever is float32: a term errs by 2**-15 at most; one plane would err by 2**-7."""
+    generator = torch.Generator().manual_seed(2)
+    x, a = (torch.randn(64, 64, generator=generator).to(DEVICE, d) for d in dtypes)
+    y = torch.empty(64, 64, device=DEVICE)
+    _dot_kernel[(1,)](x, a, y, planes.products(x, a, BF16).precision, 64)
+    error = (y.double() - x.double() @ a.double()).abs() / (x.double().abs() @ a.double().abs())
+    assert error.max() <= 3 * 64 * 2**-24 + 2**-15
+
+
 def test_which_products_are_taken():
     def precision(x, a, out):
         return planes.products(torch.empty(1, dtype=x), torch.empty(1, dtype=a), out).precision
 
     assert precision(BF16, FP32, FP32) == "planes"
     assert precision(FP32, FP32, BF16) == "pairs"
+    assert precision(FP32, BF16, BF16) == precision(BF16, FP32, BF16) == "halves"
     assert precision(FP32, FP32, FP32) == "ieee"  # a float32 model
     assert precision(FP32, FP32, FP16) == precision(FP16, FP32, FP32) == "tf32x3"
     assert precision(BF16, BF16, BF16) == precision(FP16, FP16, FP16) == precision(FP64, FP64, FP64) == "ieee"

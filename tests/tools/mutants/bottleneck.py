@@ -83,8 +83,6 @@ MUTANTS = {
             "no bias in one kernel": ("activate(z, ACTIVATION)", "activate(z * 2, ACTIVATION)", ONE_KERNEL),
         },
         "_hidden_up_kernel": {
-            "a plane is skipped": ("static_range(1, PLANES)", "static_range(2, PLANES)", CUT),
-            "a cut sum is not activated": ("h = activate(h, ACTIVATION)", "", CUT),
             "the last hidden block": ("range(0, R, BLOCK_R)", "range(0, R - BLOCK_R + 1, BLOCK_R)", WIDTHS),
             "slot 0's U for everyone": ("slot * stride_u[0] + r", "r", WHO),
         },
@@ -99,11 +97,20 @@ MUTANTS = {
             ),
         },
     },
+    "kernels/bottleneck_parts.py": {
+        "_finish_kernel": {
+            "a part is skipped": ("range(0, parts)", "range(1, parts)", CUT),
+        },
+        "finish": {
+            "hidden values are not activated": ("activate(z, ACTIVATION)", "z", ACCURATE),
+            "the factor is forgotten in dz": ("tl.load(numbers_ptr + FACTOR) * slope", "slope", INTEGERS),
+        },
+    },
     "kernels/bottleneck_backward.py": {
         "_hidden_backward_kernel": {
+            "the parts of dy overlap": ("tl.minimum(pid_p * SPAN + SPAN, N), BLOCK_K", "N, BLOCK_K", CUT),
             "the mask is forgotten in dz": ("drawn, n0, BLOCK_K), g, 0.0).", "drawn, n0, BLOCK_K), g, g).", INTEGERS),
             "the scale is forgotten in dz": ("not None", "None", INTEGERS),
-            "the factor is forgotten in dz": ("tl.load(numbers_ptr + FACTOR) * slope", "slope", INTEGERS),
         },
         "_dx_kernel": {
             "the mean is not taken out": ('= "layer":', '= "rms":', ACCURATE),
@@ -111,6 +118,7 @@ MUTANTS = {
             "dy is not added": (":\n        dx +=", ":\n        dx -=", INTEGERS),
         },
         "_weight_gradient_kernel": {
+            "the factor is forgotten in d(up)": ("acc *= factor", "", INTEGERS),
             "the mask in d(up)": ("BLOCK_K, BLOCK_K), x, 0.0).", "BLOCK_K, BLOCK_K), x, x).", INTEGERS),
             "d(up)'s rows of all slots": ("(starts_ptr + pid_p)", "(starts_ptr)", WHO),
         },

@@ -18,6 +18,7 @@ MASK = "tests/cuda/lora_linear/test_lora_linear.py::test_backward_mask"
 THRESHOLD = "tests/cuda/lora_linear/test_lora_linear.py::test_an_element_at_the_threshold_is_kept"
 DOWN_MASK = "tests/cuda/lora_linear/test_lora_linear.py::test_down_mask"
 RESIDENT = "tests/cuda/lora_linear/test_edges.py::test_down_whoever_is_resident"
+LONG = "tests/cuda/lora_linear/test_edges.py::test_long_work_has_more_clusters_than_fit"
 REFUSED = "tests/cuda/lora_linear/test_edges.py::test_refusals"
 
 MUTANTS = {
@@ -27,6 +28,9 @@ MUTANTS = {
         },
         "advance": {
             "parity is not turned": ("parity ^= 1;", ""),
+        },
+        "clusters": {
+            "one schedule for all": ("1 + int64_t(waves)", "1 + 0 * int64_t(waves)", LONG),
         },
         "locate": {
             "raster skips tiles": ("/ height", "/ GROUP"),
@@ -180,11 +184,7 @@ MUTANTS = {
     "csrc/lora_linear.cu": {
         "launch": {
             "box of w as high as the tile": ("BLOCK_N / 2 : 64", "BLOCK_N : 64"),
-            "grid of one block too many clusters": (
-                "(clusters < tiles.count() ? clusters : tiles.count())",
-                "tiles.count() / 2",
-                FORWARD,
-            ),
+            "grid of half the clusters": ("tiles.clusters(clusters)", "(tiles.count() / 2)", FORWARD),
         },
         "fastpeft_lora_linear_backward": {
             "backward's sum not checked": (", R, N, 256", ", R, K, 256", REFUSED),

@@ -133,6 +133,10 @@ MUTANTS = {
             "planes: no low plane": ("acc = tl.dot(x, low, acc, out_dtype=acc.dtype)", "", PLANES),
             "pairs: the high planes alone": ("acc = tl.dot(x_high, low, acc, out_dtype=acc.dtype)", "", PLANES),
         },
+        "_halves": {
+            "halves: x's high plane alone": ("tl.dot(low, a, acc, out_dtype=acc.dtype)", "acc", PLANES),
+            "halves: a's high plane alone": ("tl.dot(x, low, acc, out_dtype=acc.dtype)", "acc", PLANES),
+        },
     },
     "kernels/lora_linear_backward.py": {
         "run": {

@@ -144,7 +144,7 @@ MUTANTS = {
         "_expand_kernel": {
             "expand: slot 0 for all": ("[p] + slot * strides_bs[p]", "[p]"),
             "expand: S of the first slice": ("s_ptr + firsts[p] * stride_sr", "s_ptr"),
-            "expand: y overwritten": ("tl.load(y_tile, mask=y_ok, other=0.0).to(ACC) + acc", "acc"),
+            "expand: y overwritten": ("y.to(ACC) + acc", "acc"),
             "expand: rows taken as sorted": ("[p] + token[:, None]", "[p] + m[:, None]"),
             "expand: tokens of the next slot written": ("y_ok = m_ok[:, None]", "y_ok = (m >= 0)[:, None]"),
             "expand: last columns written twice": (
@@ -164,6 +164,8 @@ MUTANTS = {
         "_low_rank": {
             "expand: only the first ranks": ("0, rank,", "0, tl.minimum(rank, BLOCK_R),", RANKS),
             "expand: one plane": ("(1, PLANES)", "(1, 1)", CUT),
+            "expand: what a load takes along of S": ("tl.where((r < rank)[None, :], s, 0.0)", "s", TRUE_RANKS),
+            "expand: what a load takes along of B": ("tl.where((r < rank)[:, None], b, 0.0)", "b", TRUE_RANKS),
         },
     },
     "kernels/multi_lora_backward.py": {
@@ -179,7 +181,7 @@ MUTANTS = {
                 "x_tile, mask=(m >= 0)[:, None]",
                 NAN,
             ),
-            "outer: mask not applied": ("x = tl.where(keep, x, 0.0)", ""),
+            "outer: mask not applied": ("x = tl.where(keep, x, 0.0).to(x.dtype)", ""),
             "outer: no 1 / (1 - p)": ("inverse_keep_of(threshold_ptr, slot, ACC)", "1.0"),
             "outer: rank blocks repeated": ("pid_r * BLOCK_R + tl", "tl", RANKS),
         },
