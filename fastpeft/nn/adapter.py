@@ -28,15 +28,18 @@ class LoraAdapter(nn.Module):
         device: The parameters' device; None is torch's default.
         experts: How many matrices the adapter is for, in PEFT's layout: ``lora_A [experts · r, K]``, the expert its
             slow index, and ``lora_B [N, r · experts]``, the expert its fast one.
+        dora: Whether the rows of W + scale · B A have norms that are trained, ``lora_magnitude [N]`` (Liu et al.,
+            2024). The layer around it gives them their first values.
 
     Raises:
         ValueError: An argument has a value that it may not have; the error names it and what was expected.
-        TypeError: ``rslora`` is no bool.
+        TypeError: ``rslora`` or ``dora`` is no bool.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_bias: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class LoraAdapter(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         experts: int = 1,
+        dora: bool = False,
     ):
         super().__init__()
         self.r = _check.positive("LoraAdapter", "r", r)
@@ -64,6 +68,10 @@ class LoraAdapter(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(out_features, self.r * experts, dtype=dtype, device=device))
         bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if lora_bias else None
         self.register_parameter("lora_bias", bias)
+        if _check.boolean("LoraAdapter", "dora", dora) and lora_bias:
+            raise ValueError("LoraAdapter: dora is True beside lora_bias=True, expected one of them")
+        magnitude = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if dora else None
+        self.register_parameter("lora_magnitude", magnitude)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,10 +86,13 @@ class LoraAdapter(nn.Module):
             nn.init.zeros_(self.lora_B)
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
+        if self.lora_magnitude is not None:
+            nn.init.constant_(self.lora_magnitude, math.nan)  # only who has W can tell
 
     def extra_repr(self) -> str:
         rest = ", rslora=True" if self.rslora else ""
         rest += ", lora_bias=True" if self.lora_bias is not None else ""
+        rest += ", dora=True" if self.lora_magnitude is not None else ""
         return f"r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}{rest}"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, ops
-from . import merging, plain, quantised
+from . import dora, merging, plain, quantised
 from .adapter import LoraAdapter, adapter_name
 from .backend import serving_backend
 from .base_layer import features, frozen_weight, is_conv1d, not_adaptable_reason, served_dtype, trained_dtype
@@ -45,6 +45,7 @@ class LoraLinear(nn.Module):
         rslora: Whether the scale is ``alpha / sqrt(r)`` instead of ``alpha / r``.
         lora_bias: Whether B has a bias ``[N]``.
         init: How A and B start: "kaiming", "gaussian" or "random".
+        dora: Whether the rows of W + scale · B A have norms that are trained (DoRA); such an adapter is active alone.
 
     Raises:
         TypeError: The base is no linear layer with a floating-point weight.
@@ -54,6 +55,7 @@ class LoraLinear(nn.Module):
     fastpeft_kind = "LoRA layers"
     fastpeft_original = "base_layer"
     fastpeft_shared: SharedInput | None = None  # set by share_inputs
+    dora = False  # whether the active adapter is
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class LoraLinear(nn.Module):
         rslora: bool = False,
         lora_bias: bool = False,
         init: str = "kaiming",
+        dora: bool = False,
     ):
         super().__init__()
         reason = not_adaptable_reason(base_layer)
@@ -79,7 +82,8 @@ class LoraLinear(nn.Module):
         self.merged: tuple[str, ...] = ()
         self._before_merge: merging.Merged | None = None
         self.train(base_layer.training)
-        self.add_adapter(name, dtype, r=r, alpha=alpha, dropout=dropout, rslora=rslora, lora_bias=lora_bias, init=init)
+        settings: dict[str, Any] = {"r": r, "alpha": alpha, "dropout": dropout, "rslora": rslora}
+        self.add_adapter(name, dtype, **settings, lora_bias=lora_bias, init=init, dora=dora)
         self.set_adapter([name])
 
     @property
@@ -99,29 +103,13 @@ class LoraLinear(nn.Module):
     def out_features(self) -> int:
         return features(self.base_layer)[0]
 
-    def add_adapter(
-        self,
-        name: str,
-        dtype: torch.dtype | None = None,
-        *,
-        r: int = 8,
-        alpha: float = 8,
-        dropout: float = 0.0,
-        rslora: bool = False,
-        lora_bias: bool = False,
-        init: str = "kaiming",
-    ) -> LoraAdapter:
+    def add_adapter(self, name: str, dtype: torch.dtype | None = None, **settings: Any) -> LoraAdapter:
         """Add an adapter on the base's device; it is inactive and frozen until ``set_adapter``.
 
         Args:
             name: A name that no adapter of this layer has.
             dtype: The dtype of its parameters; None is the base's, or float32 where that is 16 bits wide.
-            r: The rank, as of ``LoraAdapter``, like what follows.
-            alpha: The numerator of the scale.
-            dropout: The probability of dropping an element of x, in [0, 1), in training mode only.
-            rslora: Whether the scale is ``alpha / sqrt(r)`` instead of ``alpha / r``.
-            lora_bias: Whether B has a bias ``[N]``.
-            init: How A and B start: "kaiming", "gaussian" or "random".
+            settings: What ``LoraAdapter`` takes: r, alpha, dropout, rslora, lora_bias, init, dora.
 
         Returns:
             The new adapter.
@@ -132,7 +120,9 @@ class LoraLinear(nn.Module):
             raise ValueError(f"LoraLinear: adapter {name!r} exists already")
         n, k = features(self.base_layer)
         dtype, device = dtype or trained_dtype(self.weight.dtype), self.weight.device
-        adapter = LoraAdapter(k, n, r, alpha, dropout, rslora, lora_bias, init, dtype, device)
+        adapter = LoraAdapter(k, n, **settings, dtype=dtype, device=device)
+        if adapter.lora_magnitude is not None:
+            dora.initialise(self.base_layer, adapter)
         self.adapters[name] = adapter.requires_grad_(False).train(self.training)
         return adapter
 
@@ -148,7 +138,11 @@ class LoraLinear(nn.Module):
             raise ValueError(f"LoraLinear: no adapter {missing!r}, expected one of {', '.join(self.adapters)}")
         if self.merged:
             raise ValueError("LoraLinear: set_adapter on a merged layer; unmerge it first")
-        self.active = tuple(dict.fromkeys(names))
+        names = tuple(dict.fromkeys(names))
+        trained = [name for name in names if getattr(self.adapters[name], "lora_magnitude", None) is not None]
+        if trained and len(names) > 1:
+            raise ValueError(f"LoraLinear: {trained[0]!r} is DoRA, expected no other active adapter than it")
+        self.active, self.dora = names, bool(trained)
         for name, adapter in self.adapters.items():
             adapter.requires_grad_(trainable and name in self.active)
 
@@ -162,6 +156,8 @@ class LoraLinear(nn.Module):
             ``[..., N]``.
         """
         branch = None
+        if self.dora and not (self.disabled or self.merged):
+            return dora.call(self, x)
         if not torch.compiler.is_compiling():
             branch = kept(self, x)
             if branch is None:
@@ -191,6 +187,8 @@ class LoraLinear(nn.Module):
         """What ``SharedInput`` computes for this layer, or the reason why it does not."""
         if self.disabled or self.merged or len(self.active) != 1:
             return "disabled" if self.disabled else "merged" if self.merged else f"{len(self.active)} active adapters"
+        if self.dora:
+            return "its adapter is DoRA"
         weight = frozen_weight(self.base_layer)
         if isinstance(weight, str):
             return f"its base layer {weight}"
@@ -217,7 +215,12 @@ class LoraLinear(nn.Module):
         """The backend for an x of one row and the first active adapter."""
         weight, lora_a = frozen_weight(self.base_layer), self._adapters(self.active)[0].lora_A
         given, dtype = (None, None) if isinstance(weight, str) else (weight, weight.dtype)
-        return serving_backend("lora_linear", lora_a.new_empty(1, lora_a.shape[1], dtype=dtype), given, lora_a)
+        return serving_backend(
+            "dora_linear" if self.dora else "lora_linear",
+            lora_a.new_empty(1, lora_a.shape[1], dtype=dtype),
+            given,
+            lora_a,
+        )
 
     def fastpeft_report(self) -> str:
         """``"fused"``, "fused beside its base" and why, or why this layer computes nothing of its own."""
@@ -236,7 +239,9 @@ class LoraLinear(nn.Module):
         Returns:
             ``Σ scale · B A`` as ``[N, K]`` and ``Σ scale · lora_bias`` as ``[N]``, or None where none has one.
         """
-        return merging.added(self._adapters([names] if isinstance(names, str) else names))
+        if self.merged and self.dora:
+            raise ValueError("LoraLinear: delta of a merged layer with DoRA; unmerge it first")
+        return merging.added(self.base_layer, self._adapters([names] if isinstance(names, str) else names))
 
     @torch.no_grad()
     def merged_tensors(self, dequantise: torch.dtype | None = None) -> merging.Merged:

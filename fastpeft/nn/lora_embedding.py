@@ -132,7 +132,7 @@ class LoraEmbedding(LoraLinear):
         """
         if not self.active:
             raise ValueError("no active adapter to merge")
-        weight = (self.weight + added(self._adapters(self.active))[0].T).to(self.weight.dtype)
+        weight = (self.weight + added(self.base_layer, self._adapters(self.active))[0].T).to(self.weight.dtype)
         if not weight.isfinite().all():
             raise ValueError("the merged weights are not all finite")
         return weight, None

@@ -7,23 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import quantised
+from . import dora, quantised
 from .adapter import LoraAdapter
 from .base_layer import is_conv1d
 
 Merged = tuple[Tensor | nn.Module, Tensor | None]  # weight and bias, or a layer in place of the base
 
 
-def added(adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
+def added(base: nn.Linear, adapters: Sequence[LoraAdapter]) -> tuple[Tensor, Tensor | None]:
     """``Σ scale · B A`` as ``[N, K]`` and ``Σ scale · lora_bias`` as ``[N]``, or None where none has one.
 
-    Both are in float32 or wider. There is at least one adapter.
+    Both are in float32 or wider. There is at least one adapter. DoRA adds what it makes of W and B A, without W.
     """
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     for adapter in adapters:
         dtype = torch.promote_types(adapter.lora_A.dtype, torch.float32)
-        weights.append(adapter.scale * (adapter.lora_B.to(dtype) @ adapter.lora_A.to(dtype)))
+        delta = adapter.scale * (adapter.lora_B.to(dtype) @ adapter.lora_A.to(dtype))
+        weights.append(delta if adapter.lora_magnitude is None else dora.added(base, adapter, delta))
         if adapter.lora_bias is not None:
             biases.append(adapter.scale * adapter.lora_bias.to(dtype))
     return _sum(weights), _sum(biases) if biases else None
@@ -68,7 +69,7 @@ def merged(base: nn.Linear, adapters: Sequence[LoraAdapter], dequantise: torch.d
     Raises:
         ValueError: A bias has nowhere to go, or a merged value is not finite.
     """
-    weight, bias = added(adapters)
+    weight, bias = added(base, adapters)
     if bias is not None and base.bias is None:
         raise ValueError("lora_bias cannot be merged into a base layer without bias")
     bias = None if bias is None else (base.bias + bias).to(base.bias.dtype)

@@ -158,7 +158,7 @@ class TestReading:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"use_dora": True}, "has use_dora=True, which is not served"),
+            ({"use_qalora": True}, "has use_qalora=True, which is not served"),
             ({"trainable_token_indices": [1]}, "is no trainable_tokens_delta of the 1 token_indices"),
             ({"layer_replication": [[0, 1]]}, "has layer_replication"),
             ({"target_parameters": ["x"]}, "has target_parameters"),

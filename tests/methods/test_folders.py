@@ -26,7 +26,7 @@ LORA = {
 }
 # What each is called wherever it is refused, and by whom: a bank serves LoRA alone, load what has a method.
 OTHERS = {
-    "DoRA": (lambda: lora(use_dora=True), "use_dora=True, which is not served", "load bank"),
+    "DoRA": (lambda: lora(use_dora=True), "use_dora=True, which is not served", "bank"),
     "PiSSA": (lambda: lora(init_lora_weights="pissa"), "which changes the frozen weights", "load bank"),
     "trained biases": (lambda: lora(lora_bias=True), "lora_bias", "bank"),
     "copies": (lambda: lora(modules_to_save=["norm"]), "modules_to_save", "bank"),

@@ -81,17 +81,17 @@ class TestInspect:
             ("IA3", peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "nothing here; PEFT itself"),
             ("PROMPT_TUNING", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "fastpeft.load"),
             ("TOKENS", peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "fastpeft.load"),
-            ("LORA", peft.LoraConfig(use_dora=True, target_modules=["q_proj"]), "nothing here"),
+            ("LORA", peft.LoraConfig(use_dora=True, target_modules=["q_proj"]), "fastpeft.load"),
         ):
             peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / kind)
             found = one(tmp_path / kind)
             assert found.served.startswith(served)
             zero = ["every lora_B is zero: it has not been trained and does nothing"]
-            assert bool(found.problems) == (kind in ("IA3", "LORA"))
+            assert bool(found.problems) == (kind == "IA3")
             assert kind != "TOKENS" or (found.notes == zero and found.method.endswith("and token rows"))
         assert "4 virtual tokens" in one(tmp_path / "PROMPT_TUNING").method
         assert one(tmp_path / "IA3").problems == [f"{tmp_path / 'IA3'} is PEFT's IA3: peft_type='IA3' is not served"]
-        assert any("use_dora=True, which is not served" in problem for problem in one(tmp_path / "LORA").problems)
+        assert one(tmp_path / "LORA").method.startswith("LoRA with DoRA")
 
     def test_faults(self, tmp_path, capsys):
         saved(tmp_path, Lora(r=3, targets=["q_proj"]))
@@ -118,7 +118,7 @@ class TestInspect:
             f"{broken} odd has no lora_B beside its lora_A",
         ]
         assert "of rank 8, which the config says" in problems(r=8)
-        assert "use_dora=True, which is not served" in problems(use_dora=True)
+        assert f"{path} has no lora_magnitude_vector, but the config says use_dora" in problems(use_dora=True)
         assert "odd.kind is no part of LoRA" in problems({"base_model.model.odd.kind": tensors[a].clone()})
         zero = {key: torch.zeros_like(tensor) for key, tensor in tensors.items() if "lora_B" in key}
         assert b in zero

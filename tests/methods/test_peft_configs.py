@@ -103,8 +103,8 @@ def test_beside_configs_of_ours():
     [
         (
             llama,
-            peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
-            r"peft\.LoraConfig has use_dora=True, which",
+            peft.LoraConfig(target_modules=["q_proj"], use_qalora=True),
+            r"peft\.LoraConfig has use_qalora=True, which",
         ),
         (
             llama,

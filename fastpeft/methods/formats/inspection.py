@@ -101,14 +101,18 @@ def _inspect(directory: Path) -> Inspection:
 
 def _lora(found: Inspection, fields: Mapping, tensors: Mapping[str, Tensor]) -> None:
     ends = (".lora_A.weight", ".lora_embedding_A")
-    found.method = f"LoRA, r={fields.get('r')}, alpha={fields.get('lora_alpha')}, dropout={fields.get('lora_dropout')}"
+    kind = "LoRA with DoRA" if fields.get("use_dora") else "LoRA"
+    found.method = (
+        f"{kind}, r={fields.get('r')}, alpha={fields.get('lora_alpha')}, dropout={fields.get('lora_dropout')}"
+    )
     found.modules = _count(key.removesuffix(end) for key in tensors for end in ends if key.endswith(end))
     if fields.get("target_parameters"):
         found.method += f", on parameters {', '.join(sorted(fields['target_parameters']))}"
     if tokens_beside_lora(fields) is not None:
         found.method += " and token rows"
     experts = ", and experts" if fields.get("target_parameters") else ""
-    found.served = f"fastpeft.load and fastpeft serve: the fused ops lora_linear and multi_lora{experts}"
+    op = "dora_linear" if fields.get("use_dora") else "lora_linear"
+    found.served = f"fastpeft.load and fastpeft serve: the fused ops {op} and multi_lora{experts}"
 
 
 def _bottleneck(found: Inspection, fields: Mapping, tensors: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ _FIELDS = {
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "use_rslora": "rslora",
+    "use_dora": "dora",
     "bias": "bias",
     "lora_bias": "lora_bias",
     "modules_to_save": "modules_to_save",
@@ -100,7 +101,7 @@ def from_peft(op: str, fields: object, source: str = "adapter_config.json") -> L
         source: What errors say that has them.
 
     Raises:
-        ValueError: not a LoRA config of PEFT, or a field asks for what is not served here (DoRA, other variants, ...).
+        ValueError: not a LoRA config of PEFT, or a field asks for what is not served here (variants but DoRA, ...).
     """
     if isinstance(fields, dict) and fields.get(_PARAMETERS) and fields.get("target_modules") is None:
         fields = {**fields, "target_modules": []}

@@ -31,7 +31,7 @@ from .peft_prompts import EMBEDDINGS, check_fields
 _PAIR = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<half>[AB])(?P<end>\.weight)?")
 # What else a LoRA checkpoint may hold: token rows, a bias of B, and parameters of the model itself.
 _BESIDE = re.compile(r".+\.(token_adapter\.trainable_tokens_delta|lora_B\.bias|weight|bias)")
-_VARIANTS = {"lora_magnitude_vector": "DoRA"}
+_MAGNITUDE = ".lora_magnitude_vector"  # DoRA's
 _PROMPTS = {"PROMPT_TUNING": "prompt tuning", "PREFIX_TUNING": "prefix tuning"}
 
 
@@ -189,16 +189,19 @@ def _judge_config(found: Verdict) -> None:
 
 def _judge_lora(found: Verdict, config: Lora) -> None:
     pairs: dict[str, dict[str, Tensor]] = {}
+    magnitudes = set()
     for key, tensor in found.tensors.items():
-        match, variant = _PAIR.fullmatch(key), next((v for k, v in _VARIANTS.items() if k in key), None)
-        if variant is not None:
-            found.unserved.append(Unserved(f"{found.op}: {found.directory} has {key}: {variant} is not served"))
+        match = _PAIR.fullmatch(key)
+        if config.dora and key.endswith(_MAGNITUDE):
+            magnitudes.add(key.removesuffix(_MAGNITUDE).removeprefix(PREFIX))
         elif match is not None and bool(match["embedding"]) != bool(match["end"]):
             pairs.setdefault(match["path"].removeprefix(PREFIX), {})[match["half"]] = tensor
         elif _BESIDE.fullmatch(key) is None:
             found.fault(f"{key} is no part of LoRA")
     for path, pair in pairs.items():
         ranks, parameter = _ranks(path, config)
+        if config.dora and path not in magnitudes:
+            found.fault(f"{path} has no lora_magnitude_vector, but the config says use_dora")
         for half, other in ("AB", "BA"):
             if half not in pair:
                 found.fault(f"{path} has no lora_{half} beside its lora_{other}")

@@ -36,6 +36,7 @@ class Lora:
         rank_pattern: r for the paths that a regular expression matches at their end.
         alpha_pattern: alpha for the paths that a regular expression matches at their end.
         rslora: Whether the scale is ``alpha / sqrt(r)`` instead [use_rslora].
+        dora: Whether the rows of W + scale · B A have norms that are trained [use_dora]; such an adapter acts alone.
         bias: Which biases of the model are trained as well: "none", "all", or those of the adapted layers, "lora_only".
         lora_bias: Whether B has a bias of its own.
         modules_to_save: Ends of the paths of modules of which a copy is trained and saved (a classifier head).
@@ -63,6 +64,7 @@ class Lora:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
+    dora: bool = False
     bias: str = "none"
     lora_bias: bool = False
     modules_to_save: Sequence[str] = ()
@@ -82,8 +84,10 @@ class Lora:
                 check("Lora", f"{name}[{key!r}]", value)
         _check.one_of("Lora", "bias", self.bias, BIASES)
         _check.one_of("Lora", "init", self.init, INITS)
-        for name in ("rslora", "lora_bias", "share_inputs", "fuse_mlp"):
+        for name in ("rslora", "dora", "lora_bias", "share_inputs", "fuse_mlp"):
             _check.boolean("Lora", name, getattr(self, name))
+        if self.dora and self.lora_bias:
+            raise ValueError("Lora: dora is True beside lora_bias=True, expected one of them")
         _check.dtype_or_none("Lora", "dtype", self.dtype)
         self._set("modules_to_save", _check.names("Lora", "modules_to_save", self.modules_to_save))
         for name in ("targets", "exclude", "layers_pattern"):

@@ -49,6 +49,8 @@ def adapted_experts(op: str, model: nn.Module, config: Lora, strict: bool = True
         raise ValueError(
             f"{op}: lora_bias is True, expected False beside experts ({next(iter(found))}), or experts=False"
         )
+    if found and config.dora:
+        raise ValueError(f"{op}: dora is True, expected False beside experts ({next(iter(found))}), or experts=False")
     return found
 
 

@@ -63,6 +63,8 @@ class LoraFiles(Files):
                     tensors[key] = tensor
                 if adapter.lora_bias is not None:
                     tensors[f"{path}.lora_B.bias"] = adapter.lora_bias
+                if adapter.lora_magnitude is not None:
+                    tensors[f"{path}.lora_magnitude_vector"] = adapter.lora_magnitude
         for path, wrapper in record.wrappers(model).items():
             if name in wrapper.copies:
                 state = wrapper.copies[name].state_dict(keep_vars=True)
@@ -83,6 +85,8 @@ class LoraFiles(Files):
             shapes.update(zip(_keys(path, module), ((r, k), (n, r)), strict=True))
             if config.lora_bias:
                 shapes[f"{path}.lora_B.bias"] = (n,)
+            if config.dora:
+                shapes[f"{path}.lora_magnitude_vector"] = (n,)
         for path, parameters in targets.experts.items():
             module = model.get_submodule(path)
             base = module.base_layer if isinstance(module, LoraExperts) else module

@@ -52,6 +52,9 @@ class LoraMethod(Mergeable):
                     f"{op}: adapter {biased[0]!r} trains the model's biases, expected bias='none' with two adapters"
                 )
         targets = resolve(op, model, config, strict, adapted_experts(op, model, config, strict))
+        embedding = next((path for path in targets.linears if is_embedding(model.get_submodule(path))), None)
+        if config.dora and embedding is not None:
+            raise ValueError(f"{op}: dora is True, expected False beside the embedding {embedding}")
         for path in targets.copies:
             for inner, module in model.get_submodule(path).named_modules():
                 if is_added(module) and not inner.startswith("fastpeft_"):
@@ -136,6 +139,12 @@ class LoraMethod(Mergeable):
         unfuse_mlps(model)
 
     def check_active(self, op: str, model: nn.Module, names: Sequence[str]) -> None:
+        for path, layer in self.record(model).layers(model).items():
+            acting = {
+                name: getattr(layer.adapters[name], "lora_magnitude", None) for name in names if name in layer.adapters
+            }
+            if len(acting) > 1 and any(magnitude is not None for magnitude in acting.values()):
+                raise ValueError(f"{op}: {list(acting)} all adapt {path} and one is DoRA, expected that alone")
         for path, wrapper in self.record(model).wrappers(model).items():
             if len([name for name in names if name in wrapper.copies]) > 1:
                 raise ValueError(f"{op}: {list(names)} all have a copy of {path}, expected one active copy")
@@ -211,6 +220,10 @@ def _check_mergeable(path: str, base: nn.Module, name: str, names: Mapping[int, 
         raise ValueError(f"merge: the {name} of {path} is also {next(n for n in tied if not n.startswith(path))}")
 
 
+def is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | LoraEmbedding)
+
+
 def _refuse_copied(op: str, model: nn.Module, config: Lora, targets: Targets, copies: Iterable[str]) -> None:
     """Raise if the config names a layer that another adapter has a copy of: it would be left out without a word."""
     others, own = tuple(f"{path}." for path in copies), tuple(f"{path}." for path in targets.copies)
@@ -232,6 +245,7 @@ def _adapted(module: nn.Module, path: str, config: Lora, name: str) -> LoraLinea
         "lora_bias": config.lora_bias,
         "init": config.init,
         "dtype": config.dtype,
+        "dora": config.dora,
     }
     if isinstance(module, LoraLinear):
         module.add_adapter(name, **settings)

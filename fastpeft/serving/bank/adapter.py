@@ -107,6 +107,8 @@ def read_adapter(
     for field, unserved in (("bias", lora.bias != "none"), ("lora_bias", lora.lora_bias)):
         if unserved:
             raise BadCheckpoint(f"{op}: {name!r} has {field}={getattr(lora, field)!r}, expected no trained biases")
+    if lora.dora:
+        raise BadCheckpoint(f"{op}: {name!r} has use_dora=True, which is not served")
     if lora.modules_to_save:
         raise BadCheckpoint(f"{op}: {name!r} has modules_to_save={list(lora.modules_to_save)}, which are not served")
     tensors, parameters = by_parameter(model, lora, tensors)

@@ -78,10 +78,10 @@ ZOO = {
         lambda f: edit(f, lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp.up_proj" in k]),
         "has no weights for model.layers.1.mlp.up_proj, which its config names",
     ),
-    "DoRA": (lambda f: edit(f, config={"use_dora": True}), "has use_dora=True, which is not served"),
+    "DoRA": (lambda f: edit(f, config={"use_dora": True}), "down_proj has no lora_magnitude_vector"),
     "DoRA's tensors": (
         lambda f: edit(f, set_to("q_proj.lora_magnitude_vector", torch.ones(32))),
-        "q_proj.lora_magnitude_vector: DoRA is not served",
+        "q_proj.lora_magnitude_vector is no part of LoRA",
     ),
     "biases": (lambda f: edit(f, config={"bias": "all"}), "has bias='all', expected no trained biases"),
     "a bias of B": (lambda f: edit(f, config={"lora_bias": True}), "has lora_bias=True, expected no trained biases"),
