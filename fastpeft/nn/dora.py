@@ -27,8 +27,23 @@ def initialise(base: Any, adapter: Any) -> None:
     """
     if adapter.lora_magnitude.is_meta or base.weight.is_meta:
         return
-    norm = ops.dora_norm(_read(base), adapter.lora_A, adapter.lora_B, adapter.scale)
-    adapter.lora_magnitude.copy_(norm)
+    adapter.lora_magnitude.copy_(norm(base, adapter.lora_A, adapter.lora_B, adapter.scale))
+
+
+def norm(base: Any, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """``‖W + scale · B A‖`` of each row, where the base is.
+
+    Args:
+        base: A frozen layer.
+        lora_a: A, on the base's device, in W's dtype or float32.
+        lora_b: B, likewise.
+        scale: Factor of B A.
+
+    Raises:
+        ValueError: The weight cannot be read.
+    """
+    weight = frozen_weight(base)
+    return ops.dora_norm(_dense(base) if isinstance(weight, str) else weight, lora_a, lora_b, scale)
 
 
 def call(layer: Any, x: Tensor) -> Tensor:
@@ -69,19 +84,14 @@ def _beside(base: Any, adapter: Any, x: Tensor, dropout: float) -> Tensor:
     """In plain PyTorch, the base called as it is; dropout is PyTorch's."""
     y, a, b, magnitude = base(x), adapter.lora_A, adapter.lora_B, adapter.lora_magnitude
     weight = _dense(base).to(a.dtype)
-    norm = torch.linalg.vector_norm(weight + adapter.scale * (b @ a).detach(), dim=1)
-    gain, wide = magnitude / norm, x.to(a.dtype)
+    rows = torch.linalg.vector_norm(weight + adapter.scale * (b @ a).detach(), dim=1)
+    gain, wide = magnitude / rows, x.to(a.dtype)
     if dropout:
         wide = F.dropout(wide, dropout)
         own = F.linear(wide, weight)
     else:
         own = y if base.bias is None else y - base.bias
     return y + ((gain - 1) * own + gain * adapter.scale * F.linear(F.linear(wide, a), b)).to(y.dtype)
-
-
-def _read(base: Any) -> Tensor | ops.Base:
-    weight = frozen_weight(base)
-    return _dense(base) if isinstance(weight, str) else weight
 
 
 def _dense(base: Any) -> Tensor:

@@ -22,6 +22,7 @@ from ...methods.lora.config import Lora
 from ...methods.targets import ALL_LINEAR, names
 from ...nn.slot_rank import slot_rank
 from ..errors import BadCheckpoint
+from .dora import folded, without_magnitudes
 from .experts import ExpertSite, by_parameter
 from .sites import Site, unserved_reason
 
@@ -50,6 +51,7 @@ class Adapter:
         pinned: whether it stays in its slot.
         retired: whether it was unloaded or replaced while it was held.
         ready: the event after which its slot can be read, or None.
+        gains: of DoRA, for each layer float32 ``[N]``: by how much more the base's product counts. They stay.
         version: a number of its own, larger than that of every adapter that was read before it.
     """
 
@@ -61,6 +63,7 @@ class Adapter:
         self.tensors: Mapping[Site, tuple[Tensor, Tensor]] | None = tensors
         self.bytes = sum(t.nbytes for pair in tensors.values() for t in pair)
         self.reread: Callable[[], Mapping[Site, tuple[Tensor, Tensor]]] | None = None
+        self.gains: Mapping[Site, Tensor] = {}
         self.slot: int | None = None
         self.leases = self.used = 0
         self.pinned = self.retired = False
@@ -107,10 +110,9 @@ def read_adapter(
     for field, unserved in (("bias", lora.bias != "none"), ("lora_bias", lora.lora_bias)):
         if unserved:
             raise BadCheckpoint(f"{op}: {name!r} has {field}={getattr(lora, field)!r}, expected no trained biases")
-    if lora.dora:
-        raise BadCheckpoint(f"{op}: {name!r} has use_dora=True, which is not served")
     if lora.modules_to_save:
         raise BadCheckpoint(f"{op}: {name!r} has modules_to_save={list(lora.modules_to_save)}, which are not served")
+    tensors, magnitudes = without_magnitudes(tensors)
     tensors, parameters = by_parameter(model, lora, tensors)
     pairs = _pairs(op, name, model, {site.path: site for site in sites}, tensors)
     _check_pairs(op, name, lora, sites, pairs, max_rank, parameters)
@@ -118,8 +120,12 @@ def read_adapter(
     on_cpu = sites[0].device.type == "cpu"
     ranks, scales = torch.zeros(len(sites), dtype=torch.int32), torch.zeros(len(sites))
     host: dict[Site, tuple[Tensor, Tensor]] = {}
+    gains: dict[Site, Tensor] = {}
     for site, (a, b) in pairs.items():
         r = lora.rank_of(site.path)
+        scale = lora.alpha_of(site.path) / (math.sqrt(r) if lora.rslora else r) * site.factor
+        if lora.dora:
+            b, gains[site] = folded(op, name, site, a, b, magnitudes.get(site.path), scale)
         if isinstance(site, ExpertSite):
             (a, b), served = site.stacked(a, b), r
         else:
@@ -127,11 +133,12 @@ def read_adapter(
         a, b = pad(a, (0, 0, 0, served - r)), pad(b, (0, served - r))
         host[site] = _host(op, name, site, a.T if site.embedding else a, pin), _host(op, name, site, b, pin)
         ranks[site.index] = served
-        scale = lora.alpha_of(site.path) / (math.sqrt(r) if lora.rslora else r) * site.factor
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise BadCheckpoint(f"{op}: {name!r} has scale {scale} at {site.path}, expected a number of float32")
         scales[site.index] = scale
-    return Adapter(name, host, ranks.pin_memory() if pin else ranks, scales.pin_memory() if pin else scales)
+    made = Adapter(name, host, ranks.pin_memory() if pin else ranks, scales.pin_memory() if pin else scales)
+    made.gains = {site: gain.pin_memory() if pin else gain for site, gain in gains.items()}
+    return made
 
 
 def _read(
@@ -221,8 +228,6 @@ def _same_as_model(modules: Mapping[str, nn.Module], key: str, tensor: Tensor) -
 
 
 def _meaning(key: str) -> str:
-    if "lora_magnitude_vector" in key:
-        return "is DoRA's, which is not served"
     if key.endswith(".bias"):
         return "is a trained bias, which is not served"
     return "is no LoRA weight (modules_to_save, a changed embedding or another variant), which is not served"

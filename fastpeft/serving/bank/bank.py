@@ -106,7 +106,7 @@ class AdapterBank:
             name: what batches call it by.
             source: the folder of a PEFT checkpoint (safetensors), or its state dict. Served are LoRA and rsLoRA of any
                 rank up to ``max_rank`` with patterns, on linear layers, embeddings, the head and weights of experts,
-                with bias="none".
+                with bias="none", and DoRA on linear layers.
             pin: keep it in a slot.
             config: beside a state dict, the fields of adapter_config.json as a dict, or ``peft.LoraConfig``; with a
                 folder None, or what is to stand for its adapter_config.json.

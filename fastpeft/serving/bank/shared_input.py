@@ -73,7 +73,7 @@ class Siblings:
             self._apart = True
         members, *tables = self._plan(batch)
         # A layer that was called leaves its output complete: the model may go on with it before it calls the next.
-        outputs = {member: writable(member.base(x)) for member in (members if not self._apart else ())}
+        outputs = {member: member.called(batch, x) for member in (members if not self._apart else ())}
         if site not in outputs:
             return site._forward(x)
         ops.multi_lora_(list(outputs.values()), x, tables[0], tables[1], batch.routing(x.shape[:-1]), *tables[2:])

@@ -30,6 +30,8 @@ class Site:
     Attributes:
         lora_a, lora_b: ``[slots, R, K]`` and ``[slots, N, R]``, or None before an adapter needs them; an embedding's A
             is ``[slots, V, R]``. ranks, scales: ``[slots]``, rows of the bank's tables.
+        gains: float32 ``[slots + 1, N]``, how much more than once the base's product counts, 0 in the last row, which
+            is for no slot; or None before an adapter with DoRA needs it. scaled: bit s: slot s is not 0.
         mask: bit s: slot s has something for this layer.
         siblings: the group of layers that may receive the same tensor, or None.
     """
@@ -44,7 +46,8 @@ class Site:
         self.dtype: torch.dtype = dtype or own
         self.device: torch.device = weight.device
         self.factor = float(getattr(module, "embed_scale", 1.0)) if self.embedding else 1.0
-        self.mask = 0
+        self.mask = self.scaled = 0
+        self.gains: Tensor | None = None
         self.lora_a: Tensor | None = None
         self.lora_b: Tensor | None = None
         self.ranks: Tensor | None = None
@@ -56,7 +59,7 @@ class Site:
 
     def __setstate__(self, state):
         # In a copy of the model, which has no bank: the layer's own forward, on the copied module.
-        self.__dict__.update(state, mask=0, siblings=None, _running=Running())
+        self.__dict__.update(state, mask=0, scaled=0, gains=None, siblings=None, _running=Running())
         self.base = self._own or MethodType(type(self.module).forward, self.module)
 
     def attach(self, running: Running) -> None:
@@ -73,7 +76,7 @@ class Site:
             self.module.forward = self._own
         if self.siblings is not None:
             self.siblings.detach()
-        self.lora_a = self.lora_b = self.ranks = self.scales = self.siblings = None
+        self.lora_a = self.lora_b = self.ranks = self.scales = self.siblings = self.gains = None
 
     def make_tables(self, slots: int, rank: int) -> None:
         """Allocate the slots; what no adapter has written is never read."""
@@ -84,6 +87,20 @@ class Site:
         if self.embedding:
             self._eye = torch.eye(rank, dtype=self.dtype, device=self.device).expand(slots, rank, rank)
         self.lora_a = lora_a
+
+    def make_gains(self, slots: int) -> None:
+        """Allocate the gains of all slots, unless they are there."""
+        if self.gains is None:
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            self.gains = torch.zeros(slots + 1, self.out_features, dtype=dtype, device=self.device)
+
+    def write_gain(self, slot: int, gain: Tensor | None) -> None:
+        """Copy an adapter's gain into a slot; None: it has none."""
+        self.scaled = self.scaled & ~(1 << slot) if gain is None else self.scaled | 1 << slot
+        if self.gains is not None and gain is None:
+            self.gains[slot].zero_()
+        elif self.gains is not None and gain is not None:
+            self.gains[slot].copy_(gain, non_blocking=True)
 
     def slot_bytes(self, rank: int) -> int:
         """What one slot of the tables takes."""
@@ -116,9 +133,19 @@ class Site:
             return self.base(x, *args, **kwargs)
         if self.siblings is not None and not args and not kwargs and self.siblings.shares(x):
             return self.siblings.forward(self, x, batch)
-        y = writable(self.base(x, *args, **kwargs))
+        y = self.called(batch, x, *args, **kwargs)
         self._add(y, x, batch.routing(x.shape[:-1]))
         return y
+
+    def called(self, batch: Batch, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer gives by itself, its product with W scaled where a row's adapter is DoRA."""
+        y = writable(self.base(x, *args, **kwargs))
+        everybody = batch.every or torch.compiler.is_compiling()
+        if self.gains is None or not (everybody or self.scaled & batch.mask):
+            return y
+        bias = getattr(self.module, "bias", None)
+        gain = self.gains[batch.token_slots(y.shape[:-1]).long()].view(y.shape)  # -1 is the last row
+        return y.addcmul_(y if bias is None else y - bias, gain)
 
     def _add(self, y: Tensor, x: Tensor, routing: Routing) -> None:
         lora_a, lora_b, scales, ranks = self.tables()

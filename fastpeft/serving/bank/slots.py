@@ -41,6 +41,8 @@ class Slots:
                     if site.lora_a is None:
                         made.append(site)
                         site.make_tables(len(self.held), self._max_rank)
+                for site in adapter.gains:
+                    site.make_gains(len(self.held))
         except BaseException:
             self.drop_tables(made)
             raise
@@ -91,6 +93,7 @@ class Slots:
         with self.copies.into(slot):
             for site, (a, b) in adapter.read().items():
                 site.write(slot, a, b)
+                site.write_gain(slot, adapter.gains.get(site))
             self._ranks[:, slot].copy_(adapter.ranks, non_blocking=True)
             for table in self._scales.values():
                 table[:, slot].copy_(adapter.scales, non_blocking=True)

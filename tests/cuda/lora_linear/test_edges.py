@@ -49,7 +49,9 @@ def test_every_order_and_grid(gpu, clusters):
         assert torch.equal(gpu.forward(*operands, config=NARROW), expected)
 
 
-@pytest.mark.parametrize(("columns", "depth", "blocks"), [(1024, 2048, 4), (1024, 1984, 2), (128, 2048, 2), (384, 64, 2)])
+@pytest.mark.parametrize(
+    ("columns", "depth", "blocks"), [(1024, 2048, 4), (1024, 1984, 2), (128, 2048, 2), (384, 64, 2)]
+)
 def test_long_work_has_more_clusters_than_fit(gpu, columns, depth, blocks):
     """Of eight tiles with 32 steps two clusters take four each, one after the other or wherever there is room."""
     x, w = integer_inputs((200, depth), (columns, depth), dtype=FP16)

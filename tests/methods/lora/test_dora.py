@@ -130,6 +130,16 @@ def test_adapters_are_switched_disabled_and_taken_off(tmp_path):
     torch.testing.assert_close(ours(IDS), bare)
 
 
+def test_dropout_acts():
+    torch.manual_seed(2)
+    layer = LoraLinear(nn.Linear(20, 12), r=4, dropout=0.5, init="random", dora=True)
+    layer.adapters["default"].lora_magnitude.data.mul_(1.5)
+    x = torch.randn(7, 20)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
 REFUSED = {
     "a bias of B": (lambda: fastpeft.Lora(dora=True, lora_bias=True), "dora is True beside lora_bias=True"),
     "no flag": (lambda: fastpeft.Lora(dora="yes"), "dora is 'yes'"),

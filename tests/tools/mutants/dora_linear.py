@@ -15,6 +15,18 @@ TRAINED = _OP + "test_what_is_trained"
 FROZEN = _OP + "test_no_gradient_reaches_the_weight"
 AUTOCAST = "tests/ops/dora_linear/test_torch.py::test_autocast_is_the_same_as_casting_by_hand"
 
+_METHOD = "tests/methods/lora/test_dora.py::"
+_BANK = "tests/serving/bank/test_dora.py::"
+_PEFT = "tests/integrations/peft/test_dora.py::"
+NUMBERS = _METHOD + "test_a_checkpoint_of_pefts_has_pefts_numbers"
+MERGED = _METHOD + "test_merging_is_pefts"
+SURROUNDED = _METHOD + "test_whatever_surrounds_the_layer"
+SWITCHED = _METHOD + "test_adapters_are_switched_disabled_and_taken_off"
+ROWS = _BANK + "test_rows_of_a_mixed_batch_are_pefts"
+SLOTS = _BANK + "test_a_slot_is_given_to_others"
+SEVERAL = _PEFT + "test_what_is_not_served_is_pefts"
+SCALES = _PEFT + "test_scales_and_patterns"
+
 TESTS = (GRADIENTS, DEFINITION, BETWEEN, GUARDS, NORM, KEPT, TRAINED)
 
 MUTANTS = {
@@ -90,6 +102,38 @@ MUTANTS = {
             "the bias is not cast": ("cast(bias, wanted)", "bias", AUTOCAST),
             "float32 magnitudes cast": ("cast(t, wanted, torch.float32)", "cast(t, wanted)", AUTOCAST),
         },
+    },
+    "fastpeft/integrations/_dora.py": {
+        "planned": {
+            "several adapters": ("if len(branches) > 1:", "if False:", SEVERAL),
+            "a trained base": ("branch.weight.requires_grad", "False", SEVERAL),
+        },
+        "run": {"another scale": ("bias, scale, dropout)", "bias, 1.0, dropout)", SCALES)},
+    },
+    "fastpeft/nn/dora.py": {
+        "initialise": {"no norms": ("adapter.lora_magnitude.copy_(", "(", _METHOD + "test_it_begins_as_lora")},
+        "call": {"no dropout seen": ("if layer.training else 0.0", "if False else 0.0", _METHOD + "test_dropout_acts")},
+        "added": {"the gain of W alone": ("vector_norm(total", "vector_norm(weight", MERGED)},
+        "_beside": {
+            "the gain twice": ("(gain - 1) * own", "gain * own", SURROUNDED),
+            "the bias is scaled": ("y - base.bias", "y", SURROUNDED),
+        },
+    },
+    "fastpeft/nn/lora.py": {
+        "LoraLinear.forward": {"disabled is not seen": ("not (self.disabled or self.merged)", "True", SWITCHED)},
+    },
+    "fastpeft/serving/bank/dora.py": {
+        "folded": {
+            "B without the gain": ("b * gain[:, None]", "b", ROWS),
+            "the gain twice": ("(gain - 1).cpu()", "gain.cpu()", ROWS),
+        },
+    },
+    "fastpeft/serving/bank/sites.py": {
+        "Site.called": {
+            "the bias is scaled": ("y if bias is None else y - bias", "y", ROWS),
+            "never": ("self.gains is None or", "True or", ROWS),
+        },
+        "Site.write_gain": {"a gain stays in the slot": ("self.gains[slot].zero_()", "pass", SLOTS)},
     },
     "fastpeft/ops/dora_linear_arguments.py": {
         "tensors": {"a trained weight not seen": ("weight.requires_grad", "False", FROZEN)},
