@@ -26,7 +26,7 @@ from ..nn.backend import serving_backend
 from ..nn.experts_call import layout_of
 from ..nn.guarding import state_without_kept
 from ..nn.read_past import read_past
-from . import _dora, _experts, _fusable
+from . import _dora, _embeddings, _experts, _fusable
 from ._layers import layers_of, refuse_unfused
 
 _OLDEST = (0, 15)
@@ -104,8 +104,17 @@ class FastLoraLinear(FastForward, Linear):
     """PEFT's LoRA layer around ``nn.Linear`` or ``Conv1D``; ``forward`` goes to the fused op wherever that serves."""
 
 
-_THEIRS: dict[type, type] = {FastLoraLinear: Linear, FastParamWrapper: ParamWrapper}
-_OURS: dict[type, type] = {Linear: FastLoraLinear}
+class FastLoraEmbedding(_embeddings.EmbeddingForward, _layers.Embedding):
+    """PEFT's LoRA layer around ``nn.Embedding``; ``forward`` goes to the fused op wherever that serves."""
+
+
+FastLoraEmbedding.__name__ = _layers.Embedding.__name__  # for repr, and for PEFT's status of layers, which reads it
+_THEIRS: dict[type, type] = {
+    FastLoraLinear: Linear,
+    FastParamWrapper: ParamWrapper,
+    FastLoraEmbedding: _layers.Embedding,
+}
+_OURS: dict[type, type] = {Linear: FastLoraLinear, _layers.Embedding: FastLoraEmbedding}
 # Modules of PEFT's with layers around a quantised one, all of which call that and add the low-rank terms to its output.
 _QUANTISED = ("bnb", "gptq", "awq", "hqq", "eetq", "aqlm", "inc", "torchao")
 
@@ -262,6 +271,8 @@ def _lora_layers(op: str, model: nn.Module) -> dict[str, Any]:
 
 
 def _report(layer: Any) -> str:
+    if isinstance(layer, _layers.Embedding):
+        return _embeddings.report(layer)
     if isinstance(layer, FastForward) or _ours(type(layer)) is not None:
         plan = _fusable.plan(layer)
         return plan if isinstance(plan, str) else _fusable.described(plan)

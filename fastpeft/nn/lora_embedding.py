@@ -1,19 +1,23 @@
-"""LoRA around a frozen embedding, in plain PyTorch: a lookup in A and one small product, for the tokens of a batch.
+"""LoRA around a frozen embedding: a lookup in A and one small product, for the tokens of a batch, as one op.
 
     y = W[ids] + Σ scale · A[:, ids]ᵀ Bᵀ        over the active adapters; A is [r, V], B is [D, r]
 
 An embedding that scales its rows (``embed_scale``, Gemma's) scales the term too. Nothing is dropped, as in PEFT.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, ops
+from . import plain
 from .adapter import LoraAdapter, adapter_name
-from .base_layer import trained_dtype
+from .backend import serving_backend
+from .base_layer import served_dtype, trained_dtype
+from .branch import own_path_reason
 from .lora import LoraLinear
 from .merging import added
 
@@ -99,26 +103,24 @@ class LoraEmbedding(LoraLinear):
             ``[..., D]``.
         """
         base: Any = self.base_layer
-        y = base(x)
-        if self.disabled or self.merged:
-            return y
-        scale = getattr(base, "embed_scale", 1.0)
-        for adapter in self._adapters(self.active):
-            down = F.embedding(
-                x, adapter.lora_A.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
-            )
-            y = y + (down @ adapter.lora_B.T * adapter.scale * scale).to(y.dtype)
-        return y
+        if self.disabled or self.merged or not self.active:
+            return base(x)
+        return embedded(base, x, [(a.lora_A, a.lora_B, a.scale) for a in self._adapters(self.active)])
 
     def fastpeft_branch(self) -> str:
         """Why it shares no input."""
         return "it is an embedding"
 
+    def fastpeft_backend(self) -> str:
+        """The backend for the first active adapter."""
+        return serving_embedding(self.base_layer, self._adapters(self.active)[0].lora_A)
+
     def fastpeft_report(self) -> str:
-        """Why this layer is not one fused op."""
+        """``"fused"``, "fused beside its base" and why, or why this layer computes nothing of its own."""
         if self.disabled or self.merged or not self.active:
             return "disabled" if self.disabled else "merged" if self.merged else "no active adapter"
-        return "an embedding, whose low-rank term is a lookup and a small product in PyTorch"
+        reason = unread_reason(self.base_layer)
+        return "fused" if reason is None else f"fused beside its base: it {reason}"
 
     @torch.no_grad()
     def merged_tensors(self, dequantise: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
@@ -140,6 +142,50 @@ class LoraEmbedding(LoraLinear):
     def _matrix(self) -> Tensor:
         """The frozen weight as ``[D, V]``."""
         return self.base_layer.weight.T
+
+
+def serving_embedding(base: nn.Module, lora_a: Tensor) -> str:
+    """The backend that serves an embedding's call with this A."""
+    table: Any = base.weight if unread_reason(base) is None else None
+    return serving_backend("lora_embedding", lora_a.new_empty(1, dtype=torch.int64), table, lora_a)
+
+
+def unread_reason(base: nn.Module) -> str | None:
+    """None where the rows of a frozen embedding are read by the op; else why the embedding is called."""
+    reason = own_path_reason(base)
+    if reason is None and type(base).forward is not nn.Embedding.forward:
+        reason = f"is a {type(base).__name__}"
+    weight = base._parameters.get("weight")
+    if reason is None and (type(weight) not in _check.PLAIN or weight is None or weight.requires_grad):
+        return "has no frozen plain weight"
+    return reason
+
+
+def embedded(base: Any, ids: Tensor, terms: Sequence[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """The rows of a frozen embedding with the low-rank terms added.
+
+    Args:
+        base: The embedding; one that scales its rows by ``embed_scale`` scales the terms too.
+        ids: ``[...]``.
+        terms: A, B and scale of every adapter, at least one.
+    """
+    read = unread_reason(base) is None
+    y = None if read else base(ids)
+    factor = getattr(base, "embed_scale", 1.0)
+    if plain.transform() is not None or base.sparse or base.scale_grad_by_freq:
+        y = base(ids) if y is None else y
+        for lora_a, lora_b, scale in terms:
+            settings = {"scale_grad_by_freq": base.scale_grad_by_freq, "sparse": base.sparse}
+            low = F.embedding(ids, lora_a.T, base.padding_idx, **settings) @ lora_b.T
+            y = y + (low * scale * factor).to(y.dtype)
+        return y
+    dtype = base.weight.dtype
+    for lora_a, lora_b, scale in terms:
+        wanted = served_dtype(lora_a.dtype, dtype)
+        operands = ids, base.weight if y is None else None, lora_a.to(wanted), lora_b.to(wanted)
+        term = ops.lora_embedding(*operands, scale, base.padding_idx)
+        y = term if y is None else y + (term * factor).to(y.dtype)
+    return cast(Tensor, y)
 
 
 def no_lora_embedding_reason(module: nn.Module) -> str | None:

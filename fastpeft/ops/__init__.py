@@ -14,6 +14,7 @@ from .bottleneck import bottleneck
 from .dequantise import dequantise
 from .dora_linear import dora_linear, dora_norm
 from .experts import ExpertLinear, experts
+from .lora_embedding import lora_embedding
 from .lora_linear import lora_linear, lora_linear_shared
 from .lora_mlp import lora_mlp
 from .multi_lora import multi_lora, multi_lora_, multi_lora_shared
@@ -33,6 +34,7 @@ __all__ = [
     "experts",
     "explain",
     "four_bit",
+    "lora_embedding",
     "lora_linear",
     "lora_linear_shared",
     "lora_mlp",

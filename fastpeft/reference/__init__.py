@@ -5,6 +5,7 @@ from .dequantise import dequantise
 from .dora_linear import dora_linear
 from .dropout import inverse_keep, keep_mask
 from .experts import ExpertLinear, experts
+from .lora_embedding import lora_embedding
 from .lora_linear import lora_linear
 from .lora_mlp import lora_mlp
 from .multi_lora import Slots, multi_lora
@@ -22,6 +23,7 @@ __all__ = [
     "experts",
     "inverse_keep",
     "keep_mask",
+    "lora_embedding",
     "lora_linear",
     "lora_mlp",
     "multi_lora",

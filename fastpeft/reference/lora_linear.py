@@ -100,7 +100,7 @@ def backward(
             ds.append(b.new_empty(dy.shape[0], b.shape[1]))
         if need_db:
             dbs.append(b.new_zeros(b.shape[1], b.shape[0]))
-        for rows in _blocks(b.dtype, dy):
+        for rows in row_blocks(b.dtype, dy):
             wide = dy[rows].to(b.dtype)
             if need_dx or need_da:
                 ds[p][rows].addmm_(wide, b, beta=0, alpha=scales[p])
@@ -133,7 +133,7 @@ def down(
 
 
 def _add_down(s: Tensor, x: Tensor, a: Tensor, factor: float) -> None:
-    for rows in _blocks(s.dtype, x):
+    for rows in row_blocks(s.dtype, x):
         # One call: a tiny multiplication after a large GEMM finds cold caches, 70 us.
         s[rows].addmm_(x[rows].to(s.dtype), a.T, beta=0, alpha=factor)
 
@@ -142,7 +142,7 @@ def up(s: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``S Bᵀ + bias``: ``[M, N]`` in ``dtype``."""
     wide = None if bias is None else bias.to(s.dtype)
     y = s.new_empty(s.shape[0], b.shape[0], dtype=dtype)
-    for rows in _blocks(s.dtype, y):
+    for rows in row_blocks(s.dtype, y):
         part = y[rows] if dtype == s.dtype else None
         part = torch.mm(s[rows], b.T, out=part) if wide is None else torch.addmm(wide, s[rows], b.T, out=part)
         if dtype != s.dtype:
@@ -170,7 +170,7 @@ def down_backward(
     das = [a.new_zeros(a.shape) for a in lora_as] if need_da else None
     for p, (a, ds_p) in enumerate(zip(lora_as, _split(ds, lora_as), strict=True)):
         mask, factor = _mask(ds, dropouts[p], seeds, p, columns, x.dtype), inverse_keep(dropouts[p])
-        for rows in _blocks(ds.dtype, x if dx is None else dx):
+        for rows in row_blocks(ds.dtype, x if dx is None else dx):
             if dx is not None:
                 part = dx[rows] if p == 0 and dx.dtype == ds.dtype else ds.new_empty(dx[rows].shape)
                 part.addmm_(ds_p[rows], a, beta=0, alpha=factor)
@@ -183,7 +183,7 @@ def down_backward(
     return None if dx is None else dx.to(x.dtype), das
 
 
-def _blocks(dtype: torch.dtype, cast: Tensor) -> list[slice]:
+def row_blocks(dtype: torch.dtype, cast: Tensor) -> list[slice]:
     """The rows of ``cast`` ``[M, C]``: on a CPU, where it is cast to ``dtype``, in parts that fit a core's cache."""
     rows, columns = cast.shape
     if dtype == cast.dtype or cast.device.type != "cpu":

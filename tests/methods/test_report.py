@@ -100,8 +100,8 @@ class TestReport:
     def test_peft_s_layers_without_a_fused_form(self):
         """The reason is the layer's kind, before and after accelerate."""
         peft = pytest.importorskip("peft", reason="PEFT is not installed")
-        model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
+        model = nn.Sequential(nn.Conv1d(9, 8, 1), nn.Linear(8, 8))
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "1"]))
-        kept = "peft.tuners.lora.layer.Embedding has no fused form"
+        kept = "peft.tuners.lora.layer.Conv1d has no fused form"
         assert fastpeft.report(model).layers[0].status == kept
         assert [row.status for row in fastpeft.report(fastpeft.accelerate(model))] == [kept, "fused"]

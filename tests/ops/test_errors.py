@@ -35,6 +35,8 @@ WRONG = {
     "flag": ([1, "yes", LONG, torch.tensor(True)], "expected True or False"),
     "word": (["nonsense", "x" * 10_000, 3, LONG], "expected one of"),
     "slots": ([LONG, 3, "x"], "expected "),
+    "ids": ([*WRONG_TENSORS, torch.ones(2)], "expected an int64 or int32 tensor"),
+    "optional integer": ([True, 1.5, "2", torch.tensor(2), [2]], "expected an integer"),
     "list of numbers": ([3, "xy", torch.ones(2)], "expected a list"),
     "base": (WRONG_TENSORS, "expected a fastpeft.ops.Base"),
     "optional dtype": ([*WRONG_INTEGERS, torch.int8], "expected .*dtype"),
@@ -64,6 +66,10 @@ KINDS = {
     "experts": {
         "x": "tensor", "top_k_index": "tensor", "top_k_weights": "tensor", "up": "projection", "down": "projection",
         "activation": "function", "seeds": "seeds of experts", **BACKEND, "tile": "tile",
+    },
+    "lora_embedding": {
+        "ids": "ids", "table": "optional tensor", "lora_a": "tensor", "lora_b": "tensor", "scale": "number",
+        "padding_idx": "optional integer", **BACKEND,
     },
     "lora_linear": {**LORA, "scale": "number", "dropout": "probability", "seed": "seed", **BACKEND},
     "lora_linear_shared": {
@@ -122,6 +128,7 @@ def arguments(op: str) -> dict:
             "up": ops.ExpertLinear(t(2, 6, 8), None, t(2, 4, 8), t(2, 6, 4), 1.0, 0.5),
             "down": ops.ExpertLinear(t(2, 8, 6)), "seeds": torch.arange(4, device=DEVICE).view(2, 2),
         },
+        "lora_embedding": {"ids": i(2, 0), "table": t(5, 6), "lora_a": t(4, 5), "lora_b": t(6, 4), "padding_idx": 1},
         "lora_linear": {**lora, "dropout": 0.5, "seed": 3},
         "lora_linear_shared": {
             "x": t(3, 8), "weights": [t(6, 8)] * 2, "lora_as": [t(4, 8)] * 2, "lora_bs": [t(6, 4)] * 2,
@@ -228,7 +235,7 @@ def test_every_op_explains_its_call(op, monkeypatch):
     configuration = [f"  {line}" for line in found.configuration]
     planned = [] if found.host is None else [f"  calls that repeat: {found.host}"]
     assert str(found).splitlines() == [*lines, *configuration, *planned]
-    assert bool(planned) == (op not in ("dequantise", "prompt_gather", "route"))
+    assert bool(planned) == (op not in ("dequantise", "lora_embedding", "prompt_gather", "route"))
     with pytest.raises(ValueError, match=f"^{op}: backend is 'nonsense', expected one of"):
         fastpeft.explain(op, **arguments(op), backend="nonsense")
 

@@ -21,6 +21,7 @@ from bench.static import sass
 from bench.static.launches import compiling
 from tests.support.aot_bottleneck import BOTTLENECK, bottleneck
 from tests.support.aot_dora import DORA_LINEAR, dora_linear
+from tests.support.aot_embedding import LORA_EMBEDDING, lora_embedding
 from tests.support.aot_experts import EXPERTS, experts
 from tests.support.aot_mlp import LORA_MLP, lora_mlp
 
@@ -198,6 +199,7 @@ OPS = {
     "experts": (experts, EXPERTS),
     "lora_mlp": (lora_mlp, LORA_MLP),
     "dora_linear": (dora_linear, DORA_LINEAR),
+    "lora_embedding": (lora_embedding, LORA_EMBEDDING),
 }
 
 

@@ -23,6 +23,7 @@ KERNELS = {
     "experts": {"_shrink_kernel", "_expand_kernel", "_outer_kernel", "_combine_kernel", "_sum_kernel"},
     "lora_mlp": {"_gated_kernel", "_gated_backward_kernel"},
     "dora_linear": {"_combined_kernel", "_masked_kernel", "_scaled_kernel", "_gain_kernel", "_sum_kernel"},
+    "lora_embedding": {"_embed_kernel", "_down_kernel", "_up_backward_kernel", "_outer_kernel", "_sum_kernel"},
     "dequantise": {"_four_bit_kernel", "_eight_bit_kernel"},
     "row_linear": {"_column_kernel", "_gathered_outer_kernel", "_sum_kernel"},
     "prompt_gather": {"_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel", "_sum_kernel"},

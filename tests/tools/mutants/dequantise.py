@@ -57,7 +57,7 @@ MUTANTS = {
         },
         "Written.__iter__": {
             "tables of the first for all": ("tables = iter(self.tables)", "tables = iter(self.tables[:5] * 9)", DENSE),
-            "a scratch too small": ("max(n * k", "min(n * k", DENSE),
+            "a scratch too small": ("max((n * k", "min((n * k", DENSE),
         },
         "_taken": {
             "a kept buffer of any size": ("and len(found) >= count", "", KEPT),

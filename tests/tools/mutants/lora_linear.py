@@ -242,7 +242,7 @@ MUTANTS = {
         "_add_down": {
             "down: no factor": (", alpha=factor", ""),
         },
-        "_blocks": {
+        "row_blocks": {
             "the last part left out": ("range(0, rows, step)", "range(0, rows - step, step)", ROWS),
             "parts overlap": ("range(0, rows, step)", "range(0, rows, step // 2)", ROWS),
         },
