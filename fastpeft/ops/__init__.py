@@ -49,7 +49,7 @@ __all__ = [
 
 _OTHERS = ("Base", "ExpertLinear", "Explanation", "dora_norm", "eight_bit", "explain", "four_bit", "written_by")
 OPS = tuple(name for name in __all__ if name not in _OTHERS)
-_UNPLANNED = ("dequantise", "prompt_gather", "route")  # called once a step, or inside of another
+_UNPLANNED = ("dequantise", "lora_embedding", "prompt_gather", "route")  # called once a step, or inside of another
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:

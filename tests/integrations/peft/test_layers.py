@@ -129,13 +129,24 @@ def loss_curve(model, steps=20):
 
 @MODELS
 def test_loss_curve_is_pefts(architecture):
-    """Rounding alone separates two runs: ours in float32 is no farther from the float64 curve than twice PEFT's."""
-    model = peft_model(architecture)
-    exact = loss_curve(copy.deepcopy(model).double())
-    ours = loss_curve(fastpeft.accelerate(copy.deepcopy(model), strict=True))
-    theirs = loss_curve(model)
-    assert exact[-4:].mean() < exact[:4].mean(), "the run must train"
-    assert (ours - exact).square().mean().sqrt() <= 2 * (theirs - exact).square().mean().sqrt()
+    """Rounding alone separates two runs: ours in float32 is no farther from the float64 curve than twice PEFT's.
+
+    By how much a run of 20 steps amplifies its first roundings is luck, so that it is asked of the median of three.
+    """
+    errors = []
+    for start in range(3):
+        model = peft_model(architecture)
+        torch.manual_seed(start)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01 * start * torch.randn_like(parameter))
+        exact = loss_curve(copy.deepcopy(model).double())
+        curves = loss_curve(fastpeft.accelerate(copy.deepcopy(model), strict=True)), loss_curve(model)
+        assert exact[-4:].mean() < exact[:4].mean(), "the run must train"
+        errors.append([(curve - exact).square().mean().sqrt() for curve in curves])
+    ours, theirs = torch.tensor(errors).median(0).values
+    assert ours <= 2 * theirs
 
 
 @MODELS
