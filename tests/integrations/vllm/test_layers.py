@@ -217,6 +217,13 @@ def test_ranks_follow_the_adapters():
     assert _vllm_ranks.ranks_of(layer.lora_a_stacked[0]) is table, "a captured graph reads the first table"
 
 
+def test_a_row_of_zeros_inside_of_an_adapter_counts():
+    layer, lora_a = BaseLinearLayerWithLoRA(), torch.ones(4, K)
+    lora_a[1] = 0
+    layer.set_lora(0, lora_a, torch.ones(16, 4))
+    assert ranks_of(layer) == [[4, RANK, RANK, RANK]]
+
+
 def test_an_unknown_layer_counts_every_rank():
     """Its adapters are served in full: a table that nobody narrowed says R."""
     layer = Unwrapped()
