@@ -69,7 +69,7 @@ def _combine_kernel(
 
 def shrink(x: Tensor, lora_a: Tensor, routing, scale: float, dropout: float, seeds: Tensor | None) -> Tensor:
     """``S = scale · drop(x) Aᵀ`` of each row's expert: ``[M, R]``. ``routing``: ``fastpeft.reference``'s Routing."""
-    parts = planes(x.shape[1], routing.tile)
+    parts = planes(x.shape[1], routing.tile, lora_a.dtype)
     s = x.new_empty(parts, len(x), lora_a.shape[1], dtype=math(x, lora_a).torch)
     write_shrunk(x, [lora_a], s, routing, _slots(lora_a, s.dtype, scale, dropout, seeds))
     return reduce_partials(s, s.dtype)

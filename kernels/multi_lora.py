@@ -6,8 +6,9 @@
 
 Alphabet: x [T, K] or dY [T, N] has tokens and columns k; S has columns r, those of slice p from firsts[p] on, and rows
 m in the order of ``Routing``. A program takes one tile of one slot's tokens; tokens without an adapter are in no tile
-and cost nothing. Ranks are the slots' own: nothing beyond a slot's true rank is read. A token's sums depend on its own
-data and on K, R and the tile's size, never on the other tokens. Sums cut along K lie in planes, added in order.
+and cost nothing. Ranks are the slots' own: of what lies beyond a slot's true rank nothing is used, and no more is read
+than the load of its last column takes along, seven numbers at most. A token's sums depend on its own data and on K, R
+and the tile's size, never on the other tokens. Sums cut along K lie in planes, added in order.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def shrink(x: Tensor, lora_as: Sequence[Tensor], routing, slots) -> Tensor:
     ``routing`` and ``slots`` are ``fastpeft.reference``'s Routing and Slots. What no token or rank asks for is not
     written.
     """
-    acc, parts = math(x, lora_as[0]), planes(x.shape[1], routing.tile)
+    acc, parts = math(x, lora_as[0]), planes(x.shape[1], routing.tile, lora_as[0].dtype)
     s = x.new_empty(parts, x.shape[0], sum(ranks_of(lora_as)), dtype=acc.torch)
     write_shrunk(x, lora_as, s, routing, slots)
     return s
@@ -57,5 +58,5 @@ def describe(x: Tensor, lora_as: Sequence[Tensor], *_) -> list[str]:
     columns, dtype, lines = sum(ranks_of(lora_as)), lora_as[0].dtype, []
     for tile in (DECODE, 4 * DECODE):
         lines += [f"{step}: {config(step, columns, dtype, tile)}" for step in ("shrink", "expand", "outer")]
-        lines.append(f"K={x.shape[-1]} in {planes(x.shape[-1], tile)} sums")
+        lines.append(f"K={x.shape[-1]} in {planes(x.shape[-1], tile, dtype)} sums")
     return lines

@@ -82,7 +82,7 @@ def expand_backward(
         acc = math(dys[0], lora_bs[0])
         ds = dys[0].new_empty(1, dys[0].shape[0], sum(ranks), dtype=acc.torch)
         for p, (dy, b, ds_p) in enumerate(zip(dys, lora_bs, ds.split(ranks, 2), strict=True)):
-            parts = planes(dy.shape[1], routing.tile)
+            parts = planes(dy.shape[1], routing.tile, lora_bs[0].dtype)
             partial = ds_p if parts == 1 else ds.new_empty(parts, *ds_p.shape[1:])
             write_shrunk(dy, [b.mT], partial, routing, slots.of(p))
             if parts > 1:

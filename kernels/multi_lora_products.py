@@ -56,9 +56,12 @@ def config(
     raise ValueError(f"config: step is {step!r}, expected shrink, expand or outer")
 
 
-def planes(k: int, tile: int) -> int:
-    """Into how many sums x's columns are cut: by K alone, so that a token's bits do not depend on the batch."""
-    return min(4, cdiv(k, 256 if tile <= DECODE else 1024))
+def planes(k: int, tile: int, dtype: torch.dtype) -> int:
+    """Into how many sums x's columns are cut: by nothing else, so that a token's bits do not depend on the batch."""
+    if tile > DECODE:
+        return min(4, cdiv(k, 1024))
+    # Whoever expands S adds them: few, unless the adapters are float32, whose products take longer than these sums.
+    return min(8 if dtype.itemsize > 2 else 4, cdiv(k, 256))
 
 
 @triton.jit

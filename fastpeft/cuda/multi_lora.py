@@ -59,7 +59,7 @@ def reading_ahead() -> Iterator[None]:
         _reading_ahead = before
 
 
-def planes(k: int, tile: int) -> int:
+def planes(k: int, tile: int, dtype: torch.dtype) -> int:
     """How many sums make up S: it is kept whole."""
     return 1
 

@@ -27,7 +27,7 @@ def _inplace(ys, x, lora_as, lora_bs, order, starts, tiles, scales, ranks, tile,
 def _fake(x, lora_as, lora_bs, ys, order, starts, tiles, scales, ranks, thresholds, seeds, tile, backend):
     outs = [x.new_empty(x.shape[0], b.shape[1]) for b in lora_bs]
     rank, dtype = sum(a.shape[1] for a in lora_as), torch.promote_types(lora_as[0].dtype, torch.float32)
-    planes = _backend.load("multi_lora", backend).planes(x.shape[1], tile)
+    planes = _backend.load("multi_lora", backend).planes(x.shape[1], tile, lora_as[0].dtype)
     return outs, x.new_empty(planes, x.shape[0], rank, dtype=dtype)
 
 

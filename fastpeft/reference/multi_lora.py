@@ -83,7 +83,7 @@ def multi_lora(
     return y
 
 
-def planes(k: int, tile: int) -> int:
+def planes(k: int, tile: int, dtype: torch.dtype) -> int:
     """How many sums make up S: here they are not cut along K."""
     return 1
 

@@ -33,7 +33,7 @@ def test_integers_are_exact_where_sums_are_cut(tile):
     """K and N long enough for several planes, the last one shorter."""
     kernels = pytest.importorskip("fastpeft.kernels.multi_lora", reason="Triton is not installed")
     k = 300 if tile == 16 else 1100
-    assert kernels.planes(k, tile) > 1
+    assert kernels.planes(k, tile, FP32) > 1
     problem = MultiLoraProblem.make(21, k, (k, 30), (5, 4), 2, FP32, FP32, DEVICE, 0.5, integers=True)
     fused, exact = problem.fused("triton", tile), problem.exact()
     for name, value in exact.items():

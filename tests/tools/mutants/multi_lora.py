@@ -164,8 +164,8 @@ MUTANTS = {
         "_low_rank": {
             "expand: only the first ranks": ("0, rank,", "0, tl.minimum(rank, BLOCK_R),", RANKS),
             "expand: one plane": ("(1, PLANES)", "(1, 1)", CUT),
-            "expand: what a load takes along of S": ("tl.where((r < rank)[None, :], s, 0.0)", "s", TRUE_RANKS),
-            "expand: what a load takes along of B": ("tl.where((r < rank)[:, None], b, 0.0)", "b", TRUE_RANKS),
+            "expand: what a load takes along of S": ("tl.where((r < rank)[None, :], s, 0.0)", "s", GUARDS),
+            "expand: what a load takes along of B": ("tl.where((r < rank)[:, None], b, 0.0)", "b", GUARDS),
         },
     },
     "kernels/multi_lora_backward.py": {
