@@ -30,13 +30,14 @@ KERNELS = {
     "bottleneck": {
         *("_fused_kernel", "_hidden_kernel", "_hidden_up_kernel"),
         *("_hidden_backward_kernel", "_dx_kernel", "_weight_gradient_kernel", "_sum_kernel"),
+        "_finish_kernel",
     },
 }
 # Bytes of stack that a kernel of the op may use: none, but for experts, compiled by Triton 3.6 (the guarantees say so).
 STACK = {"experts": 16}
 SORTING = {"_sort_kernel", "_tile_kernel"}
 COPYING = {
-    "_column_kernel",
+    *("_column_kernel", "_finish_kernel"),
     *("_sum_kernel", "_combine_kernel", "_gather_kernel", "_prompt_backward_kernel", "_source_backward_kernel"),
     *("_four_bit_kernel", "_eight_bit_kernel"),
     *("_gated_kernel", "_gated_backward_kernel"),
