@@ -12,7 +12,7 @@
 #     sanitizer   memcheck, synccheck and racecheck of csrc/ on small ragged shapes; after the tests, memcheck of the rest
 #     check       every op against float64
 #     tests       those that run on the device
-#     bench serving bottleneck prompts experts mlp quantised gemm decode selective    the benchmarks; gemm and decode are of csrc/
+#     bench serving bottleneck prompts experts mlp dora quantised gemm decode selective    the benchmarks; gemm and decode are of csrc/
 #     plot        the picture of lora_linear's rows
 #
 # A step that fails stops no other. At the end come the ratios of all rows, then the table of steps; the exit code is 1
@@ -36,7 +36,7 @@ out=${1:-${OUT:-out}}
 python=${PYTHON:-python3}
 # Seconds by which the proofs of csrc/, all proofs and the last step are over; then 30 s at most for the ratios.
 first_proofs=150 proofs=290 end=550
-names="install env csrc sanitizer check tests bench serving bottleneck prompts experts mlp quantised gemm decode selective plot"
+names="install env csrc sanitizer check tests bench serving bottleneck prompts experts mlp dora quantised gemm decode selective plot"
 for name in ${STEPS:-}; do
     if [[ " $names " != *" $name "* ]]; then
         echo "gpu.sh: STEPS names $name, expected some of: $names" >&2
@@ -89,7 +89,7 @@ step() { # name, seconds at most, log, command...
 }
 
 # Shares of the time, as far as a step is to run.
-races="bench:6 serving:4 bottleneck:2 prompts:2 experts:2 mlp:2 quantised:2 gemm:2 decode:2 selective:2"
+races="bench:6 serving:4 bottleneck:2 prompts:2 experts:2 mlp:2 dora:2 quantised:2 gemm:2 decode:2 selective:2"
 race() { # name, seconds at most, script, arguments...: a benchmark, which begins no case after 3/4 of its share
     local name=$1 most=$2 script=$3 pair mine=1 sum=0 seconds
     shift 3
@@ -129,6 +129,7 @@ if [[ $quick ]]; then
     bottleneck=(--device $device --quick --gate-only --no-compile)
     experts=(--device $device --quick --shape 8x64x64 --tokens 64)
     mlp=(--device $device --quick --shape 64x96 --rows 64 --compile no)
+    dora=(--device $device --quick --shape 128x96 --rows 64 --compile no)
     quantised=(--device $device --quick --shape 128x96 --rows 64 --compile no)
     figure=()
 else
@@ -145,6 +146,7 @@ else
     bottleneck=(--device cuda --seconds 8)
     experts=(--device cuda --seconds 8)
     mlp=(--device cuda --seconds 8)
+    dora=(--device cuda --seconds 8)
     quantised=(--device cuda --seconds 8)
     figure=(--rows 8192)
     "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8 --dist loadgroup)
@@ -230,6 +232,7 @@ race bottleneck 70 bench_bottleneck "${bottleneck[@]}"
 race prompts 60 bench_prompt "${prompts[@]}"
 race experts 60 bench_experts "${experts[@]}"
 race mlp 60 bench_mlp "${mlp[@]}"
+race dora 60 bench_dora "${dora[@]}"
 if [[ " $absent " == *" bitsandbytes "* ]]; then
     note quantised "skipped: no bitsandbytes" 0
 else

@@ -33,7 +33,7 @@ def test_gpu_script_runs_every_step(tmp_path):
     assert len(files) <= 8
     results = {line.split()[0]: line.split()[1] for line in (tmp_path / "summary.txt").read_text().splitlines()}
     assert [results.pop(name) for name in ("peers", "sanitizer", "csrc")] == ["absent:", "skipped:", "skipped:"]
-    steps = "install env check tests bench serving bottleneck prompts experts mlp quantised selective plot".split()
+    steps = "install env check tests bench serving bottleneck prompts experts mlp dora quantised selective plot".split()
     if importlib.util.find_spec("bitsandbytes") is None:
         assert results.pop(steps.pop(steps.index("quantised"))) == "skipped:"
     assert results == dict.fromkeys(steps, "ok")
@@ -41,7 +41,16 @@ def test_gpu_script_runs_every_step(tmp_path):
     assert {json.loads(line)["variant"] for line in (tmp_path / "rows.jsonl").open()} >= {FROZEN, PEER, "ours"}
     assert done.stdout.rstrip().splitlines()[-1].split()[:2] == ["plot", "ok"], "the table comes last"
     ratios = [line for line in done.stdout.splitlines() if "time over the frozen linear's" in line]
-    ops = ["lora_linear", "multi_lora", "prompt_gather", "prefix_attention", "experts", "lora_mlp", "lora_linear_nf4"]
+    ops = [
+        "lora_linear",
+        "multi_lora",
+        "prompt_gather",
+        "prefix_attention",
+        "experts",
+        "lora_mlp",
+        "dora_linear",
+        "lora_linear_nf4",
+    ]
     ops = ops if "quantised" in steps else ops[:-1]
     assert [line.split(":")[0] for line in ratios] == ops
     assert "ours, rows" in done.stdout
@@ -88,7 +97,9 @@ def test_gpu_script_asks_for_what_there_is(tmp_path, monkeypatch, capsys):
     lines = [line.split() for line in (tmp_path / "out" / "summary.txt").read_text().splitlines()]
     assert done.returncode == 1, done.stdout + done.stderr
     assert [line[0] for line in lines if line[1] == "FAILED:"] == ["tests"]
-    steps = "peers install host env csrc sanitizer check tests bench serving bottleneck prompts experts mlp quantised"
+    steps = (
+        "peers install host env csrc sanitizer check tests bench serving bottleneck prompts experts mlp dora quantised"
+    )
     assert list(dict.fromkeys(line[0] for line in lines)) == [*steps.split(), "gemm", "decode", "selective", "plot"]
 
     tools = re.findall("--tool (\\w+)", (tmp_path / "tools").read_text())

@@ -50,7 +50,7 @@ MUTANTS = {
             "stride of y ignored": ("k[None, :] * stride_yk", "k[None, :]"),
         },
         "_gain_kernel": {
-            "the last rows left out": ("tl.minimum(part * SPAN + SPAN, M)", "tl.minimum(part * SPAN + SPAN, M - 1)"),
+            "the last rows left out": ("part * SPAN + SPAN, M)", "part * SPAN + SPAN - BLOCK_M, M)"),
             "rows past the last summed": ("(m < M)[:, None]", "(m < M + 1)[:, None]", GUARDS),
             "stride of u ignored": ("k[None, :] * stride_uk", "k[None, :]"),
         },
