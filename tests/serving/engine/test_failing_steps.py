@@ -19,10 +19,10 @@ NAMES = list(SETTINGS)
 def test_a_failing_step_ends_the_row_that_fails(bank):
     """Every other row goes on with the tokens that it has alone, whichever layers had been through the step."""
     batcher = Batcher(bank, max_rows=5)
+    ill = batcher.submit(prompt(4, 9), "alice", max_new_tokens=9)  # the oldest, so it is not taken for the youngest
     others = [batcher.submit(prompt(3 + i, i), name, max_new_tokens=9) for i, name in enumerate((*NAMES[:3], None))]
     alone = [greedy_alone(bank, r.prompt, r.adapter, 9) for r in others]
     token = next(i for i in range(1, VOCAB) if not any(i in tokens for tokens in alone))
-    ill = batcher.submit(prompt(4, 9), "alice", max_new_tokens=9)
     step(batcher, 2)
     ill.tokens[-1] = token
     with failing(bank, marked(bank, token)):

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Mutants of the vLLM plug-in, on stand-ins for its classes, as run.py says."""
 
 LAYERS = "tests/integrations/vllm/test_layers.py"
