@@ -54,8 +54,9 @@ def test_rows(backend, m):
 
 @each_backend
 def test_sums_cut_along_k(backend):
-    """Few rows of many columns: z is summed from parts, with a bias and an activation after the last."""
+    """Few rows of many columns: z is summed from parts, with a bias and an activation after the last; dh likewise."""
     assert_exact(integers((5, 1100), 9, out=30), backend)
+    assert_exact(integers((5, 30), 9, out=1100), backend)
     assert_exact(integers((5, 1100), 9, out=30, slots=2), backend, 16)
 
 
