@@ -129,24 +129,16 @@ def loss_curve(model, steps=20):
 
 @MODELS
 def test_loss_curve_is_pefts(architecture):
-    """Rounding alone separates two runs: ours in float32 is no farther from the float64 curve than twice PEFT's.
-
-    By how much a run of 20 steps amplifies its first roundings is luck, so that it is asked of the median of three.
-    """
-    errors = []
-    for start in range(3):
-        model = peft_model(architecture)
-        torch.manual_seed(start)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.01 * start * torch.randn_like(parameter))
+    """Ours in float32 is no farther from the float64 curve than twice PEFT's: by the median of three, luck is large."""
+    errors: list = []
+    for start, model in ((0.01 * i, peft_model(architecture)) for i in range(3)):
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            p.data.add_(start * torch.randn_like(p))
         exact = loss_curve(copy.deepcopy(model).double())
-        curves = loss_curve(fastpeft.accelerate(copy.deepcopy(model), strict=True)), loss_curve(model)
         assert exact[-4:].mean() < exact[:4].mean(), "the run must train"
+        curves = loss_curve(fastpeft.accelerate(copy.deepcopy(model), strict=True)), loss_curve(model)
         errors.append([(curve - exact).square().mean().sqrt() for curve in curves])
-    ours, theirs = torch.tensor(errors).median(0).values
-    assert ours <= 2 * theirs
+    assert torch.tensor(errors).median(0).values.log2().diff() >= -1  # PEFT's over ours, at least a half
 
 
 @MODELS
