@@ -52,7 +52,8 @@ def config(
         if wide:
             return Config(32, 64, min(block_r, 32), 8, 2)
         large = block_r > 32
-        return Config(32, 64 if dropout else 128, block_r, 8 if large else 4, 3 if large or dropout else 2)
+        narrow = dropout or columns % 8 > 0  # a mask, or numbers loaded one by one, take registers
+        return Config(32, 64 if narrow else 128, block_r, 8 if large else 4, 3 if large or narrow else 2)
     raise ValueError(f"config: step is {step!r}, expected shrink, expand or outer")
 
 
