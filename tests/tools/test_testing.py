@@ -196,9 +196,11 @@ def test_check_ops_passes(no_interpreter):
     assert all(ok for *_, ok in rows), rows
     ops = {
         "bottleneck",
+        "dora_linear",
         "experts",
         "lora_linear",
         "lora_linear_shared",
+        "lora_mlp",
         "multi_lora",
         "multi_lora_shared",
         "prompt_gather",
