@@ -161,7 +161,6 @@ class TestReading:
             ({"use_qalora": True}, "has use_qalora=True, which is not served"),
             ({"trainable_token_indices": [1]}, "is no trainable_tokens_delta of the 1 token_indices"),
             ({"layer_replication": [[0, 1]]}, "has layer_replication"),
-            ({"target_parameters": ["x"]}, "has target_parameters"),
             ({"alora_invocation_tokens": [1]}, "has alora_invocation_tokens"),
             ({"use_qalora": True}, "has use_qalora"),
             ({"loftq_config": {"bits": 4}}, "has loftq_config"),

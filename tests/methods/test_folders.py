@@ -23,10 +23,10 @@ LORA = {
     "head": {"target_modules": ["lm_head", "embed_tokens"]},
     "random start": {"init_lora_weights": False},
     "gaussian start": {"init_lora_weights": "gaussian"},
+    "DoRA": {"use_dora": True},
 }
 # What each is called wherever it is refused, and by whom: a bank serves LoRA alone, load what has a method.
 OTHERS = {
-    "DoRA": (lambda: lora(use_dora=True), "use_dora=True, which is not served", "bank"),
     "PiSSA": (lambda: lora(init_lora_weights="pissa"), "which changes the frozen weights", "load bank"),
     "trained biases": (lambda: lora(lora_bias=True), "lora_bias", "bank"),
     "copies": (lambda: lora(modules_to_save=["norm"]), "modules_to_save", "bank"),

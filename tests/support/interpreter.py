@@ -4,7 +4,9 @@ As it comes, it keeps bfloat16 as bit patterns, adds and multiplies these as int
 from float32. ``correct()`` replaces the methods of its builder that are concerned; what it does not cover raises.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -19,6 +21,24 @@ def rounded(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     nearest = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), (bits >> np.uint32(16)) | np.uint32(0x40), nearest).astype(np.uint16)
+
+
+@contextlib.contextmanager
+def rows_apart() -> Iterator[None]:
+    """Products whose rows have the same bits at every place of a tile, as tensor cores give them.
+
+    The interpreter multiplies by the library of numpy, which may add the rows at a tile's edge in another order.
+    """
+    matmul = np.matmul
+
+    def by_rows(a, b, **settings):
+        return np.stack([matmul(row, b, **settings) for row in a]) if a.ndim == 2 else matmul(a, b, **settings)
+
+    np.matmul = by_rows  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        np.matmul = matmul  # type: ignore[assignment]
 
 
 def correct() -> None:

@@ -42,7 +42,8 @@ class ExpertSite(Site):
         self.in_features, self.out_features = sides[::-1] if self.turned else sides
         self.dtype: torch.dtype = dtype or weight.dtype
         self.device: torch.device = weight.device
-        self.mask = 0
+        self.mask = self.scaled = 0
+        self.gains = None
         self.lora_a = self.lora_b = self.ranks = self.scales = None
 
     def attach(self, running: Running) -> None:

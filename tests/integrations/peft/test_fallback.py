@@ -146,9 +146,7 @@ def test_variants_and_other_layers_are_named(monkeypatch):
     ours = fastpeft.accelerate(copy.deepcopy(plain))
     assert_pefts(ours, plain, 1, monkeypatch)
     found = statuses(ours)
-    assert found.keys() == {"embed", "conv", "up"}
-    assert found["up"] == "fused"
-    assert not {"fused"} & {found["embed"], found["conv"]}
+    assert found == {"embed": "fused", "up": "fused", "conv": "peft.tuners.lora.layer.Conv1d has no fused form"}
     for model in (ours, plain):
         model.set_adapter("dora")
     assert_pefts(ours, plain, 1, monkeypatch)

@@ -131,7 +131,8 @@ def loss_curve(model, steps=20):
 def test_loss_curve_is_pefts(architecture):
     """Ours in float32 is no farther from the float64 curve than twice PEFT's: by the median of three, luck is large."""
     errors: list = []
-    for start, model in ((0.01 * i, peft_model(architecture)) for i in range(3)):
+    for start in (0, 0.01, 0.02):
+        model, _ = peft_model(architecture), torch.manual_seed(0)
         for p in filter(lambda p: p.requires_grad, model.parameters()):
             p.data.add_(start * torch.randn_like(p))
         exact = loss_curve(copy.deepcopy(model).double())

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fastpeft import ops, reference
 from fastpeft.ops.routing import TILES
 from fastpeft.testing import BottleneckProblem
+from tests.support import interpreter
 from tests.support.backends import BACKENDS, BF16, DEVICE, FP16, FP32, served
 from tests.support.exactness import assert_exact
 
@@ -128,7 +129,8 @@ def test_a_row_does_not_depend_on_the_batch(tile, norm, backend, dtype, wide):
     def rows(x, index):
         slots = ops.route(p.slots[index], 3, tile, backend)
         changes = {"residual": p.residual[index]}
-        return ops.bottleneck(x[index], slots=slots, backend=backend, **p.weights, **p.settings, **changes)
+        with interpreter.rows_apart():
+            return ops.bottleneck(x[index], slots=slots, backend=backend, **p.weights, **p.settings, **changes)
 
     whole = rows(p.x, slice(None))
     for index in ([0], [35], [69, 3, 35, 8]):
