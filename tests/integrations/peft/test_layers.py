@@ -129,16 +129,16 @@ def loss_curve(model, steps=20):
 
 @MODELS
 def test_loss_curve_is_pefts(architecture):
-    """Ours in float32 is no farther from the float64 curve than twice PEFT's: by the median of three, luck is large."""
-    errors: list = []
-    for start in (0, 0.01, 0.02):
-        model, _ = peft_model(architecture), torch.manual_seed(0)
+    """Eight steps are no farther from float64's than twice PEFT's, by the median of three: after them chance rules."""
+    errors = []
+    for seed in range(3):
+        model, _ = peft_model(architecture), torch.manual_seed(seed)
         for p in filter(lambda p: p.requires_grad, model.parameters()):
-            p.data.add_(start * torch.randn_like(p))
+            p.data.add_(0.01 * torch.randn_like(p))
         exact = loss_curve(copy.deepcopy(model).double())
-        assert exact[-4:].mean() < exact[:4].mean(), "the run must train"
+        assert exact[-4:].mean() < exact[:4].mean()
         curves = loss_curve(fastpeft.accelerate(copy.deepcopy(model), strict=True)), loss_curve(model)
-        errors.append([(curve - exact).square().mean().sqrt() for curve in curves])
+        errors.append([(curve - exact)[:8].square().mean().sqrt() for curve in curves])
     assert torch.tensor(errors).median(0).values.log2().diff() >= -1  # PEFT's over ours, at least a half
 
 
@@ -277,8 +277,7 @@ def test_autocast(dtype, adapter_dtype):
 
 def saved_bytes(model, x):
     """What the forward keeps for backward, each storage once, without parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
+    parameters, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
