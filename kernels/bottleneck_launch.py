@@ -39,7 +39,8 @@ def config(
     if step in ("hidden", "hidden_backward"):
         return Config(tile, 32 if wide else 64, block_r, warps, 2 if wide else 3)
     if step in ("up", "dx"):
-        return Config(tile, 16 if small and step == "up" else 64, min(block_r, 32), warps, 2)
+        block_k = 64 if capability in WARPGROUPS else 16 if small and step == "up" else 32
+        return Config(tile, block_k, min(block_r, 32), warps, 2)
     if step == "outer":
         return Config(32, 32 if wide else 64, max(16 if wide else 32, block_r), 4 if wide else 8, 2)
     raise ValueError(f"config: step is {step!r}, expected one of {', '.join(STEPS)}")

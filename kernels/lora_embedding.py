@@ -11,15 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Config, cdiv, launch, next_power_of_2
+from .launch import Config, capability, cdiv, launch, next_power_of_2
 from .lora_linear_backward import ups_backward
 from .planes import dot, products
 
 
-def config(rank: int) -> Config:
-    """The tile sizes by rank, which is walked in blocks; 128 columns spill in three TF32 terms. Not yet measured."""
-    block_r = min(max(16, next_power_of_2(rank)), 32)
-    return Config(32, 64, block_r, 4, 1)
+def config(rank: int, capability: int) -> Config:
+    """The tile sizes by rank, which is walked in blocks; more columns spill in three TF32 terms. Not yet measured."""
+    if capability == 120:
+        return Config(32, 32, 16, 4, 1)
+    return Config(32, 64, min(max(16, next_power_of_2(rank)), 32), 4, 1)
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def forward(ids: Tensor, table: Tensor, s: Tensor, b: Tensor) -> Tensor:
     """``E[ids] + S Bᵀ``, rounded once: ``[M, D]``; an absent table is an empty tensor."""
     (m, rank), d, found = s.shape, b.shape[0], table.numel() > 0
     y = s.new_empty(m, d, dtype=table.dtype if found else b.dtype)
-    c = config(rank)
+    c = config(rank, capability(s))
     strides = table.stride() if found else (0, 0)
     launch(
         _embed_kernel, (cdiv(m, c.block_m), cdiv(d, c.block_k)), c, products(s, b, y.dtype),
@@ -74,4 +75,4 @@ def backward(
 
 def describe(table: Tensor, lora_a: Tensor) -> list[str]:
     """The kernel configuration of a call, for ``fastpeft.explain``."""
-    return [f"embed: {config(lora_a.shape[0])}"]
+    return [f"embed: {config(lora_a.shape[0], capability(lora_a))}"]

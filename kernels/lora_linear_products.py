@@ -35,13 +35,14 @@ def config(step: str, rank: int, dtype: torch.dtype, capability: int, other: tor
         return _config_of_planes(step, block_r, capability)
     wide = dtype.itemsize > 2  # float32 tiles take twice the shared memory, and three TF32 terms more registers
     large = block_r > 16  # two warpgroups of 64 rows each, so that A, B or S are read again less often
+    rows = 128 if capability in WARPGROUPS else 64  # elsewhere 128 spill a few registers where nothing is aligned
     if step == "down":
         if large and not wide:
-            return Config(128, 64, block_r, 8, 3)
+            return Config(rows, 64, block_r, 8, 3)
         return Config(32 if wide and block_r > 32 else 64, 32 if wide else 64, block_r, 8 if large else 4, 4)
     if step == "up":
         if large and not wide:
-            return Config(128, 128, block_r, 8, 2)
+            return Config(rows, 128, block_r, 8, 2)
         return Config(64, 64 if wide else 128, 16 if wide else block_r, 8 if wide else 4, 2)
     if step == "up_backward":  # columns decide how many partial dS there are: 2 r / block_k of dY's bytes
         return Config(32, 128, 16, 8, 2) if wide else Config(32, 256, 16, 8, 3)

@@ -33,7 +33,7 @@ for step, _, launched in OPS.get(op, steps)(layer):
         "step": step, "launches": len(launched), "spills": sum(c.spills + c.stack for c in codes),
         "instructions": sum(map(instructions, kernels)) * 32 / (layer.rows * layer.inputs),
         "programs": [predict(launch).fit * 132 >= math.prod(launch.grid) for launch in kernels],
-        "products": [name for c in codes for name in c.main + c.outside if "MMA" in name],
+        "products": [n for c in codes for p in (c.outside, *(l.counts for l in c.loops)) for n in p if "MMA" in n],
     }))
 """
 # (rank, adapters, dropout, branches): instructions a thread executes for an element of x, y or dY, at most, by step.
