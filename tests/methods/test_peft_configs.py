@@ -103,8 +103,8 @@ def test_beside_configs_of_ours():
     [
         (
             llama,
-            peft.LoraConfig(target_modules=["q_proj"], use_qalora=True),
-            r"peft\.LoraConfig has use_qalora=True, which",
+            peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 1)]),
+            r"peft\.LoraConfig has layer_replication=\[\(0, 1\)\], which",
         ),
         (
             llama,

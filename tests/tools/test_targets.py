@@ -3,10 +3,12 @@
 tests/support/aot.py does the compiling, in processes without TRITON_INTERPRET.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,8 +35,9 @@ KERNELS = {
         "_finish_kernel",
     },
 }
-# Bytes of stack that a kernel of the op may use: none, but for experts, compiled by Triton 3.6 (the guarantees say so).
-STACK = {"experts": 16}
+# Bytes of stack that a kernel may use: none, but compiled by Triton 3.6, whose ptxas leaves a few registers there now and
+# then (the guarantees say so).
+STACK = 16 if importlib.util.find_spec("triton") and version("triton").startswith("3.6.") else 0
 SORTING = {"_sort_kernel", "_tile_kernel"}
 COPYING = {
     *("_column_kernel", "_finish_kernel"),
@@ -67,7 +70,7 @@ def say(rows: list[dict]) -> str:
 def test_compiles_without_spills_and_fits(architecture, op):
     rows = compiled(architecture, op)
     assert {row["kernel"] for row in rows} == KERNELS[op]
-    spilled = [row for row in rows if row["stack"] > STACK.get(op, 0) or (row["spills"] and op not in STACK)]
+    spilled = [row for row in rows if row["stack"] > STACK or (row["spills"] and not STACK)]
     assert not spilled, f"{len(spilled)} of {len(rows)} kernels spill registers:\n{say(spilled)}"
     large = [row for row in rows if row["shared"] > SHARED[architecture]]
     assert not large, f"more shared memory than sm_{architecture} has:\n{say(large)}"
