@@ -45,14 +45,8 @@ class LoraExperts(LoraLinear):
         base_layer: A module with weights ``[E, ..., ...]``; its parameters are frozen.
         name: The name of the first adapter, which is active from the start.
         dtype: The dtype of its parameters; None is the weight's, or float32 where that is 16 bits wide.
-        settings: Any of the following.
-        parameters: Names of the parameters to adapt; None is the two weights of an experts module of transformers.
-        r: The rank for every expert, or a mapping from the parameters' names.
-        alpha: The numerator of the scale, or such a mapping.
-        dropout: The probability of dropping an element of a projection's input in the low-rank branch, in [0, 1), in
-            training mode only. A mask's rows count an expert's own tokens (see ``fastpeft.reference.experts``).
-        rslora: Whether the scale is ``alpha / sqrt(r)`` instead of ``alpha / r``.
-        init: How A and B start: "kaiming", "gaussian" or "random".
+        settings: ``parameters``, ``r``, ``alpha``, ``dropout``, ``rslora`` and ``init``, as ``add_adapter`` takes them.
+            A dropout mask's rows count an expert's own tokens (see ``fastpeft.reference.experts``).
 
     Raises:
         TypeError: A parameter is not there, or is no plain floating-point tensor of two or three dimensions.
