@@ -35,7 +35,7 @@ KERNELS = {
         "_finish_kernel",
     },
 }
-# Bytes of stack that a kernel may use: none, but compiled by Triton 3.6, which leaves a few registers there now and then
+# Bytes of stack that a kernel may use: none, but by Triton 3.6, which leaves a few registers there now and then
 # (the guarantees say so).
 STACK = 16 if importlib.util.find_spec("triton") and version("triton").startswith("3.6.") else 0
 SORTING = {"_sort_kernel", "_tile_kernel"}
