@@ -36,7 +36,7 @@ RATIOS = {
     Case("block", True, 0.0, "bfloat16"): 1.0,
     Case("block", True, 0.1, "float32"): 0.85,
     Case("block", False, 0.0): 1.0,
-    Case("experts", True, 0.0, "float32"): 0.8,
+    Case("experts", True, 0.0, "float32"): 1.1,
 }
 
 
