@@ -92,7 +92,7 @@ def kept_and_peak(step) -> tuple[float, float]:
 
 
 APART = "ours, fuse_mlp=False"
-ROUNDING = 1.3  # the allocator hands out a free block up to 1 MiB too large as it is, and counts it so
+ROUNDING = 1.3  # the allocator hands out a free block up to 1 MiB too large and counts it so, by what ran before
 # (dropout, adapters): kept and peak in MiB of each way.
 BLOCKS = {
     (0.0, torch.bfloat16): {PEFT: (272.4, 384.9), APART: (272.4, 384.9), OURS: (160.4, 213.2)},
@@ -107,7 +107,7 @@ def test_what_a_block_keeps_and_needs(dropout, adapters):
     for way, (kept, peak) in BLOCKS[dropout, adapters].items():
         found = kept_and_peak(step_of(way, dropout, adapters))
         assert found[0] == kept, way
-        assert peak - ROUNDING <= found[1] <= peak, way
+        assert abs(found[1] - peak) <= ROUNDING, way
 
 
 @pytest.mark.parametrize(("adapters", "launches"), [(torch.bfloat16, 150), (torch.float32, 156)], ids=str)
