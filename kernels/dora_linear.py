@@ -10,7 +10,7 @@ Alphabet: rows m, columns k; ``x``, ``q``, ``dx`` ``[M, K]`` and ``y``, ``u``, `
 K columns here, any strides. All is computed in float32 (float64 for gradcheck) and rounded once.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -19,26 +19,17 @@ from torch import Tensor
 
 from .._mask import threshold
 from .dropout import keep_tile
-from .launch import alignment, capability, cdiv, launch, math, next_power_of_2, run, split
+from .launch import Tile, alignment, capability, cdiv, launch, math, next_power_of_2, run, split
 from .lora_linear_products import aligned
 from .lora_linear_products import config as linear_config
 from .partials import sum_into
 from .planes import dot, products
 
 
-@dataclass(frozen=True)
-class Config:
-    """Rows and columns of a tile, and launch options."""
-
-    block_m: int
-    block_k: int
-    num_warps: int = 4
-
-
-def config(columns: int) -> Config:
+def config(columns: int) -> Tile:
     """The tile for so many columns: 2048 elements, 16 bytes at a time for each thread. Not yet measured."""
     block_k = min(max(16, next_power_of_2(columns)), 256)
-    return Config(2048 // block_k, block_k)
+    return Tile(2048 // block_k, block_k)
 
 
 @triton.jit
@@ -167,8 +158,7 @@ def gain_gradient(dy: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
     if k:
         run(
             _gain_kernel, (cdiv(k, c.block_k), parts), dy, u, partials, m, k, span, *dy.stride(), *u.stride(),
-            ACC=math(dy, dy).triton, BLOCK_M=c.block_m, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=2,
-            enable_fp_fusion=True,
+            ACC=math(dy, dy).triton, **(c.options | {"num_stages": 2}),
         )  # fmt: skip
     if parts > 1:
         sum_into(partials, total)
@@ -182,7 +172,7 @@ def _launch(kernel, x: Tensor, y: Tensor, tables: tuple[Tensor, ...], numbers: t
         return
     run(
         kernel, grid, x, y, *tables, m, k, *numbers, *x.stride(), *y.stride(), **flags, ACC=math(x, x).triton,
-        BLOCK_M=c.block_m, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=1, enable_fp_fusion=True,
+        **c.options,
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ token's rows are added in the order of its choices, in float32 or wider; places 
 
 import functools
 from collections import namedtuple
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from .._device import on_device
 from .._mask import threshold
-from .launch import cdiv, math, next_power_of_2, run
+from .launch import Tile, cdiv, math, next_power_of_2, run
 from .multi_lora_backward import outer
 from .multi_lora_products import add_expanded, planes, write_shrunk
 from .partials import reduce_partials
@@ -25,24 +24,10 @@ from .partials import reduce_partials
 _Slots = namedtuple("_Slots", ("scales", "ranks", "thresholds", "seeds"))
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tokens and columns of a tile, and launch options."""
-
-    block_m: int
-    block_k: int
-    num_warps: int = 4
-
-    @property
-    def options(self) -> dict:
-        """No pipeline: there is no product to hide loads behind. Fusion is stated since its default differs."""
-        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
-
-
-def config(columns: int, dtype: torch.dtype) -> Config:
+def config(columns: int, dtype: torch.dtype) -> Tile:
     """The tile of ``combine``: rows lie apart, so a program reads a long piece of each of few tokens'."""
     block_k = min(max(32, next_power_of_2(columns)), 512 if dtype.itemsize <= 2 else 256)
-    return Config(4, block_k)
+    return Tile(4, block_k)
 
 
 @triton.jit
@@ -109,7 +94,7 @@ def combine(rows: Tensor, weights: Tensor | None, routing, dtype: torch.dtype) -
         _combine_kernel, grid,
         rows, weights, places, starts, y, tokens, columns, len(starts) - 1, choices,
         *rows.stride(), *strides, *places.stride(),
-        WEIGHTS=weights is not None, ACC=math(rows, rows).triton, BLOCK_M=c.block_m, BLOCK_K=c.block_k, **c.options,
+        WEIGHTS=weights is not None, ACC=math(rows, rows).triton, **c.options,
     )  # fmt: skip
     return y
 

@@ -54,6 +54,21 @@ class Config:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a tile, and launch options, of a kernel that multiplies no matrices."""
+
+    block_m: int
+    block_k: int
+    num_warps: int = 4
+
+    @property
+    def options(self) -> dict:
+        """No pipeline: there is no product to hide loads behind. Fusion is stated since its default differs."""
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_K": self.block_k}
+        return {**blocks, "num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
 class Math(NamedTuple):
     """How products are taken and sums are kept, as torch and Triton name it."""
 

@@ -6,14 +6,12 @@
 All ``[rows, I]``, any strides, computed in float32 (float64 for gradcheck) and rounded once.
 """
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .bottleneck_tiles import activate, slope
-from .launch import cdiv, math, next_power_of_2, run
+from .launch import Tile, cdiv, math, next_power_of_2, run
 
 # Elements of the narrowest product of a chunk: 128 tiles of 128 x 128, one wave of a large GPU. Not yet measured.
 WAVE = 1 << 21
@@ -21,19 +19,10 @@ CHUNKS = 4  # at most: four chunks need half of what one of the MLP's wide tenso
 STEP = 128  # rows of a tile of those products
 
 
-@dataclass(frozen=True)
-class Config:
-    """Rows and columns of a tile, and launch options."""
-
-    block_m: int
-    block_k: int
-    num_warps: int = 4
-
-
-def config(columns: int) -> Config:
+def config(columns: int) -> Tile:
     """The tile for so many columns: 2048 elements, 16 bytes at a time for each thread."""
     block_k = min(max(16, next_power_of_2(columns)), 512)
-    return Config(2048 // block_k, block_k)
+    return Tile(2048 // block_k, block_k)
 
 
 def chunk_rows(rows: int, columns: int) -> int:
@@ -99,7 +88,7 @@ def _launch(kernel, tensors: tuple[Tensor, ...], gate: Tensor, activation: str) 
     strides = [stride for tensor in tensors for stride in tensor.stride()]
     run(
         kernel, grid, *tensors, m, k, *strides, ACTIVATION=activation, ACC=math(gate, gate).triton,
-        BLOCK_M=c.block_m, BLOCK_K=c.block_k, num_warps=c.num_warps, num_stages=1, enable_fp_fusion=True,
+        **c.options,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ its mask is not 0; every program finds them itself, by a read of that one row of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._device import on_device
-from .launch import cdiv, next_power_of_2, run, split
+from .launch import Tile, cdiv, next_power_of_2, run, split
 from .partials import reduce_partials
 
 BLOCK_T = 1024  # positions of the mask read at a time
@@ -28,29 +27,15 @@ PROMPT, OFFSET, FIRST, COUNT = map(tl.constexpr, range(4))
 FIELDS = tl.constexpr(4)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Places and columns of a tile, and launch options of one kernel."""
-
-    block_m: int
-    block_k: int
-    num_warps: int = 4
-
-    @property
-    def options(self) -> dict:
-        """No pipeline: there is no product to hide loads behind. Fusion is stated since its default differs."""
-        return {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
-
-
-def config(step: str, columns: int, dtype: torch.dtype) -> Config:
+def config(step: str, columns: int, dtype: torch.dtype) -> Tile:
     """The tile sizes of ``step``, by shape and dtype."""
     block_k = min(max(32, next_power_of_2(columns)), 512 if dtype.itemsize <= 2 else 256)
     if step == "gather":  # a program writes all columns of its places, so that the mask is read once for them
-        return Config(8, block_k)
+        return Tile(8, block_k)
     if step == "prompt_backward":  # few prompts: narrow tiles, so that there are programs enough
-        return Config(8, min(block_k, 128 if dtype.itemsize <= 2 else 64))  # 128 of float32 spill on sm_80
+        return Tile(8, min(block_k, 128 if dtype.itemsize <= 2 else 64))  # 128 of float32 spill on sm_80
     if step == "source_backward":
-        return Config(8, block_k)
+        return Tile(8, block_k)
     raise ValueError(f"config: step is {step!r}, expected gather, prompt_backward or source_backward")
 
 
@@ -215,7 +200,7 @@ def forward(
             prompt_ids.stride(0), *strides[1], *strides[2], *strides[3],
             IDS=ids is not None, MASK=attention_mask is not None, POSITIONS=position_ids is not None,
             LABELS=labels is not None, LEFT=left,
-            BLOCK_M=c.block_m, BLOCK_K=c.block_k, BLOCK_T=min(BLOCK_T, next_power_of_2(max(t, 16))),
+            BLOCK_T=min(BLOCK_T, next_power_of_2(max(t, 16))),
             **c.options,
         )  # fmt: skip
     return y, mask, positions, y_labels, rows
@@ -247,7 +232,7 @@ def prompt_backward(dy: Tensor, rows: Tensor, lengths: Sequence[int], dtype: tor
         run(
             _prompt_backward_kernel, (*grid, parts),
             dy, rows, _starts(tuple(lengths), dy.device), partials, b, s, d, tiles, span, *dy.stride(),
-            ACC=tl.float64 if wide else tl.float32, BLOCK_M=c.block_m, BLOCK_K=c.block_k, **c.options,
+            ACC=tl.float64 if wide else tl.float32, **c.options,
         )  # fmt: skip
     return reduce_partials(partials, dtype)
 
@@ -261,7 +246,7 @@ def source_backward(dy: Tensor, rows: Tensor, lengths: Sequence[int], tokens: in
         run(
             _source_backward_kernel, grid,
             dy, rows, _starts(tuple(lengths), dy.device), dx, tokens, d, *dy.stride(),
-            BLOCK_M=c.block_m, BLOCK_K=c.block_k, **c.options,
+            **c.options,
         )  # fmt: skip
     return dx
 
