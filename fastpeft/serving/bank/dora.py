@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...nn import dora
 from ..errors import BadCheckpoint
+from .experts import ExpertSite
 
 _END = ".lora_magnitude_vector"
 
@@ -31,7 +32,7 @@ def folded(
         BadCheckpoint: the layer is none that DoRA is served for, or the magnitude does not fit.
     """
     rows = site.out_features
-    if site.embedding or type(site).__name__ == "ExpertSite":
+    if site.embedding or isinstance(site, ExpertSite):
         raise BadCheckpoint(f"{op}: {name!r} has DoRA at {site.path}, expected it on linear layers alone")
     if magnitude is None or magnitude.shape != (rows,):
         found = "none" if magnitude is None else list(magnitude.shape)

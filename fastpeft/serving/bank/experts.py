@@ -30,7 +30,7 @@ class ExpertSite(Site):
         lora_a, lora_b: ``[slots, E, R, K]`` and ``[slots, E, N, R]``, or None before an adapter needs them.
     """
 
-    embedding, plain_linear, factor, siblings = False, False, 1.0, None
+    embedding, plain_linear, factor = False, False, 1.0
 
     def __init__(self, index: int, path: str, module: Any, parameter: str, dtype: torch.dtype | None):
         self.index, self.path, self.module = index, f"{path}.{parameter}", module
@@ -42,8 +42,6 @@ class ExpertSite(Site):
         self.in_features, self.out_features = sides[::-1] if self.turned else sides
         self.dtype: torch.dtype = dtype or weight.dtype
         self.device: torch.device = weight.device
-        self.mask = self.scaled = 0
-        self.gains = None
         self.lora_a = self.lora_b = self.ranks = self.scales = None
 
     def attach(self, running: Running) -> None:

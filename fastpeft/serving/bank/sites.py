@@ -36,6 +36,10 @@ class Site:
         siblings: the group of layers that may receive the same tensor, or None.
     """
 
+    mask = scaled = 0
+    gains: Tensor | None = None
+    siblings: Siblings | None = None
+
     def __init__(self, index: int, path: str, module: nn.Module, dtype: torch.dtype | None, head: bool):
         self.index, self.path, self.module = index, path, module
         self.embedding = isinstance(module, nn.Embedding)
@@ -46,20 +50,17 @@ class Site:
         self.dtype: torch.dtype = dtype or own
         self.device: torch.device = weight.device
         self.factor = float(getattr(module, "embed_scale", 1.0)) if self.embedding else 1.0
-        self.mask = self.scaled = 0
-        self.gains: Tensor | None = None
         self.lora_a: Tensor | None = None
         self.lora_b: Tensor | None = None
         self.ranks: Tensor | None = None
         self.scales: Tensor | None = None
-        self.siblings: Siblings | None = None
 
     def __getstate__(self):
         return {"module": self.module, "_own": self._own}
 
     def __setstate__(self, state):
         # In a copy of the model, which has no bank: the layer's own forward, on the copied module.
-        self.__dict__.update(state, mask=0, scaled=0, gains=None, siblings=None, _running=Running())
+        self.__dict__.update(state, _running=Running())
         self.base = self._own or MethodType(type(self.module).forward, self.module)
 
     def attach(self, running: Running) -> None:
