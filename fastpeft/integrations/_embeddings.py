@@ -29,6 +29,10 @@ class EmbeddingForward(nn.Module):
         layer: Any = self
         return embedded(layer.base_layer, x, terms)
 
+    def fastpeft_branch(self) -> str:
+        """Why it shares no input."""
+        return "it is an embedding"
+
     def fastpeft_backend(self) -> str:
         """The backend for the first active adapter."""
         terms, layer = _terms(self), self.__dict__["_modules"]

@@ -28,6 +28,10 @@ class ExpertsForward(nn.Module):
                 return run(found, x, *args)
         return super().forward(x, *args, **kwargs)
 
+    def fastpeft_branch(self) -> str:
+        """Why it shares no input."""
+        return "it is an experts module"
+
     def fastpeft_report(self) -> str:
         """``"fused"``, or why PEFT's own forward serves this layer as it is now."""
         found = plan(self)

@@ -228,7 +228,9 @@ class LoraLinear(nn.Module):
             written = " into a weight that was written out" if self.merged and self.merged_dtype() else ""
             return "disabled" if self.disabled else f"merged{written}" if self.merged else "no active adapter"
         weight = frozen_weight(self.base_layer)
-        return f"fused beside its base: it {weight}" if isinstance(weight, str) else "fused"
+        if isinstance(weight, str):  # DoRA needs the merged rows' norms, and so the weight
+            return f"its adapter is DoRA, and its base {weight}" if self.dora else f"fused beside its base: it {weight}"
+        return "fused"
 
     def delta(self, names: str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """What these adapters add to the weight and the bias, in float32 or wider.

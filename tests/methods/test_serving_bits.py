@@ -30,7 +30,7 @@ def attached(base, **settings):
 
 
 def accelerated(base, **settings):
-    config = peft.LoraConfig(r=6, lora_alpha=5, target_modules="all-linear", **settings)
+    config = peft.LoraConfig(**{"r": 6, "lora_alpha": 5, "target_modules": "all-linear", **settings})
     return drawn(fastpeft.accelerate(peft.get_peft_model(copy.deepcopy(base), config)))
 
 
@@ -164,6 +164,7 @@ REFUSED = {
     "a bias": (lambda base: attached(base, lora_bias=True), "has a trained bias"),
     "a rank": (lambda base: attached(base, r=65), "rank 65, expected at most max_rank=64"),
     "an embedding": (lambda base: attached(base, targets=["embed_tokens"]), "embed_tokens: "),
+    "PEFT's embedding": (lambda base: accelerated(base, target_modules=["embed_tokens"]), "embed_tokens: it is an em"),
     "merged": (merged, "its adapters are merged"),
     "a forward of its own": (replaced, "has its forward overridden on the instance"),
 }

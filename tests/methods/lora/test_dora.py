@@ -182,6 +182,7 @@ def test_whatever_surrounds_the_layer():
     handle = layer.base_layer.register_forward_hook(lambda *_: called.append(1))
     torch.testing.assert_close(layer(x), wanted)
     assert called
+    assert layer.fastpeft_report() == "its adapter is DoRA, and its base has hooks"
     with torch.autocast("cpu", BF16):
         beside = layer(x)  # in plain PyTorch
         handle.remove()
