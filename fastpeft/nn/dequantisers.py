@@ -5,6 +5,7 @@ call the library's own; ``register_dequantiser`` adds others. What a layer gives
 and an input is not quantised: a base that does both is read as int8 is.
 """
 
+import functools
 import importlib
 import weakref
 from collections.abc import Callable
@@ -109,6 +110,7 @@ def register_dequantiser(kind: type | str, function: Callable[[Any], Tensor], dt
     _check.dtype_or_none("register_dequantiser", "dtype", dtype)
     name = kind if isinstance(kind, str) else _name(kind)
     _KINDS[name] = _Kind(function, lambda module: dtype)
+    _of_class.cache_clear()
 
 
 def reads(module: nn.Module) -> bool:
@@ -149,14 +151,23 @@ def _shape(module: Any) -> tuple[int, int] | None:
 
 
 def _kind(module: nn.Module) -> _Kind | None:
-    for kind in type(module).__mro__:
-        found = _KINDS.get(_name(kind))
-        if found is not None:
-            return found if type(module).forward is getattr(kind, "forward", None) else None
+    layer: Any = type(module)
+    found = _of_class(layer)
+    if found is not None:
+        known, kind = found
+        return kind if layer.forward is getattr(known, "forward", None) else None
     weight = module._parameters.get("weight")
-    if weight is None or type(module) is not nn.Linear or type(weight) in _check.PLAIN:
+    held: Any = type(weight)
+    if weight is None or layer is not nn.Linear or held in _check.PLAIN:
         return None
-    return next((_KINDS[name] for name in map(_name, type(weight).__mro__) if name in _KINDS), None)
+    found = _of_class(held)
+    return None if found is None else found[1]
+
+
+@functools.lru_cache(maxsize=4096)  # names are made anew each time they are asked for, and calls ask
+def _of_class(kind: type) -> tuple[type, _Kind] | None:
+    """The nearest base of a class that there is a function for, and that."""
+    return next(((base, _KINDS[_name(base)]) for base in kind.__mro__ if _name(base) in _KINDS), None)
 
 
 def _name(kind: type) -> str:

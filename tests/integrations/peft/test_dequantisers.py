@@ -43,7 +43,8 @@ def halved(monkeypatch):
     monkeypatch.setattr(dequantisers, "_KINDS", dict(dequantisers._KINDS))
     fastpeft.register_dequantiser(Halved, Halved.written)
     torch.manual_seed(0)
-    return Halved()
+    yield Halved()
+    dequantisers._of_class.cache_clear()
 
 
 def gptq():

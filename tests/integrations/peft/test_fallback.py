@@ -151,11 +151,17 @@ def test_variants_and_other_layers_are_named(monkeypatch):
         model.set_adapter("dora")
     assert_pefts(ours, plain, 1, monkeypatch)
     assert statuses(ours)["up"] == "fused"
-    up(ours).lora_variant["dora"] = type("Another", (), {})
-    assert statuses(ours)["up"] == "adapter 'dora' is the variant Another"
     with pytest.raises(ValueError, match="2 of 3") as error:
         fastpeft.accelerate(plain, strict=True)
     assert all(f"model.{name}: " in str(error.value) for name in ("embed", "conv"))
+
+
+def test_an_unknown_variant_is_named():
+    model = fastpeft.accelerate(peft_model())
+    if not hasattr(up(model), "lora_variant"):
+        pytest.skip("PEFT before 0.16 has no variants but DoRA")
+    up(model).lora_variant["default"] = type("Another", (), {})
+    assert statuses(model)["up"] == "adapter 'default' is the variant Another"
 
 
 def test_mixed_batches_are_pefts(monkeypatch):
