@@ -41,6 +41,8 @@ def show(folder: Path) -> None:
     from fastpeft import _backend
 
     fastpeft.__path__.insert(0, str(folder))
+    sys.modules.pop("fastpeft._C", None)  # one that was built for a GPU may have been imported
+    vars(fastpeft).pop("_C", None)
     _backend._import_error.cache_clear()  # which may know that there was none
     _backend._unusable.cache_clear()
 
