@@ -85,10 +85,9 @@ def serve(root: Path, port: int) -> int:
 
     def fail(module, args, kwargs):
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        # Not where a row is by itself, as while rows are tried one by one after a fault: such a row is given up.
+        # Not soon after another, while a step is repeated: a row that fails by itself again is given up.
         calm[0] += 1
-        shared = service.batcher.running > 1 and calm[0] > 2 * limits.max_rows
-        if (ids == MARK).any() or (shared and draw.random() < 0.005):
+        if (ids == MARK).any() or (calm[0] > 3 * limits.max_rows and draw.random() < 0.005):
             calm[0] = 0
             raise ArithmeticError("a fault that was injected")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._mask import LANES
 from .dropout import keep_mask
 from .lora_linear import lora_linear
+from .one_pass import one_pass
 from .routing import Routing
 from .slot_groups import Group, groups_of, used_slots
 
@@ -97,6 +98,10 @@ def forward(
     slots: Slots,
 ) -> Tensor:
     """``y_p += S_p B_pᵀ`` for each token that has an adapter, in place; returns S as ``shrink`` does."""
+    if slots.thresholds is None:
+        s = one_pass(ys, x, lora_as, lora_bs, routing, slots.scales, slots.ranks)
+        if s is not None:
+            return s
     s = shrink(x, lora_as, routing, slots)
     expand_(ys, s, lora_bs, routing, slots)
     return s
@@ -153,6 +158,8 @@ def add_(
     slots: Slots,
 ) -> None:
     """``forward`` where nobody asks for S, without dropout: nothing is put in order between, x is gathered once."""
+    if one_pass(ys, x, lora_as, lora_bs, routing, slots.scales, slots.ranks) is not None:
+        return
     gathered: dict[int, tuple[Tensor, Group]] = {}
     for p, (y, a, b) in enumerate(zip(ys, lora_as, lora_bs, strict=True)):
         of_p = slots.of(p)

@@ -84,7 +84,10 @@ class Site:
         # An embedding's A is looked up by token, and its S then meets B as any layer's x would meet B A.
         shape = (slots, self.in_features, rank) if self.embedding else (slots, rank, self.in_features)
         lora_a = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.lora_b = torch.empty(slots, self.out_features, rank, dtype=self.dtype, device=self.device)
+        # On a CPU with what one rank adds side by side, which is then read as it is.
+        sizes = (slots, rank, self.out_features) if self.device.type == "cpu" else (slots, self.out_features, rank)
+        lora_b = torch.empty(sizes, dtype=self.dtype, device=self.device)
+        self.lora_b = lora_b.mT if self.device.type == "cpu" else lora_b
         if self.embedding:
             self._eye = torch.eye(rank, dtype=self.dtype, device=self.device).expand(slots, rank, rank)
         self.lora_a = lora_a

@@ -1,7 +1,7 @@
 """How one step is laid out: the tokens of its rows side by side in ``[1, T]``, and where their keys and values lie.
 
 Rows that bring one token each are put together with rows of about their length, so that a long one costs nobody else;
-a row that reads a piece of its prompt is by itself.
+rows that read pieces of their prompts, with those whose pieces and places are the same.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ class Part:
         """Tokens in the cache after the step."""
         return self.cached + len(self.ids)
 
-    def group(self) -> int:
-        """Rows with one number are computed together: within twice the length of each other."""
-        return -1 if len(self.ids) > 1 else (blocks_for(self.length) - 1).bit_length()
+    def group(self) -> tuple[int, int]:
+        """Rows of which this is the same are computed together: within twice the length of each other, or equal."""
+        return (0, (blocks_for(self.length) - 1).bit_length()) if len(self.ids) == 1 else (len(self.ids), self.cached)
 
 
 class Shape(NamedTuple):
@@ -76,7 +76,7 @@ class Group:
         count = blocks_for(self.longest)
         if window is None:
             table, tokens = self._tables[:, :count], self.longest
-            if (self.queries == 1 and self._even) or (self._first and self.rows == 1):
+            if (self.queries == 1 and self._even) or (self._first and self._even):
                 return table.reshape(-1), tokens, None
             keys = torch.arange(tokens, device=device).expand(self.rows, tokens)
         else:
@@ -118,11 +118,7 @@ class Layout:
         t = len(ids)
         host = torch.tensor(numbers, pin_memory=tables.is_cuda)
         given = host.to(tables.device, non_blocking=True)
-        shapes = []
-        for key, together in groupby(parts, Part.group):
-            members = list(together)
-            shapes += [_shape([m]) for m in members] if key < 0 else [_shape(members)]
-        self._lay(given, t, shapes, tables)
+        self._lay(given, t, [_shape(list(together)) for _, together in groupby(parts, Part.group)], tables)
 
     @classmethod
     def decoding(cls, given: Tensor, rows: int, blocks: int, tables: Tensor, pages: Pages) -> "Layout":

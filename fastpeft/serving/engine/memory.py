@@ -1,4 +1,4 @@
-"""How much memory the cache may take by default, and whether an error says that there was none."""
+"""How much memory the cache may take by default, and what an error says of the memory and of the device."""
 
 import os
 from pathlib import Path
@@ -11,6 +11,11 @@ GPU_SHARE, HOST_SHARE = 0.8, 0.25  # of what is free when the batcher is made
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no more."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def device_lost(error: BaseException) -> bool:
+    """Whether the device serves nothing from now on, as after a wrong address or an assertion on it."""
+    return isinstance(error, torch.AcceleratorError)
 
 
 def cache_bytes(device: torch.device, promised: int) -> int:

@@ -5,7 +5,7 @@ attention mask and positions of their own. The cache is a plain one, keys and va
 layer.
 
 A step that fails is taken back and repeated: without the youngest row where memory ran out, else in halves, until the
-rows are found that fail by themselves. They end; nobody else does.
+rows are found that fail by themselves, twice. They end; nobody else does. Where the device is lost nothing is repeated.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bank.bank import AdapterBank
-from .memory import out_of_memory
+from .memory import device_lost, out_of_memory
 from .request import Request
 
 _PREFILL_TOKENS = 4096  # padded prompt tokens that are read at once between two steps
@@ -98,13 +98,16 @@ class PaddedRows:
             traceback.clear_frames(error.__traceback__)  # which hold the step's tensors
             self._leave_use()
             self._take_back()
-            if len(self.requests) > 1 and not out_of_memory(error):
+            if device_lost(error):
+                self.clear("error", error)
+                break
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(self.requests) == 1 or not out_of_memory(error):
                 logits = self._advance_apart()
                 return None if logits is None else (self.requests, logits)
             self.requests[-1].finish("error", error)
             self.leave()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
         return None
 
     def probe(self) -> None:
@@ -134,7 +137,7 @@ class PaddedRows:
         """The step in parts, each with a copy of its rows' cache; the parts that succeed are the rows from now on."""
         done: list[tuple[list[Request], Tensor, Any]] = []
 
-        def attempt(places: list[int]) -> None:
+        def attempt(places: list[int], last: bool) -> None:
             part = [self.requests[i] for i in places]
             index = torch.tensor(places, device=self._device)
             try:
@@ -144,18 +147,20 @@ class PaddedRows:
                 with self._bank.use([request.lease for request in part]):
                     done.append((part, self._next(part, cache), cache))
             except Exception as error:
-                if len(places) == 1:
-                    part[0].finish("error", error)
+                if last or device_lost(error):
+                    for request in part:
+                        request.finish("error", error)
                     return
             else:
                 return
-            middle = len(places) // 2
-            attempt(places[:middle])
-            attempt(places[middle:])
+            halves(places)
 
-        everyone = list(range(len(self.requests)))
-        attempt(everyone[: len(everyone) // 2])
-        attempt(everyone[len(everyone) // 2 :])
+        def halves(places: list[int]) -> None:
+            middle = len(places) // 2
+            for part in (places[:middle], places[middle:]) if middle else (places,):
+                attempt(part, last=not middle)
+
+        halves(list(range(len(self.requests))))
         if not done:
             self.requests, self._cache, self._length = [], None, 0
             return None

@@ -7,7 +7,7 @@ model meanwhile, finds the model's own function behind that name.
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,9 +33,14 @@ _switched: dict[int, tuple[Any, str, int]] = {}  # by id: a config, its own atte
 
 
 @contextlib.contextmanager
-def running(model: nn.Module, layout: Layout, seen: list | None = None) -> Iterator[None]:
-    """Inside, the model's forward in this thread is the layout's step; ``seen`` gets each layer's index and window."""
-    configs = list(_configs(model))
+def running(configs: Sequence[Any], layout: Layout, seen: list | None = None) -> Iterator[None]:
+    """Inside, the forward of the model with these configs is, in this thread, the layout's step.
+
+    Args:
+        configs: ``configs_of`` the model.
+        layout: of the step.
+        seen: gets each layer's index and window.
+    """
     with _switching:
         for config in configs:
             _, own, steps = _switched.get(id(config), (config, config._attn_implementation, 0))
@@ -67,13 +72,14 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
+def configs_of(model: nn.Module) -> list[Any]:
+    """Those that name the attention of a model and of its parts."""
     found: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation_internal"):
             found[id(config)] = config
-    return iter(found.values())
+    return list(found.values())
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args, **kwargs) -> Any:

@@ -4,7 +4,8 @@ A row holds the blocks that its tokens need so far. Where they run out, the youn
 anew later; a row never waits for another's prompt, of which a step reads ``PROMPT_TOKENS`` at most.
 
 A step that fails changes nothing but places of the cache that nobody reads. It is repeated: without the youngest row
-where memory ran out, else in halves, until the rows are found that fail by themselves. They end; nobody else does.
+where memory ran out, else in halves, until the rows are found that fail by themselves, twice. They end; nobody else
+does. Where the device is lost nothing is repeated.
 """
 
 import contextlib
@@ -15,19 +16,20 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bank.bank import AdapterBank
 from .captured import Captured
 from .layout import Layout, Part
-from .memory import out_of_memory
-from .paged_attention import Unpaged, register, running
+from .memory import device_lost, out_of_memory
+from .paged_attention import configs_of, running
+from .paged_model import run
 from .pages import LayerShape, Pages, blocks_for
 from .request import Request
 from .row_rope import length_dependent, recomputed_past, row_by_row
 
 PROMPT_TOKENS = 512  # of prompts, in one step
-_Share = tuple["_Row", int]
+_Share = tuple["_Row", Part]
 
 
 class _Row:
@@ -44,8 +46,9 @@ class _Row:
         return len(self.request.prompt) + len(self.request.tokens)
 
     def next(self, count: int) -> Part:
-        prompt, end = self.request.prompt, self.cached + count
-        ids = (prompt if end <= len(prompt) else prompt + self.request.tokens)[self.cached : end]
+        prompt, tokens = self.request.prompt, self.request.tokens
+        start, end = self.cached - len(prompt), self.cached + count - len(prompt)  # among the new tokens
+        ids = prompt[self.cached : self.cached + count] + tokens[max(0, start) : max(0, end)]
         return Part(self.place, ids, self.cached, self.length)
 
 
@@ -70,6 +73,7 @@ class PagedRows:
     ):
         self.succeeded = self.failed = self.preempted = 0
         self._bank, self._model, self._device = bank, bank.model, bank.device
+        self._configs = configs_of(self._model)
         self._pages = Pages(blocks_for(max_cached), shapes, self._device)
         self._rows: list[_Row] = []
         self._places = list(range(max_rows - 1, -1, -1))
@@ -115,13 +119,16 @@ class PagedRows:
             except Exception as failure:
                 error = failure
             traceback.clear_frames(error.__traceback__)  # which hold the step's tensors
-            if len(shares) > 1 and not out_of_memory(error):
+            if device_lost(error):
+                self.clear("error", error)
+                break
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(shares) == 1 or not out_of_memory(error):
                 return self._advance_apart(shares)
             youngest = max((row for row, _ in shares), key=self._rows.index)
             youngest.request.finish("error", error)
             self.leave()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
         return None
 
     def probe(self) -> None:
@@ -172,9 +179,9 @@ class PagedRows:
                 counts[row] = min(row.length, PROMPT_TOKENS)
             count = counts.get(row, 1)
             self._provide(row, row.cached + count, waiting)
-            shares.append((row, count))
-        shares = [share for share in shares if share[0] not in waiting]
-        shares.sort(key=lambda share: (share[1] > 1, share[0].next(share[1]).group()))
+            if row not in waiting:
+                shares.append((row, row.next(count)))
+        shares.sort(key=lambda share: share[1].group())
         return shares
 
     def _provide(self, row: _Row, tokens: int, waiting: set[_Row]) -> None:
@@ -200,30 +207,31 @@ class PagedRows:
             row.blocks, row.cached = [], 0
 
     def _advance(self, shares: Sequence[_Share]) -> tuple[list[Request], Tensor]:
-        parts = [row.next(count) for row, count in shares]
-        ready = [row.length == row.cached + count for row, count in shares]
-        ends = accumulate(count for _, count in shares)
-        picked = [end - 1 for end, is_ready in zip(ends, ready, strict=True) if is_ready]
-        steady = all(count == 1 for _, count in shares)
-        self._enter_use([row.request for row, _ in shares], None if steady else [n for _, n in shares], picked)
+        parts = [part for _, part in shares]
+        counts = [len(part.ids) for part in parts]
+        ready = [part.total == part.length for part in parts]
+        picked = [end - 1 for end, is_ready in zip(accumulate(counts), ready, strict=True) if is_ready]
+        steady = max(counts) == 1
+        self._enter_use([row.request for row, _ in shares], None if steady else counts, picked)
         self.failed += 1  # until it has succeeded
         logits = self._replayed(parts, shares) if steady else None
         if logits is None:
             logits = self._forward(Layout(parts, self._tables, self._pages), None if steady else picked)
         self.failed, self.succeeded = self.failed - 1, self.succeeded + 1
-        for row, count in shares:
-            row.cached += count
+        for row, part in shares:
+            row.cached = part.length
         return [row.request for (row, _), is_ready in zip(shares, ready, strict=True) if is_ready], logits
 
     def _advance_apart(self, shares: Sequence[_Share]) -> tuple[list[Request], Tensor] | None:
-        """The step in halves, and their halves, until those who fail are found."""
+        """A step that failed again, in halves, and their halves, until those who fail by themselves are found."""
         middle, done = len(shares) // 2, []
-        for part in (shares[:middle], shares[middle:]):
+        for part in (shares[:middle], shares[middle:]) if middle else (shares,):
             try:
                 done.append(self._advance(part))
             except Exception as error:
-                if len(part) == 1:
-                    part[0][0].request.finish("error", error)
+                if not middle or device_lost(error):
+                    for row, _ in part:
+                        row.request.finish("error", error)
                 elif (found := self._advance_apart(part)) is not None:
                     done.append(found)
         self._leave_use()
@@ -251,7 +259,7 @@ class PagedRows:
         return self._captured.step(parts, [-1 if lease is None else lease.adapter.in_slot() for lease in leases])
 
     def _logits(self, layout: Layout, **more: Any) -> Tensor:
-        with running(self._model, layout), row_by_row(self._ropes, layout):
+        with running(self._configs, layout), row_by_row(self._ropes, layout):
             return run(self._model, layout, **more).logits[0]
 
     def _forward(self, layout: Layout, picked: list[int] | None) -> Tensor:
@@ -264,36 +272,3 @@ class PagedRows:
         if index is None:
             return logits
         return logits[: len(index)] if self._picks else logits[index]
-
-
-def run(model: Any, layout: Layout, **more: Any) -> Any:
-    """The model's forward for a step."""
-    return model(input_ids=layout.ids, position_ids=layout.positions, use_cache=False, **more)
-
-
-def unpaged_reason(model: nn.Module, shapes: Sequence[LayerShape], device: torch.device) -> str | None:
-    """Why the model cannot be served over a paged cache, or None: it is run on two short rows."""
-    if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return "it takes no position_ids"
-    config: Any = getattr(model, "config", None)
-    kinds = getattr(config.get_text_config(), "layer_types", None) or ["full_attention"] * len(shapes)
-    other = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if other:
-        return f"it has layers of kind {', '.join(other)}"
-    seen: list[tuple[int, int | None]] = []
-    try:
-        register()
-        pages = Pages(2, shapes, device)
-        tables = torch.tensor([[1], [2]], device=device)
-        layout = Layout([Part(0, [0, 0], 0, 2), Part(1, [0], 0, 1)], tables, pages)
-        with running(model, layout, seen):
-            run(model, layout)
-    except Unpaged as reason:
-        return str(reason)
-    except Exception as error:
-        return f"a paged step fails in it ({type(error).__name__})"
-    if sorted(layer for layer, _ in seen) != list(range(len(shapes))):
-        return f"{len(seen)} of {len(shapes)} layers call an attention function of transformers"
-    if any(kinds[layer] == "sliding_attention" and window is None for layer, window in seen):
-        return "its layers do not tell their sliding window"
-    return None

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..bank.bank import AdapterBank
 from .memory import cache_bytes
 from .padded_rows import PaddedRows
-from .paged_rows import PagedRows, unpaged_reason
+from .paged_model import unpaged_reason
+from .paged_rows import PagedRows
 from .pages import LayerShape, token_bytes
 from .request import Request
 from .row_rope import length_dependent

@@ -28,7 +28,7 @@ def next_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int | None]
         requests: whose rows they are, B of them; those that ask for log-probabilities have ``next_logprobs`` then.
 
     Returns:
-        Token ids; None for a row with NaN among its logits.
+        Token ids; None for a row with NaN among its logits, or with -inf alone.
     """
     given, logits = logits, adjusted(logits, requests)
     tokens = logits.argmax(-1)  # of a row with NaN, the place of one
@@ -38,7 +38,7 @@ def next_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int | None]
         tokens = _draw(logits, requests)
     elif drawn:
         tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn])
-    found = tokens.masked_fill(torch.isnan(best), -1)
+    found = tokens.masked_fill(torch.isnan(best) | (best == -torch.inf), -1)
     if found.is_cuda:  # one copy, and one wait for it
         found = torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
         torch.cuda.current_stream(logits.device).synchronize()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..bank.bank import AdapterBank
 from .logprobs import TokenLogprobs, of_rows
+from .memory import device_lost
 from .request import Request
 from .sampling import next_tokens
 
@@ -16,7 +17,7 @@ _CHUNK = 256  # prompt tokens whose logits are in memory at once
 
 
 def score_prompts(bank: AdapterBank, requests: Sequence[Request]) -> list[Request]:
-    """Read the prompts of those that ask for ``prompt_logprobs``, one by one; an error ends that request alone.
+    """Read the prompts of those that ask for ``prompt_logprobs``, one by one; a second error ends that request alone.
 
     A request for one token has it then, too, and is done.
 
@@ -31,12 +32,21 @@ def score_prompts(bank: AdapterBank, requests: Sequence[Request]) -> list[Reques
         if request.params.prompt_logprobs is None or request.prompt_logprobs:
             continue  # or it was put out for a while
         try:
-            request.prompt_logprobs, last = _read(bank, request, request.params.prompt_logprobs)
+            request.prompt_logprobs, last = _read_or_again(bank, request, request.params.prompt_logprobs)
             if request.max_new_tokens == 1 and (token := next_tokens(last, [request])[0]) is not None:
                 request.take(token)
         except Exception as error:
             request.finish("error", error)
     return [request for request in requests if not request.done]
+
+
+def _read_or_again(*given: Any) -> tuple[list[TokenLogprobs | None], Tensor]:
+    try:
+        return _read(*given)
+    except Exception as error:
+        if device_lost(error):
+            raise
+    return _read(*given)
 
 
 def _read(bank: AdapterBank, request: Request, count: int) -> tuple[list[TokenLogprobs | None], Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..errors import NotFinite
+from .memory import device_lost
 from .request import Request
 from .rows import Rows
 from .sampling import next_tokens
@@ -46,18 +47,18 @@ class Steps:
                 request.finish("cancelled")
         self.rows.leave()
 
-    def _join(self, requests: Sequence[Request]) -> None:
-        """Together, or, if that fails, one by one to find whose fault it is."""
+    def _join(self, requests: Sequence[Request], last: bool = False) -> None:
+        """Together, or, if that fails, one by one to find whose fault it is; who fails alone is tried again, once."""
         if not requests:
             return
         try:
             logits = self.rows.join(requests)
         except Exception as error:
-            if len(requests) == 1:
-                requests[0].finish("error", error)
-                return
             for request in requests:
-                self._join([request])
+                if last or device_lost(error):
+                    request.finish("error", error)
+                else:
+                    self._join([request], last=len(requests) == 1)
             return
         if logits is not None:
             self._deal(list(requests), logits)

@@ -131,6 +131,29 @@ def test_siblings_share_one_call(bank, monkeypatch):
         assert calls == [1, 1, 1, 1, 2, 1, 3, 1, 2, 1]  # that group is none from then on
 
 
+@pytest.mark.parametrize("change", ["nothing", "its values", "another tensor"])
+def test_siblings_are_given_what_was_computed_for_the_same_unchanged_tensor_alone(bank, monkeypatch, change):
+    """Of one module's call, in which the first of them computes for all."""
+    attention = bank.model.model.layers[0].self_attn
+    x, found = torch.randn(2, 3, 32), {}
+
+    def forward(x):
+        found["q"] = attention.q_proj(x)
+        if change == "its values":
+            x.add_(1)
+        found["k"] = attention.k_proj(x.clone() if change == "another tensor" else x)
+        return found["k"]
+
+    with bank.use(["alice", "bob"]):
+        monkeypatch.setattr(attention, "forward", forward)
+        attention(x.clone())
+        monkeypatch.undo()
+        after = x + 1 if change == "its values" else x
+        expected = attention.q_proj(x.clone()), attention.k_proj(after.clone())
+    for ours, alone in zip((found["q"], found["k"]), expected, strict=True):
+        torch.testing.assert_close(ours, alone)
+
+
 def test_a_closed_bank_leaves_no_hooks():
     with AdapterBank(llama(), slots=1, max_rank=4) as bank:
         attention = bank.model.model.layers[0].self_attn

@@ -1,5 +1,6 @@
 """A step that fails ends the rows that make it fail; a batcher says whether it can serve anybody at all."""
 
+import contextlib
 import sys
 import threading
 
@@ -32,6 +33,76 @@ def test_a_failing_step_ends_the_row_that_fails(bank):
     assert [request.result(0) for request in others] == alone
     assert not any(adapter.leases for adapter in bank._slots.held if adapter is not None)
     assert batcher._steps.broken is None
+
+
+@contextlib.contextmanager
+def failing_times(bank, times, error=ArithmeticError):
+    """So many forwards raise, the next ones do not; how many there were."""
+    seen = []
+    with failing(bank, lambda x: seen.append(x) or len(seen) <= times, error):
+        yield seen
+
+
+@pytest.fixture(params=["paged", "padded"])
+def cache(request, monkeypatch):
+    if request.param == "padded":
+        monkeypatch.setattr("fastpeft.serving.engine.rows.unpaged_reason", lambda *_: "as the test wants it")
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["its prompt", "a token"])
+@pytest.mark.parametrize("error", [ArithmeticError, torch.OutOfMemoryError])
+def test_a_step_of_one_row_is_tried_twice(bank, cache, begun, error):
+    """A fault that passes ends nobody, one that stays ends the row; the bank and those who wait go on."""
+    batcher = Batcher(bank, max_rows=1)
+    alone = greedy_alone(bank, prompt(4), "alice", 5)
+    for times, ends in ((1, "length"), (2, "error")):
+        request = batcher.submit(prompt(4), "alice", max_new_tokens=5)
+        step(batcher, 2 if begun else 0)
+        with failing_times(bank, times, error):
+            step(batcher, 7)
+        assert request.finish_reason == ends
+        assert request.tokens == (alone if ends == "length" else alone[: len(request.tokens)])
+        assert isinstance(request.error, error) == (ends == "error")
+    assert not any(adapter.leases for adapter in bank._slots.held if adapter is not None)
+
+
+def test_a_row_that_is_tried_by_itself_is_tried_twice(bank, cache):
+    """The step of two fails, and then the first of them alone, once."""
+    batcher = Batcher(bank, max_rows=2)
+    requests = [batcher.submit(prompt(4, i), "alice", max_new_tokens=5) for i in range(2)]
+    alone = [greedy_alone(bank, request.prompt, "alice", 5) for request in requests]
+    step(batcher, 2)
+    with failing_times(bank, 2):
+        step(batcher, 4)
+    assert [request.result(0) for request in requests] == alone
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nothing_is_tried_again_on_a_device_that_is_lost(bank, cache, rows):
+    batcher = Batcher(bank, max_rows=3)
+    requests = [batcher.submit(prompt(4), "alice", max_new_tokens=5) for _ in range(rows)]
+    step(batcher, 2)
+    with failing_times(bank, 1, torch.AcceleratorError) as seen:
+        step(batcher)
+    assert len(seen) == 2, "the step, and the engine's look at the bare model"
+    assert all(isinstance(request.error, torch.AcceleratorError) for request in requests)
+
+
+def test_a_device_that_is_lost_while_rows_are_tried_apart(bank, cache):
+    batcher = Batcher(bank, max_rows=4)
+    requests = [batcher.submit(prompt(4), "alice", max_new_tokens=5) for _ in range(4)]
+    step(batcher, 2)
+    errors = iter([ArithmeticError("boom"), torch.AcceleratorError("lost"), torch.AcceleratorError("lost")])
+
+    def fails(_):
+        error = next(errors, None)
+        if error is not None:
+            raise error
+
+    with failing(bank, fails):
+        step(batcher)
+    assert next(errors, None) is None, "the step, and each half"
+    assert all(isinstance(request.error, torch.AcceleratorError) for request in requests)
 
 
 def test_when_every_row_fails_the_queue_goes_on(bank):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastpeft.serving import AdapterBank, Batcher, QueueFull
+from fastpeft.serving.engine import paged_rows
 
 pytest.importorskip("peft", reason="PEFT is not installed")
 from tests.support.batching import prompt, step
@@ -116,6 +117,26 @@ def test_a_prompt_is_read_in_pieces_beside_the_others(bank, monkeypatch):
     same_or_tied(bank, long.prompt, "bob", long.result(0), alone)
     step(batcher, 20)
     assert stream.done
+
+
+def test_prompts_of_one_length_are_read_together(bank, monkeypatch):
+    """Whole or in pieces; others are by themselves, and all get the tokens that they have alone."""
+    monkeypatch.setattr("fastpeft.serving.engine.paged_rows.PROMPT_TOKENS", 40)
+    layouts, made = [], paged_rows.Layout
+    monkeypatch.setattr(paged_rows, "Layout", lambda *given: layouts.append(made(*given)) or layouts[-1])
+    batcher = Batcher(bank, max_rows=5)
+    asked = [(prompt(8, i), name, 5) for i, name in enumerate(("alice", "bob", "alice"))]
+    asked[1] = prompt(9, 4), "bob", 5
+    requests = [batcher.submit(ids, name, max_new_tokens=count) for ids, name, count in asked]
+    step(batcher)
+    assert [(group.rows, group.queries) for group in layouts[-1].groups] == [(2, 8), (1, 9)]
+    asked += [(prompt(40, i), name, 5) for i, name in enumerate(("bob", "alice"))]
+    requests += [batcher.submit(ids, name, max_new_tokens=count) for ids, name, count in asked[3:]]
+    step(batcher, 2)
+    assert [(group.rows, group.queries) for group in layouts[-1].groups] == [(3, 1), (2, 20)]
+    step(batcher, 20)
+    for request, (ids, name, count) in zip(requests, asked, strict=True):
+        same_or_tied(bank, ids, name, request.result(0), greedy_alone(bank, ids, name, count))
 
 
 def test_a_crowd_of_one_tenant_delays_nobody(bank):

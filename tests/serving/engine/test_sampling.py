@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpeft.serving.engine.adjusting import adjusted
-from fastpeft.serving.engine.sampling import _pick_from_the_top, _pick_from_the_top_of, _units, next_tokens
+from fastpeft.serving.engine.sampling import _pick, _pick_from_the_top, _pick_from_the_top_of, _units, next_tokens
 from fastpeft.serving.engine.settings import SamplingParams
 from tests.support.batching import drawing
 
@@ -57,13 +57,47 @@ def test_draws_follow_what_transformers_leaves(settings):
 
 def test_rows_do_not_depend_on_each_other():
     """Each row draws the same with others, whatever they ask for, as alone."""
-    everyone = [*SETTINGS, {}, {"repetition_penalty": 1.5}, {"logit_bias": {3: 50.0}}, {"temperature": 0.0}]
+    greedy = {"temperature": 0.0}
+    everyone = [greedy, *SETTINGS, {}, greedy, {"repetition_penalty": 1.5}, {"logit_bias": {3: 50.0}}, greedy]
     rows = logits_of(len(everyone)).bfloat16()  # with ties
     for seed in range(10):
         made = [{"temperature": 1.3, "seed": seed, **settings} for settings in everyone]
         together = next_tokens(rows, [drawing(**settings) for settings in made])
         alone = [next_tokens(rows[i : i + 1], [drawing(**settings)])[0] for i, settings in enumerate(made)]
         assert together == alone
+
+
+def test_greedy_is_the_first_of_the_largest():
+    rows = logits_of(6)
+    rows[1], rows[2, [7, 150]] = 0.0, 50.0  # ties
+    expected = [row.tolist().index(row.max().item()) for row in rows]
+    assert next_tokens(rows, [drawing()] * 6) == expected
+    mixed = [drawing(temperature=float(i == 3)) for i in range(6)]
+    assert [token for i, token in enumerate(next_tokens(rows, mixed)) if i != 3] == expected[:3] + expected[4:]
+
+
+def test_a_draw_falls_where_the_cumulated_units_pass_its_share():
+    """By the definition in Python's integers, at every border between two tokens and beside it."""
+    rows = [[3, 0, 5, 1], [0, 0, 2, 0], [1, 0, 0, 0], [2**38, 1, 2**38 - 1, 7], [0, 1, 1, 2**30]]
+    for units in rows:
+        total, shares = sum(units), {0, 1, 2**24 - 1}
+        for i in range(4):
+            border = (sum(units[: i + 1]) << 24) // total
+            shares |= {min(max(border + near, 0), 2**24 - 1) for near in (-1, 0, 1)}
+        for u in sorted(shares):
+            expected = next(i for i in range(4) if sum(units[: i + 1]) > (total * u) >> 24)
+            assert _pick(torch.tensor([units]), torch.tensor([[u]])).tolist() == [expected], (units, u)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.3}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan], ids=str)
+def test_rows_without_a_token_that_is_possible(settings, value):
+    """They are told apart, and the others draw what they draw alone."""
+    rows = logits_of(3)
+    expected = next_tokens(rows[::2], [drawing(**{"temperature": 1.0, "seed": 5, **settings}) for _ in range(2)])
+    rows[1] = value
+    found = next_tokens(rows, [drawing(**{"temperature": 1.0, "seed": 5, **settings}) for _ in range(3)])
+    assert found == [expected[0], None, expected[1]]
 
 
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 1 - 2**-20])

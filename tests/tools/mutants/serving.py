@@ -96,8 +96,8 @@ MUTANTS = {
         "PagedRows.step": {
             "the youngest is blamed": ("not out_of_memory(error)", "False", ILL),
             "all in halves when memory runs out": (
-                "and not out_of_memory(error)",
-                "",
+                "len(shares) == 1 or not out_of_memory(error)",
+                "True",
                 f"{FAILING}::test_memory_that_runs_out_ends_the_youngest",
             ),
         },
@@ -113,7 +113,7 @@ MUTANTS = {
         },
         "PagedRows._advance": {
             "a token in the middle of a prompt": (
-                "row.length == row.cached + count for",
+                "part.total == part.length for",
                 "True for",
                 f"{PAGED}::test_a_prompt_is_read_in_pieces_beside_the_others",
             ),
