@@ -1,6 +1,7 @@
 """Small models with experts: the names of their weights, and when two results are the same."""
 
 import torch
+from torch import nn
 
 import fastpeft
 from fastpeft.nn.lora_experts import LoraExperts
@@ -46,3 +47,39 @@ def curve_of(model, steps=10):
         optimizer.zero_grad()
         losses.append(loss.detach())
     return torch.stack(losses)
+
+
+class _Apart(nn.ModuleList):
+    """Experts as they were before transformers 5: a module each, whose layers have names of their own."""
+
+    def __init__(self, stacked, names):
+        super().__init__(_expert(stacked, e, names) for e in range(len(stacked.down_proj)))
+        self.activation, self.names = [stacked.act_fn], names  # in a list it is no module of this one
+
+    def forward(self, x, index, weights):
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self):
+            token, choice = (index == e).nonzero().unbind(1)
+            *ups, down = (expert[name] for name in self.names)
+            h = self.activation[0](ups[0](x[token]))
+            h = down(h * ups[1](x[token]) if len(ups) == 2 else h)
+            y = y.index_add(0, token, h * weights[token, choice, None])
+        return y
+
+
+def _expert(stacked, e, names):
+    up = stacked.gate_up_proj[e].chunk(2) if len(names) == 3 else [stacked.up_proj[e]]
+    layers = nn.ModuleDict()
+    for name, weight in zip(names, [*up, stacked.down_proj[e]], strict=True):
+        layers[name] = nn.Linear(*reversed(weight.shape), bias=False)
+        layers[name].weight = nn.Parameter(weight.detach().clone())
+    return layers
+
+
+def with_experts_apart(model, names):
+    """The same model with a module for each expert, under another name for PEFT, which would take it for a new one."""
+    for module in list(model.modules()):
+        if "experts" in module._modules and not isinstance(module.experts, nn.ModuleList):
+            module.experts = _Apart(module.experts, names)
+    model.config.model_type = "older"
+    return model

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..bottleneck.files import PEFT_TYPE, own_config
 from ..lora.config import Lora
+from ..lora.experts_apart import is_apart
 from ..method import Method
 from ..registry import METHODS
 from ..selective.files import DELTA, NORM, NORMS, TOKENS, tokens_beside_lora
@@ -215,6 +216,8 @@ def _judge_lora(found: Verdict, config: Lora) -> None:
     ups = [pair["B"] for pair in pairs.values() if "B" in pair]
     if ups and not any(up.any() for up in ups):
         found.notes.append("every lora_B is zero: it has not been trained and does nothing")
+    if any(map(is_apart, found.tensors)):
+        found.notes.append("layers of each expert are adapted; load and a bank stack them where a model's are stacked")
 
 
 def _ranks(path: str, config: Lora) -> tuple[list[int], bool]:

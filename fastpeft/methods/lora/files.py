@@ -23,6 +23,7 @@ from ..own import own_parameters
 from ..targets import Targets, walk
 from .config import Lora
 from .experts import keys_of, target_parameters
+from .experts_apart import stacked
 from .record import bias_key, trained_biases
 
 
@@ -33,7 +34,7 @@ class LoraFiles(Files):
         return fields.get("peft_type") == "LORA"
 
     def read(self, op: str, model: nn.Module, directory: Path, fields: Mapping) -> tuple[Lora, dict[str, Tensor]]:
-        config, tensors = from_peft(op, fields), read_tensors(op, directory)
+        config, tensors = stacked(op, model, from_peft(op, fields), read_tensors(op, directory))
         return (_with_tied(model, config, tensors) if fields.get("ensure_weight_tying") else config), tensors
 
     def write(self, op: str, model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path) -> None:

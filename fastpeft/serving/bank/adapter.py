@@ -19,6 +19,7 @@ from ...methods.formats.peft_files import warn_of_another_base, weights_of, with
 from ...methods.formats.peft_format import from_peft
 from ...methods.formats.verdict import examine
 from ...methods.lora.config import Lora
+from ...methods.lora.experts_apart import stacked
 from ...methods.targets import ALL_LINEAR, names
 from ...nn.slot_rank import slot_rank
 from ..errors import BadCheckpoint
@@ -104,7 +105,7 @@ def read_adapter(
     if fields is None and isinstance(source, Mapping):
         raise TypeError(f"{op}: config is None, expected adapter_config.json's fields beside a state dict")
     try:
-        lora, tensors = _read(op, name, source, fields, model)
+        lora, tensors = stacked(op, model, *_read(op, name, source, fields, model))
     except (ValueError, TypeError) as error:
         raise BadCheckpoint(str(error)) from None
     for field, unserved in (("bias", lora.bias != "none"), ("lora_bias", lora.lora_bias)):
