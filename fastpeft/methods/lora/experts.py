@@ -31,7 +31,7 @@ def adapted_experts(op: str, model: nn.Module, config: Lora, strict: bool = True
     named = config.experts is not True
     found: dict[str, tuple[str, ...]] = {}
     for path, module in walk(model):
-        base, wanted = _base(module), []
+        base, wanted = base_of(module), []
         if path and not isinstance(base, nn.Linear | nn.Embedding) and (named or is_experts(base)):
             wanted = [
                 p for p in _parameters(base) if (_named if named else _meant)(f"{path}.{p}", path, p, base, config)
@@ -119,7 +119,7 @@ def target_parameters(model: nn.Module, adapted: Adapted) -> list[str]:
     """PEFT's names for these parameters: short ones where they mean no other, else their paths."""
     wholes = set(parameter_paths(adapted))
     ends = {".".join(whole.split(".")[-2:]) for whole in wholes}
-    every = (f"{path}.{parameter}" for path, module in walk(model) for parameter in _parameters(_base(module)))
+    every = (f"{path}.{parameter}" for path, module in walk(model) for parameter in _parameters(base_of(module)))
     return sorted(ends if all(whole in wholes for whole in every if ends_with(whole, ends)) else wholes)
 
 
@@ -158,5 +158,10 @@ def is_experts(module: Any) -> bool:
     return len(stacks) > 1 and all(shape[0] == stacks[0][0] == getattr(module, "num_experts", None) for shape in stacks)
 
 
-def _base(module: Any) -> Any:
+def base_of(module: Any) -> Any:
+    """The experts module that this one stands for, or itself.
+
+    Args:
+        module: Any.
+    """
     return module.base_layer if isinstance(module, LoraExperts) else module

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from ...nn.base_layer import not_adaptable_reason
 from ...nn.experts_call import layout_of
 from ...nn.experts_weights import sizes
-from ...nn.lora_experts import LoraExperts
 from ..targets import walk
 from .config import Lora
-from .experts import is_experts, keys_of, target_parameters
+from .experts import base_of, is_experts, keys_of, target_parameters
 
 _PAIR = re.compile(r"(?P<path>.+)\.(?P<expert>\d+)\.(?P<layer>\w+)\.lora_(?P<half>[AB])\.weight")
 # What the layers in a parameter were called, in its order.
@@ -64,7 +63,7 @@ def stacked(op: str, model: nn.Module, config: Lora, tensors: dict[str, Tensor])
     for key, tensor in tensors.items():
         match = _PAIR.fullmatch(key)
         path = None if match is None else _here(modules, match["path"])
-        if match is None or path is None or not is_experts(_base(modules[path])):
+        if match is None or path is None or not is_experts(base_of(modules[path])):
             rest[key] = tensor
         else:
             apart.setdefault(path, {})[match["layer"], int(match["expert"]), match["half"]] = tensor
@@ -72,7 +71,7 @@ def stacked(op: str, model: nn.Module, config: Lora, tensors: dict[str, Tensor])
     if not apart:
         return config, tensors
     rest = {_now(modules, key): tensor for key, tensor in rest.items()}
-    made = {path: _parameters(op, was[path], _base(modules[path]), config, pairs) for path, pairs in apart.items()}
+    made = {path: _parameters(op, was[path], base_of(modules[path]), config, pairs) for path, pairs in apart.items()}
     for path, parameters in made.items():
         for parameter, key in keys_of(path, list(parameters)).items():
             pair = parameters[parameter]
@@ -97,10 +96,6 @@ def is_apart(key: str) -> bool:
     return match is not None and match["path"].endswith("experts")
 
 
-def _base(module: Any) -> Any:
-    return module.base_layer if isinstance(module, LoraExperts) else module
-
-
 def _here(modules: Mapping[str, Any], path: str) -> str | None:
     """Where the model has the module that was at ``path``, or None."""
     return next((known for known in (path, path.replace(*_MOVED)) if known in modules), None)
@@ -115,7 +110,7 @@ def _now(modules: Mapping[str, Any], key: str) -> str:
 def _routers(modules: Mapping[str, Any], tensors: Iterable[str]) -> list[str]:
     """Adapted modules that have a matrix and are no linear layer any more."""
     paths = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-    return [path for path in paths if path in modules and _is_router(_base(modules[path]))]
+    return [path for path in paths if path in modules and _is_router(base_of(modules[path]))]
 
 
 def _is_router(base: Any) -> bool:
