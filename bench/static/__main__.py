@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8192])
     parser.add_argument("--inputs", type=int, default=4096)
     parser.add_argument("--outputs", type=int, default=4096)
-    parser.add_argument("--branches", type=int, default=1, help="projections of one x, as q, k and v (default: 1)")
+    parser.add_argument("--branches", type=int, default=1, help="projections of one x, as q, k and v; up is one's")
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--layers", action="store_true", help="one line a layer instead of one a launch")
     options = parser.parse_args()

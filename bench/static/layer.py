@@ -57,10 +57,12 @@ def steps(layer: Layer, architecture: int = 90) -> Iterator[tuple[str, float, li
 
 
 def added(layer: Layer, found: list[tuple[str, float, list[Launch | Other]]]) -> float:
-    """Predicted seconds that LoRA adds to the frozen layer, forward and backward, where each step is one branch's.
+    """Predicted seconds that LoRA adds to the frozen layers of all branches, forward and backward.
 
-    The base GEMMs read the buffers that they accumulate onto, which costs half of that; with dropout a seed is drawn.
+    ``up`` and ``up_backward`` are one branch's. The base GEMMs read the buffers that they accumulate onto, which costs
+    half of that; with dropout a seed is drawn.
     """
-    read = layer.rows * (layer.inputs + layer.outputs) * layer.dtype.itemsize / DRAM / 2
+    times = {"up": layer.branches, "up_backward": layer.branches}
+    read = layer.branches * layer.rows * (layer.inputs + layer.outputs) * layer.dtype.itemsize / DRAM / 2
     seed = seconds(Other("random", 8)) if layer.dropout else 0.0
-    return sum(seconds(launch) for _, _, launches in found for launch in launches) + read + seed
+    return sum(times.get(step, 1) * seconds(one) for step, _, launched in found for one in launched) + read + seed

@@ -13,6 +13,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from bench.static import sass
+from bench.static.launches import Other
+from bench.static.layer import Layer, added
+from bench.static.model import seconds
 
 pytestmark = pytest.mark.slow
 
@@ -101,6 +104,14 @@ def test_hard_counts(case):
         assert row["instructions"] <= BOUNDS[case][step], step
         assert row["products"], step  # tensor cores, and none of TF32
         assert not any("TF32" in name for name in row["products"]), step
+
+
+def test_every_branch_has_its_own_up():
+    one = Other("sum", 1 << 20)
+    for branches, step, times in ((1, "up", 1), (3, "up", 3), (3, "up_backward", 3), (3, "dX", 1)):
+        layer = Layer(branches=branches)
+        assert added(layer, [(step, 0.0, [one])]) - added(layer, []) == pytest.approx(times * seconds(one))
+    assert added(Layer(branches=3), []) == pytest.approx(3 * added(Layer(), []))
 
 
 def test_instructions_are_told_apart():
