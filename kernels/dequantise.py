@@ -5,7 +5,8 @@
     8 bits    W_nk = c_nk · (absmax_n / 127)
 
 A program writes consecutive elements i, whole blocks of them or a part of one. Every operation is rounded by itself, so
-that the bits are those of the library that wrote the codes: multiply-adds are not contracted.
+that the bits are those of the library that wrote the codes: multiply-adds are not contracted. A part of W, some of its
+rows or columns, is WIDTH elements in each of its rows, STRIDE apart; some rows of W are one such row.
 """
 
 from dataclasses import dataclass
@@ -36,16 +37,18 @@ def config(dtype: torch.dtype, capability: int) -> Config:
 @triton.jit
 def _four_bit_kernel(
     codes_ptr, absmax_ptr, code_ptr, absmax2_ptr, code2_ptr, offset_ptr, out_ptr,
-    TOTAL,
+    FIRST, STRIDE, WIDTH, TILES,
     NESTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK2: tl.constexpr, BLOCKS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    first = pid * ELEMENTS
+    row, i = pid // TILES, pid % TILES * ELEMENTS + tl.arange(0, ELEMENTS)
+    begin = FIRST + row * STRIDE
+    first, end = begin + pid % TILES * ELEMENTS, begin + WIDTH
     b = first // 2 + tl.arange(0, ELEMENTS // 2)
-    byte = tl.load(codes_ptr + b, mask=b < (TOTAL + 1) // 2, other=0)  # [ELEMENTS / 2]
+    byte = tl.load(codes_ptr + b, mask=b < (end + 1) // 2, other=0)  # [ELEMENTS / 2]
     c = tl.interleave(byte >> 4, byte & 15)  # [ELEMENTS]
     j = first // BLOCK + tl.arange(0, BLOCKS)
-    j_ok = j * BLOCK < TOTAL
+    j_ok = j * BLOCK < end
     if NESTED:
         q = tl.load(absmax_ptr + j, mask=j_ok, other=0)  # [BLOCKS]
         scale = tl.load(code2_ptr + q.to(tl.int32)) * tl.load(absmax2_ptr + j // BLOCK2, mask=j_ok, other=0.0)
@@ -54,17 +57,17 @@ def _four_bit_kernel(
         scale = tl.load(absmax_ptr + j, mask=j_ok, other=0.0)
     value = tl.load(code_ptr + c.to(tl.int32))
     w = tl.reshape(tl.reshape(value, (BLOCKS, ELEMENTS // BLOCKS)) * scale[:, None], (ELEMENTS,))
-    i = first + tl.arange(0, ELEMENTS)
-    tl.store(out_ptr + i, w, mask=i < TOTAL)
+    tl.store(out_ptr + row * WIDTH + i, w, mask=i < WIDTH)
 
 
 @triton.jit
-def _eight_bit_kernel(codes_ptr, absmax_ptr, out_ptr, TOTAL, K, ELEMENTS: tl.constexpr):
+def _eight_bit_kernel(codes_ptr, absmax_ptr, out_ptr, FIRST, STRIDE, WIDTH, TILES, K, ELEMENTS: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
-    i = pid * ELEMENTS + tl.arange(0, ELEMENTS)
-    c = tl.load(codes_ptr + i, mask=i < TOTAL, other=0)  # [ELEMENTS]
-    scale = tl.load(absmax_ptr + i // K, mask=i < TOTAL, other=0.0) * _INVERSE
-    tl.store(out_ptr + i, c.to(tl.float32) * scale, mask=i < TOTAL)
+    row, i = pid // TILES, pid % TILES * ELEMENTS + tl.arange(0, ELEMENTS)
+    element = FIRST + row * STRIDE + i
+    c = tl.load(codes_ptr + element, mask=i < WIDTH, other=0)  # [ELEMENTS]
+    scale = tl.load(absmax_ptr + element // K, mask=i < WIDTH, other=0.0) * _INVERSE
+    tl.store(out_ptr + row * WIDTH + i, c.to(tl.float32) * scale, mask=i < WIDTH)
 
 
 def write(
@@ -77,17 +80,28 @@ def write(
     offset: Tensor,
     block: int,
     block2: int,
+    first: int = 0,
+    columns: int | None = None,
 ) -> None:
-    """W into ``out`` ``[N, K]``, which is contiguous; what is absent is an empty tensor."""
-    total, c = out.numel(), config(out.dtype, capability(out))
-    grid, options = (cdiv(total, c.elements),), {"num_warps": c.num_warps, "enable_fp_fusion": False}
-    if not total:
+    """W into ``out`` ``[N, K]``, which is contiguous; what is absent is an empty tensor.
+
+    Or a part of W, which has so many ``columns``, from element ``first`` on. In 4 bits each of the part's rows begins
+    with a block.
+    """
+    (rows, width), c = out.shape, config(out.dtype, capability(out))
+    k = width if columns is None else columns
+    if k == width:
+        rows, width = 1, rows * width
+    tiles = cdiv(width, c.elements)
+    grid, options = (rows * tiles,), {"num_warps": c.num_warps, "enable_fp_fusion": False}
+    if not out.numel():
         return
+    part = first, k, width, tiles
     if not code.numel():
-        run(_eight_bit_kernel, grid, codes, absmax, out, total, out.shape[1], ELEMENTS=c.elements, **options)
+        run(_eight_bit_kernel, grid, codes, absmax, out, *part, k, ELEMENTS=c.elements, **options)
         return
     run(
-        _four_bit_kernel, grid, codes, absmax, code, absmax2, code2, offset, out, total,
+        _four_bit_kernel, grid, codes, absmax, code, absmax2, code2, offset, out, *part,
         NESTED=absmax2.numel() > 0, BLOCK=block, BLOCK2=block2,
         BLOCKS=max(1, c.elements // block), ELEMENTS=c.elements, **options,
     )  # fmt: skip

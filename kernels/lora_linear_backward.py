@@ -65,7 +65,7 @@ def _up_backward_kernel(
 @triton.jit
 def _outer_kernel(
     s_ptr, x_ptr, g_ptr, branch_ptr, seed_ptr,
-    M, K, R, SPAN, blocks,
+    M, K, R, SPAN, blocks, FIRST,
     stride_sm, stride_sr, stride_xm, stride_xk, stride_gp, stride_gr, stride_gk,
     BRANCHES: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -88,7 +88,7 @@ def _outer_kernel(
         s = tl.load(s_tile, mask=(m < M)[:, None] & (r < stop)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
         if DROPOUT:
             threshold = tl.load(branch_ptr + branch * FIELDS + THRESHOLD).to(tl.int32)
-            keep = keep_tile(tl.load(seed_ptr + branch), threshold, m, pid_k * BLOCK_K, BLOCK_K)
+            keep = keep_tile(tl.load(seed_ptr + branch), threshold, m, FIRST + pid_k * BLOCK_K, BLOCK_K)
             x = tl.where(keep, x, 0.0).to(x.dtype)
         acc = dot(tl.trans(x), s, acc, PRECISION)
     if DROPOUT:
@@ -179,17 +179,21 @@ def down_backward(
     seeds: Tensor,
     need_dx: bool,
     need_da: bool,
+    first: int = 0,
 ) -> tuple[Tensor | None, list[Tensor] | None]:
-    """``dX = Σ_p mask_p ∘ (dS_p A_p) / (1 - p_p)`` in x's dtype and, for every p, ``dA_p = dS_pᵀ drop_p(x)`` in A's."""
+    """``dX = Σ_p mask_p ∘ (dS_p A_p) / (1 - p_p)`` in x's dtype and, for every p, ``dA_p = dS_pᵀ drop_p(x)`` in A's.
+
+    x and A may be some columns, of which ``first``, an even number, is the first.
+    """
     ranks, dx, das = ranks_of(lora_as), None, None
     if need_dx:
-        dx = expand(ds, stacked(lora_as).T, None, x.dtype, ranks, dropouts, seeds)
+        dx = expand(ds, stacked(lora_as).T, None, x.dtype, ranks, dropouts, seeds, first)
     if need_da:
-        das = list(_outer(ds, x, ranks, dropouts, seeds).split(ranks))
+        das = list(_outer(ds, x, ranks, dropouts, seeds, first).split(ranks))
     return dx, das
 
 
-def _outer(s, x, ranks, dropouts, seeds, transposed=False):
+def _outer(s, x, ranks, dropouts, seeds, first=0, transposed=False):
     """``Sᵀ drop(x)``: ``[R, K]`` in S's dtype, or ``[K, R]``."""
     (m, k), rank, dropout = x.shape, s.shape[1], any(map(threshold, dropouts))
     widest = max(ranks) if dropout else rank
@@ -201,7 +205,7 @@ def _outer(s, x, ranks, dropouts, seeds, transposed=False):
     table = branch_table(tuple(ranks), (1.0,) * len(ranks), tuple(dropouts), acc.torch, x.device)
     launch(
         _outer_kernel, (*grid, parts), c, acc,
-        s, x, g, table, seeds, m, k, rank, span, blocks,
+        s, x, g, table, seeds, m, k, rank, span, blocks, first,
         *s.stride(), *x.stride(), *(g.mT if transposed else g).stride(),
         BRANCHES=len(ranks) if dropout else 1, DROPOUT=dropout, ALIGN=alignment(*ranks, s.stride(0)),
     )  # fmt: skip

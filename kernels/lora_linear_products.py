@@ -161,7 +161,7 @@ def _down_kernel(
 @triton.jit
 def _up_kernel(
     s_ptr, b_ptr, bias_ptr, y_ptr, branch_ptr, seed_ptr,
-    M, K, R,
+    M, K, R, FIRST,
     stride_sm, stride_sr, stride_bk, stride_br, stride_bias, stride_ym, stride_yk,
     BRANCHES: tl.constexpr, DROPOUT: tl.constexpr, BIAS: tl.constexpr, ALIGN: tl.constexpr, ALIGN_B: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -186,7 +186,7 @@ def _up_kernel(
             acc = dot(s, b, acc, PRECISION)
         if DROPOUT:
             threshold = tl.load(branch_ptr + p * FIELDS + THRESHOLD).to(tl.int32)
-            keep = keep_tile(tl.load(seed_ptr + p), threshold, m, pid_k * BLOCK_K, BLOCK_K)
+            keep = keep_tile(tl.load(seed_ptr + p), threshold, m, FIRST + pid_k * BLOCK_K, BLOCK_K)
             y += tl.where(keep, acc * tl.load(branch_ptr + p * FIELDS + INVERSE_KEEP), 0.0)
         else:
             y = acc
@@ -232,8 +232,9 @@ def expand(
     ranks: Sequence[int],
     dropouts: Sequence[float],
     seeds: Tensor | None,
+    first: int = 0,
 ) -> Tensor:
-    """``Σ_p mask_p ∘ (S_p B_pᵀ) / (1 - p_p) + bias``: ``[M, N]`` in ``dtype``."""
+    """``Σ_p mask_p ∘ (S_p B_pᵀ) / (1 - p_p) + bias``: ``[M, N]`` in ``dtype``; the masks' columns from ``first`` on."""
     (m, rank), k, dropout = s.shape, b.shape[0], any(map(threshold, dropouts))
     widest = max(ranks) if dropout else rank
     acc, c = products(s, b, dtype), config("up", widest, s.dtype, capability(s), dtype)
@@ -243,7 +244,7 @@ def expand(
     table = branch_table(tuple(ranks), (1.0,) * len(ranks), tuple(dropouts), acc.torch, s.device)
     launch(
         _up_kernel, (cdiv(m, c.block_m), cdiv(k, c.block_k)), c, acc,
-        s, b, bias, y, table, seeds, m, k, rank,
+        s, b, bias, y, table, seeds, m, k, rank, first,
         *s.stride(), *b.stride(), 0 if bias is None else bias.stride(0), *y.stride(),
         BRANCHES=len(ranks) if dropout else 1, DROPOUT=dropout, BIAS=bias is not None,
         ALIGN=alignment(*ranks, s.stride(0)), ALIGN_B=alignment(*ranks, b.stride(0)),

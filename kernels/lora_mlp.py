@@ -34,6 +34,15 @@ def chunk_rows(rows: int, columns: int) -> int:
     return cdiv(wanted, STEP) * STEP
 
 
+def part_columns(rows: int, columns: int) -> int:
+    """How many columns of a product are computed at a time where its weight is quantised, of so many rows and columns.
+
+    As few rows or columns of the weight are written out at a time as give the product a wave, and a quarter at least.
+    """
+    wanted = max(cdiv(columns, CHUNKS), cdiv(WAVE, max(1, rows)))
+    return cdiv(wanted, STEP) * STEP
+
+
 @triton.jit
 def _gated_kernel(
     gate_ptr, up_ptr, h_ptr, M, K,
@@ -96,6 +105,8 @@ def describe(x: Tensor, lora_as, weights=(), *_) -> list[str]:
     """The kernel configuration of a call, for ``fastpeft.explain``."""
     if not weights:
         return ["the products as lora_linear"]
-    rows, columns = x.numel() // max(1, x.shape[-1]), min(weights[0].shape[1], weights[2].shape[0])
-    chunk = min(rows, chunk_rows(rows, columns))
-    return [f"activation: {config(weights[0].shape[0])}, {chunk} of {rows} rows at a time; the products as lora_linear"]
+    rows, (inner, k), n = x.numel() // max(1, x.shape[-1]), weights[0].shape, weights[2].shape[0]
+    cut = f"{min(rows, chunk_rows(rows, min(k, n)))} of {rows} rows"
+    if not all(isinstance(weight, Tensor) for weight in weights):
+        cut = f"{min(inner, part_columns(rows, inner))} of {inner} columns"
+    return [f"activation: {config(inner)}, {cut} at a time; the products as lora_linear"]

@@ -5,12 +5,12 @@
 Such a module is found by what it is: children ``gate_proj``, ``up_proj``, ``down_proj``, an ``act_fn`` that is known,
 and a forward whose byte code is that line's, in one of the ways in which it is written. It is given a class of its own,
 derived from the one it has, whose forward calls ``ops.lora_mlp``; whatever is unusual at a call (hooks on its children,
-several adapters, disabled or merged ones, a class that somebody patched since) is seen there, and the module's own
-forward runs.
+several adapters, disabled or merged ones, a class that somebody patched since, few rows over quantised weights) is seen
+there, and the module's own forward runs.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._check import PLAIN
-from . import plain
+from . import plain, quantised
 from .backend import serving_backend
 from .branch import Branch, own_path_reason
 from .gated_mlps import NAMES, activation_of, form_reason
@@ -30,6 +30,7 @@ class _Plan(NamedTuple):
 
     branches: tuple[Branch, Branch, Branch]
     activation: str
+    quantised: bool  # whether a weight is, so that what decides is also how many rows x has
 
 
 class LoraMlp(nn.Module):
@@ -55,7 +56,9 @@ class LoraMlp(nn.Module):
             plan = kept(self, x) if self.fastpeft_plain.forward is self.fastpeft_known else None
             if plan is None:
                 plan = keep(self, x, _plan(self, x))
-        return super().forward(x) if isinstance(plan, str) else _run(x, plan)
+        if isinstance(plan, str) or (plan.quantised and _called(x, plan.branches)):
+            return super().forward(x)
+        return _run(x, plan)
 
     def fastpeft_guard(self, guards: Any) -> None:
         """All that is read of the module to decide how a call is computed.
@@ -90,8 +93,8 @@ class LoraMlp(nn.Module):
         plan = _plan(self, None)
         if isinstance(plan, str):
             return plan
-        weights = [branch.weight for branch in plan.branches]
-        x, lora_as = weights[0].new_empty(1, weights[0].shape[1]), [branch.lora_a for branch in plan.branches]
+        weights, lora_as = [branch.weight for branch in plan.branches], [branch.lora_a for branch in plan.branches]
+        x = lora_as[0].new_empty(1, lora_as[0].shape[1], dtype=_input(plan.branches).dtype)
         return serving_backend("lora_mlp", x, weights, lora_as=lora_as)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -151,7 +154,9 @@ def _plan(module: Any, x: Tensor | None) -> _Plan | str:
             return f"{name}: {branch}"
         branches.append(branch)
     gate, up, down = branches
-    return _unfit(gate.weight if x is None else x, (gate, up, down)) or _Plan((gate, up, down), activation)
+    written = any(isinstance(branch.weight, ops.Base) for branch in branches)
+    x = _input(branches) if x is None else x
+    return _unfit(x, (gate, up, down)) or _Plan((gate, up, down), activation, written)
 
 
 def _branch(child: Any) -> Branch | str:
@@ -162,8 +167,16 @@ def _branch(child: Any) -> Branch | str:
     branch = f"it {reason}" if reason is not None else child.fastpeft_branch()
     if isinstance(branch, str):
         return branch
-    other = next((t for t in (*branch[:4], branch.lora_bias) if t is not None and type(t) not in PLAIN), None)
+    given = (t for t in (*branch[:4], branch.lora_bias) if t is not None and not isinstance(t, ops.Base))
+    other = next((t for t in given if type(t) not in PLAIN), None)
     return branch if other is None else f"a parameter is a {type(other).__name__}"
+
+
+def _input(branches: Sequence[Branch]) -> Tensor:
+    """An x without rows that fits these."""
+    dtype = next((branch.weight.dtype for branch in branches if branch.weight.dtype is not None), None)
+    lora_a = branches[0].lora_a
+    return lora_a.new_empty(0, lora_a.shape[1], dtype=dtype)
 
 
 def _unfit(x: Any, branches: tuple[Branch, Branch, Branch]) -> str | None:
@@ -179,17 +192,28 @@ def _unfit(x: Any, branches: tuple[Branch, Branch, Branch]) -> str | None:
         return "its adapters differ in dtype"
     if any(t.device != x.device for branch in branches for t in (branch.weight, branch.lora_a)):
         return "its projections are on several devices"
-    dtypes = {branch.weight.dtype for branch in branches}
+    dtypes = {branch.weight.dtype for branch in branches if not isinstance(branch.weight, ops.Base)}
     if x.device.type in ("cpu", "cuda") and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return "float64 under autocast" if torch.float64 in (*dtypes, gate.lora_a.dtype) else None
-    return None if dtypes == {x.dtype} else f"the input is {x.dtype}, its projections differ"
+    if gate.lora_a.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+        return f"the input is {x.dtype}, its adapters {gate.lora_a.dtype}"
+    return None if dtypes <= {x.dtype} else f"the input is {x.dtype}, its projections differ"
+
+
+def _called(x: Tensor, branches: Sequence[Branch]) -> bool:
+    """Whether quantised layers are to be called as they are for this x, which ``quantised.is_called`` tells each."""
+    if x.numel() <= quantised.FEW_ROWS * x.shape[-1]:
+        return True
+    wanted, weights = quantised.computed_dtype(x), [branch.weight for branch in branches]
+    return any(isinstance(weight, ops.Base) and weight.dtype not in (None, wanted) for weight in weights)
 
 
 def _run(x: Tensor, plan: _Plan) -> Tensor:
     columns: list[Any] = [*zip(*plan.branches, strict=True)]
     weights, lora_as, lora_bs, _, scales, dropouts, _ = columns
     biases = [branch.folded_bias() for branch in plan.branches]
-    return ops.lora_mlp(x, weights, lora_as, lora_bs, biases, scales, dropouts, activation=plan.activation)
+    y = ops.lora_mlp(x, weights, lora_as, lora_bs, biases, scales, dropouts, activation=plan.activation)
+    return quantised.as_given(y, weights[2], x)
 
 
 @functools.cache

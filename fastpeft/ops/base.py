@@ -1,15 +1,11 @@
 """A frozen weight in 4 or 8 bits, and how an op takes one in place of a dense weight.
 
-An op that does (``lora_linear``) is handed its tensors and writes W into a scratch buffer where the GEMM reads it, and
-again in backward; W is never kept. The scratch is an ordinary tensor of the call: it is as large as the largest weight
-of the call, the weights follow one another in it, and PyTorch's caching allocator gives the same memory to the next
-layer on that stream, in captured graphs and in other threads too. A CPU has no such allocator, and memory that is fresh
-costs more there than what is written: each thread keeps one buffer, of the largest weight that it has met. At training
+An op that does (``lora_linear``, ``lora_mlp``) is handed its tensors and writes W into a scratch buffer where the GEMM
+reads it, and again in backward; W is never kept. The weights of a call follow one another in the scratch. At training
 sizes this beats a GEMM that reads the codes, which would decode them again for every block of rows.
 """
 
 import itertools
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,12 +15,12 @@ from torch import Tensor
 
 from .. import _backend
 from .._plan import unrecorded
+from .base_scratch import Scratch
 
 TABLES = 5  # tensors of a Base beside its codes
-_LAYOUT = 4  # and numbers: N, K, block, block2
+LAYOUT = 4  # and numbers: N, K, block, block2
 _writers: "weakref.WeakValueDictionary[int, _Writer]" = weakref.WeakValueDictionary()  # by their numbers in layouts
 _numbers = itertools.count(1)
-_kept = threading.local()  # ``bytes``: a CPU's buffer, while nobody writes into it
 
 
 class Base(NamedTuple):
@@ -184,14 +180,14 @@ def parts(weights: Sequence) -> tuple[list, list[Tensor], list[int]]:
         quantised = isinstance(weight, Base)
         tensors.append(weight.codes if quantised else weight)
         tables.extend(weight[1 : 1 + TABLES] if quantised else ())
-        layouts.extend((*weight.shape, weight.block, weight.block2) if quantised else (0,) * _LAYOUT)
+        layouts.extend((*weight.shape, weight.block, weight.block2) if quantised else (0,) * LAYOUT)
     return tensors, tables, layouts
 
 
 def shapes(weights: Sequence[Tensor | None], layouts: Sequence[int]) -> list[tuple[int, int] | None]:
     """N and K of every quantised weight; None for the others."""
-    found = layouts or (0,) * (_LAYOUT * len(weights))
-    return [(found[i], found[i + 1]) if found[i + 2] else None for i in range(0, len(found), _LAYOUT)]
+    found = layouts or (0,) * (LAYOUT * len(weights))
+    return [(found[i], found[i + 1]) if found[i + 2] else None for i in range(0, len(found), LAYOUT)]
 
 
 class Written:
@@ -213,37 +209,27 @@ class Written:
 
     def __iter__(self) -> Iterator[Tensor]:
         found = shapes(self.weights, self.layouts)
-        impl = _backend.load("dequantise", self.backend)
-        own = [size for p, size in enumerate(found) if size and self.layouts[_LAYOUT * p + 3] > 0]
-        count = max((n * k for n, k in own), default=0)
-        keeps = self.backend == "reference" and self.like.device.type == "cpu"
-        scratch = _taken(count * self.like.itemsize).view(self.like.dtype) if keeps else self.like.new_empty(count)
+        impl, scratch = _backend.load("dequantise", self.backend), Scratch(self.like, self.backend)
+        own = [size for p, size in enumerate(found) if size and self.layouts[LAYOUT * p + 3] > 0]
+        scratch.take(1, max((n * k for n, k in own), default=0))
         tables = iter(self.tables)
         for p, (weight, shape) in enumerate(zip(self.weights, found, strict=True)):
             if shape is None:
                 yield weight
                 continue
             given = [next(tables) for _ in range(TABLES)]
-            block, block2 = self.layouts[_LAYOUT * p + 2 : _LAYOUT * (p + 1)]
+            block, block2 = self.layouts[LAYOUT * p + 2 : LAYOUT * (p + 1)]
             if block2 < 0:
                 yield opaque(block2, shape, self.like.dtype)
                 continue
-            out = scratch[: shape[0] * shape[1]].view(shape)
+            out = scratch.take(*shape)
             impl.write(out, weight, *given, block, block2)
             yield out
-        if keeps:
-            _kept.bytes = scratch.view(torch.uint8)
+        scratch.done()
 
     def apart(self) -> list[Tensor]:
         """All of them at once, the quantised ones in memory of their own."""
         return [w if w is given else w.clone() for w, given in zip(self, self.weights, strict=True)]
-
-
-def _taken(count: int) -> Tensor:
-    """The thread's buffer, or a new one where it is smaller or in use."""
-    found, _kept.bytes = getattr(_kept, "bytes", None), None
-    count = -(-count // 8) * 8
-    return found if found is not None and len(found) >= count else torch.empty(count, dtype=torch.uint8)
 
 
 def _contiguous(name: str, tensor: Tensor) -> Tensor:

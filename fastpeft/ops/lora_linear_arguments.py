@@ -47,7 +47,7 @@ def _branch(op, names, x, weight, quantised, a, b, bias, first) -> torch.dtype:
     weight_name, a_name, b_name, bias_name = names
     sizes = {"K": x.shape[-1]}
     if quantised is not None:
-        _quantised(op, weight_name, weight, quantised, sizes, x)
+        quantised_weight(op, weight_name, weight, quantised, ("N", "K"), sizes, x)
     elif weight is not None:
         _check.tensor(op, weight_name, weight, ("N", "K"), sizes, x)
         _check.dtype(op, weight_name, weight, x.dtype)
@@ -66,12 +66,13 @@ def _branch(op, names, x, weight, quantised, a, b, bias, first) -> torch.dtype:
     return first
 
 
-def _quantised(op, name, codes, shape, sizes, x) -> None:
+def quantised_weight(op, name, codes, shape, dims, sizes, x) -> None:
+    """Device and sizes of a quantised weight; a size that is not known yet is its."""
     if codes.device != x.device:
         raise ValueError(f"{op}: {_check.label(name)} is on {codes.device}, expected {x.device}")
-    if shape[1] != sizes["K"]:
-        raise ValueError(f"{op}: {_check.label(name)} has K={shape[1]}, expected K={sizes['K']}")
-    sizes["N"] = shape[0]
+    for dim, size in zip(dims, shape, strict=True):
+        if sizes.setdefault(dim, size) != size:
+            raise ValueError(f"{op}: {_check.label(name)} has {dim}={size}, expected {dim}={sizes[dim]}")
 
 
 def numbers(op: str, shared: bool, scales: Sequence, dropouts: Sequence) -> tuple[list[float], list[float]]:

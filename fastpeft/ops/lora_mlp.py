@@ -13,7 +13,8 @@ than the shape of a product does. The gradients of A and B are sums over rows: e
 and their sum once more. Where a weight or a bias asks for its gradient, there is one chunk.
 
 The products are ``lora_linear``'s steps: gate and up share x, low-rank terms are written first and the base GEMM
-accumulates onto them. Nothing that is kept is overwritten. Every step is deterministic.
+accumulates onto them. Nothing that is kept is overwritten. Every step is deterministic. Where a weight is quantised
+(``fastpeft.ops.Base``), I is cut in place of the rows (``lora_mlp_parts``), and no weight is kept or written out twice.
 
 Sources: Shazeer, "GLU Variants Improve Transformer" (2020); Hu et al., "LoRA" (2021).
 """
@@ -26,30 +27,28 @@ from torch import Tensor
 from .. import _backend, _check, reference
 from .._library import autocast_dtype, cast, register_op
 from .._plan import planned
-from . import lora_linear_arguments
+from . import lora_linear_arguments, lora_mlp_chunks, lora_mlp_parts
 from . import lora_mlp_arguments as arguments
+from .base import Base, Written, parts, shapes
+from .base_parts import Parts
 from .lora_mlp_arguments import REASONS, facts
-from .lora_mlp_chunks import Sums, chunks, joined
 
 __all__ = ["REASONS", "facts", "lora_mlp"]
 
-_FIRST, _DOWN = slice(0, 2), slice(2, 3)
 
-
-def _implementation(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation, backend):
+def _implementation(
+    x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, activation, backend
+):
     impl, linear = _backend.load("lora_mlp", backend), _backend.load("lora_linear", backend)
+    if layouts:
+        given = lora_mlp_parts.Operands(lora_as, lora_bs, scales, dropouts, seeds, activation)
+        with Parts(x, weights, tables, layouts, backend) as written:
+            return lora_mlp_parts.forward(impl, linear, x, written, biases, given)
     lists = weights, lora_as, lora_bs, biases, scales, dropouts
-    (gate, up), s = linear.forward(x, *_of(_FIRST, lists), seeds[_FIRST])
-    ys, downs = [], []
-    for rows, drawn in chunks(x.shape[0], impl.chunk_rows(x.shape[0], _narrowest(weights)), seeds):
-        h = impl.forward(gate[rows], up[rows], activation)
-        (y,), s_down = linear.forward(h, *_of(_DOWN, lists), drawn[_DOWN])
-        ys.append(y)
-        downs.append(s_down)
-    return [joined(ys)], [s, joined(downs), gate, up]
+    return lora_mlp_chunks.forward(impl, linear, x, lists, seeds, activation)
 
 
-def _fake(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation, backend):
+def _fake(x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, activation, backend):
     rows, adapter = x.shape[0], lora_as[0].dtype
     gate, up, y = (x.new_empty(rows, b.shape[0]) for b in lora_bs)
     s_down = x.new_empty(rows, lora_as[2].shape[0], dtype=adapter)
@@ -58,104 +57,96 @@ def _fake(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activat
 
 
 def _setup_context(ctx, inputs, output):
-    x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation, backend = inputs
+    x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, *settings = inputs
     s, s_down, gate, up = output[1]
     ctx.needs = [x.requires_grad] + [any(t.requires_grad for t in ts) for ts in (weights, lora_as, lora_bs, biases)]
     _, need_dw, need_da, need_db, _ = ctx.needs
     absent = x.new_empty(0)
     kept = x if need_da or need_dw else absent, s if need_db else absent, s_down if need_db else absent
-    ctx.save_for_backward(*kept, gate, up, seeds, *weights, *lora_as, *lora_bs)
-    ctx.settings = scales, dropouts, activation, backend
+    ctx.save_for_backward(*kept, gate, up, seeds, *weights, *lora_as, *lora_bs, *tables)
+    ctx.settings = scales, dropouts, *settings
 
 
 def _backward(ctx, grads, _):
     x, s, s_down, gate, up, seeds, *rest = ctx.saved_tensors
+    scales, dropouts, layouts, *settings = ctx.settings
+    weights, lora_as, lora_bs, tables = rest[:3], rest[3:6], rest[6:9], rest[9:]
+    none = [None] * len(tables)
     if grads[0] is None:
-        return None, *[[None] * 3] * 4, None, None, None, None, None
-    scales, dropouts, *settings = ctx.settings
-    lists = rest[:3], rest[3:6], rest[6:]
-    found = _lora_mlp_backward(grads[0], x, s, s_down, gate, up, *lists, scales, dropouts, seeds, ctx.needs, *settings)
+        return None, [None] * 3, none, *[[None] * 3] * 3, *_rest(layouts)
+    operands = weights, tables, lora_as, lora_bs, scales, dropouts, seeds, ctx.needs, layouts, *settings
+    found = _lora_mlp_backward(grads[0], x, s, s_down, gate, up, *operands)
     groups = [found[i : i + 3] if need else [None] * 3 for i, need in zip((1, 4, 7, 10), ctx.needs[1:], strict=True)]
-    return found[0] if ctx.needs[0] else None, *groups, None, None, None, None, None
+    return found[0] if ctx.needs[0] else None, groups[0], none, *groups[1:], *_rest(layouts)
+
+
+def _rest(layouts):
+    """The gradients behind the tensors'; torch.library takes a list without items for one of tensors."""
+    return None, None, None, None if layouts else [], None, None
 
 
 def _definition(ctx, grads):
     x, _, _, _, _, seeds, *rest = ctx.saved_tensors
     if x.dim() == 1:
         raise RuntimeError("lora_mlp: create_graph=True with a frozen lora_a, expected a trained one: x is not kept")
-    scales, dropouts, activation, _ = ctx.settings
-    biases = [b.new_zeros(b.shape[0], requires_grad=ctx.needs[4]) for b in rest[6:]]
+    scales, dropouts, layouts, activation, backend = ctx.settings
+    weights, lora_as, lora_bs, tables = rest[:3], rest[3:6], rest[6:9], rest[9:]
+    biases = [b.new_zeros(b.shape[0], requires_grad=ctx.needs[4]) for b in lora_bs]
+    if layouts:
+        weights = Written(x, weights, tables, layouts, backend).apart()
 
-    def outputs(x, weights, lora_as, lora_bs, biases, *_):
+    def outputs(x, weights, _, lora_as, lora_bs, biases, *__):
         drawn = seeds if seeds.numel() else None
         return [reference.lora_mlp(x, weights, lora_as, lora_bs, biases, scales, dropouts, drawn, activation)]
 
-    return (x, rest[:3], rest[3:6], rest[6:], biases, None, None, None, None, None), outputs
+    return (x, weights, [None] * len(tables), lora_as, lora_bs, biases, *_rest(layouts)), outputs
 
 
 def _backward_implementation(
-    dy, x, s, s_down, gate, up, weights, lora_as, lora_bs, scales, dropouts, seeds, needs, activation, backend
-):
+    dy, x, s, s_down, gate, up, weights, tables, lora_as, lora_bs, scales, dropouts, seeds, needs, layouts, activation,
+    backend,
+):  # fmt: skip
     """``[dx, *dW, *dA, *dB, *dbias]``; what is not needed is an empty tensor."""
     impl, linear = _backend.load("lora_mlp", backend), _backend.load("lora_linear", backend)
-    need_dx, need_dw, need_da, need_db, need_dbias = needs
-    lists, size = (weights, lora_as, lora_bs, scales, dropouts), impl.chunk_rows(dy.shape[0], _narrowest(weights))
-    dxs, sums = [], Sums()
-    for rows, drawn in chunks(dy.shape[0], dy.shape[0] if need_dw or need_dbias else size, seeds):
-        dy_c, gate_c, up_c, x_c = dy[rows], gate[rows], up[rows], x[rows]
-        h = impl.forward(gate_c, up_c, activation) if need_da or need_dw else gate_c
-        dh, da, db = linear.backward([dy_c], h, s_down[rows], *_of(_DOWN, lists), drawn[_DOWN], True, need_da, need_db)
-        dw_down = dy_c.T @ h if need_dw else None
-        del h  # its memory is dgate's
-        d = impl.backward_(dh, gate_c, up_c, activation)
-        dx, das, dbs = linear.backward(d, x_c, s[rows], *_of(_FIRST, lists), drawn[_FIRST], need_dx, need_da, need_db)
-        dxs.append(dx)
-        dws = [*(t.T @ x_c for t in d), dw_down] if need_dw else [None] * 3
-        dbiases = [t.sum(0, dtype=lora_bs[0].dtype) for t in (*d, dy_c)] if need_dbias else [None] * 3
-        sums.add([*dws, *_three(das, da), *_three(dbs, db), *dbiases])
-        del dh, d
-    found = [joined(dxs) if need_dx else None, *sums.totals()]
+    saved = x, s, s_down, gate, up
+    if layouts:
+        given = lora_mlp_parts.Operands(lora_as, lora_bs, scales, dropouts, seeds, activation)
+        with Parts(dy, weights, tables, layouts, backend) as written:
+            found = lora_mlp_parts.Backward(impl, linear, dy, saved, written, given, needs).run()
+    else:
+        lists = weights, lora_as, lora_bs, scales, dropouts
+        found = lora_mlp_chunks.backward(impl, linear, dy, saved, lists, seeds, needs, activation)
     return [dy.new_empty(0) if grad is None else grad for grad in found]
 
 
 def _backward_fake(
-    dy, x, s, s_down, gate, up, weights, lora_as, lora_bs, scales, dropouts, seeds, needs, activation, backend
-):
+    dy, x, s, s_down, gate, up, weights, tables, lora_as, lora_bs, scales, dropouts, seeds, needs, layouts, activation,
+    backend,
+):  # fmt: skip
     need_dx, need_dw, need_da, need_db, need_dbias = needs
     empty, absent = dy.new_empty, dy.new_empty(0)
-    groups = (weights, need_dw), (lora_as, need_da), (lora_bs, need_db)
+    own = [need_dw and shape is None for shape in shapes(weights, layouts)]
+    groups = *zip(weights, own, strict=True), *((t, need_da) for t in lora_as), *((t, need_db) for t in lora_bs)
     return [
-        empty(dy.shape[0], weights[0].shape[1]) if need_dx else absent.clone(),
-        *(empty(t.shape, dtype=t.dtype) if need else absent.clone() for ts, need in groups for t in ts),
+        empty(dy.shape[0], lora_as[0].shape[1]) if need_dx else absent.clone(),
+        *(empty(t.shape, dtype=t.dtype) if need else absent.clone() for t, need in groups),
         *(empty(b.shape[0], dtype=b.dtype) if need_dbias else absent.clone() for b in lora_bs),
     ]
 
 
-def _of(projections: slice, lists: Sequence[Sequence]) -> list[Sequence]:
-    return [items[projections] for items in lists]
-
-
-def _three(pair, one) -> Sequence:
-    return [None] * 3 if one is None else [*pair, *one]
-
-
-def _narrowest(weights: Sequence[Tensor]) -> int:
-    """Columns of the narrowest product of a chunk: y or dx."""
-    return min(weights[0].shape[1], weights[2].shape[0])
-
-
-_LISTS = "Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs"
+_LISTS = "Tensor[] weights, Tensor[] tables, Tensor[] lora_as, Tensor[] lora_bs"
 _SETTINGS = "float[] scales, float[] dropouts, Tensor seeds"
 _lora_mlp_backward = register_op(
     "lora_mlp_backward",
     f"(Tensor dy, Tensor x, Tensor s, Tensor s_down, Tensor gate, Tensor up, {_LISTS}, {_SETTINGS}, bool[] needs, "
-    "str activation, str backend) -> Tensor[]",
+    "int[] layouts, str activation, str backend) -> Tensor[]",
     _backward_implementation,
     _backward_fake,
 )
 _lora_mlp = register_op(
     "lora_mlp",
-    f"(Tensor x, {_LISTS}, Tensor[] biases, {_SETTINGS}, str activation, str backend) -> (Tensor[], Tensor[])",
+    f"(Tensor x, {_LISTS}, Tensor[] biases, {_SETTINGS}, int[] layouts, str activation, str backend) "
+    "-> (Tensor[], Tensor[])",
     _implementation,
     _fake,
     _setup_context,
@@ -166,7 +157,7 @@ _lora_mlp = register_op(
 
 def lora_mlp(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | Base],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None = None,
@@ -184,6 +175,7 @@ def lora_mlp(
     Args:
         x: the input ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
         weights: ``[I, K]``, ``[I, K]`` and ``[N, I]`` in x's dtype, any strides. They get a gradient only if they ask.
+            Or frozen ones in 4 or 8 bits, a ``Base``, of which parts are written out in x's dtype where they are read.
         lora_as: A of each, ``[r, K]``, ``[r, K]`` and ``[r, I]``, each of its own rank, all in x's dtype or all in
             float32, in which the low-rank branches are then computed.
         lora_bs: B of each, ``[I, r]``, ``[I, r]`` and ``[N, r]``, in the same dtype.
@@ -213,13 +205,15 @@ def lora_mlp(
     if wanted is not None:
         x, weights, biases = x.to(wanted), [cast(t, wanted) for t in weights], [cast(t, wanted) for t in biases]
         lora_as, lora_bs = ([cast(t, wanted, torch.float32) for t in ts] for ts in (lora_as, lora_bs))
-    return _planned(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation, backend)[0]
+    weights, tables, layouts = parts(weights)
+    settings = scales, dropouts, seeds, layouts, activation, backend
+    return _planned(x, weights, tables, lora_as, lora_bs, biases, *settings)[0]
 
 
 @planned
-def _planned(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, activation, backend):
+def _planned(x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, activation, backend):
     """All that is left to do once autocast has cast, which a plan stands for."""
-    arguments.tensors(x, weights, lora_as, lora_bs, biases)
+    arguments.tensors(x, weights, shapes(weights, layouts), lora_as, lora_bs, biases)
     scales, dropouts = lora_linear_arguments.numbers("lora_mlp", True, scales, dropouts)
     activation = arguments.activation(activation)
     shape = x.shape
@@ -228,6 +222,6 @@ def _planned(x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, acti
     seeds = lora_linear_arguments.seeds("lora_mlp", True, seeds, dropouts, x)
     absent = x.new_empty(0)
     biases = [absent if bias is None else bias for bias in biases]
-    lists = list(weights), list(lora_as), list(lora_bs), biases
-    (y,), _ = _lora_mlp(flat, *lists, scales, dropouts, seeds, activation, backend)
+    lists = list(weights), tables, list(lora_as), list(lora_bs), biases
+    (y,), _ = _lora_mlp(flat, *lists, scales, dropouts, seeds, layouts, activation, backend)
     return [y if len(shape) == 2 else y.reshape(*shape[:-1], y.shape[-1])]

@@ -19,13 +19,18 @@ def lists(weights: Sequence, given: dict[str, Sequence | None]) -> list[Sequence
     return lora_linear_arguments.lists("lora_mlp", weights, given)
 
 
-def tensors(x: Tensor, weights: Sequence, lora_as: Sequence, lora_bs: Sequence, biases: Sequence) -> None:
-    """Shapes, dtypes and devices of the three projections."""
+def tensors(
+    x: Tensor, weights: Sequence, quantised: Sequence, lora_as: Sequence, lora_bs: Sequence, biases: Sequence
+) -> None:
+    """Shapes, dtypes and devices of the three projections; ``quantised`` has the shapes of those weights that are."""
     op, sizes, adapter = "lora_mlp", {"K": x.shape[-1]}, None
-    for p, (weight, a, b, bias) in enumerate(zip(weights, lora_as, lora_bs, biases, strict=True)):
+    for p, (weight, shape, a, b, bias) in enumerate(zip(weights, quantised, lora_as, lora_bs, biases, strict=True)):
         n, k = _SIZES[p]
-        _check.tensor(op, ("weights", p), weight, (n, k), sizes, x)
-        _check.dtype(op, ("weights", p), weight, x.dtype)
+        if shape is not None:
+            lora_linear_arguments.quantised_weight(op, ("weights", p), weight, shape, (n, k), sizes, x)
+        else:
+            _check.tensor(op, ("weights", p), weight, (n, k), sizes, x)
+            _check.dtype(op, ("weights", p), weight, x.dtype)
         ranks = dict(sizes)  # each projection has a rank of its own
         _check.tensor(op, ("lora_as", p), a, ("r", k), ranks, x)
         _check.tensor(op, ("lora_bs", p), b, (n, "r"), ranks, x)

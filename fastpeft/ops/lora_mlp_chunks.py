@@ -1,12 +1,64 @@
-"""Rows of lora_mlp that are computed at a time: which, with which seeds, and how their results come together."""
+"""lora_mlp where all weights are dense, some rows at a time: which, with which seeds, and how results come together."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._device import constant
 from .._mask import ROW_STEP
+
+_FIRST, _DOWN = slice(0, 2), slice(2, 3)
+
+
+def forward(
+    impl: Any, linear: Any, x: Tensor, lists: Sequence[Sequence], seeds: Tensor, activation: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``[y]``, and S of gate and up, S of down, gate and up; lists as of lora_linear's steps."""
+    (gate, up), s = linear.forward(x, *_of(_FIRST, lists), seeds[_FIRST])
+    ys, downs = [], []
+    for rows, drawn in chunks(x.shape[0], impl.chunk_rows(x.shape[0], _narrowest(lists[0])), seeds):
+        h = impl.forward(gate[rows], up[rows], activation)
+        (y,), s_down = linear.forward(h, *_of(_DOWN, lists), drawn[_DOWN])
+        ys.append(y)
+        downs.append(s_down)
+    return [joined(ys)], [s, joined(downs), gate, up]
+
+
+def backward(
+    impl: Any,
+    linear: Any,
+    dy: Tensor,
+    saved: Sequence[Tensor],
+    lists: Sequence[Sequence],
+    seeds: Tensor,
+    needs: Sequence[bool],
+    activation: str,
+) -> list[Tensor | None]:
+    """``[dx, *dW, *dA, *dB, *dbias]``, with None for what is not needed.
+
+    ``saved`` is x and what ``forward`` gave.
+    """
+    x, s, s_down, gate, up = saved
+    weights, _, lora_bs, *_ = lists
+    need_dx, need_dw, need_da, need_db, need_dbias = needs
+    size = impl.chunk_rows(dy.shape[0], _narrowest(weights))
+    dxs, sums = [], Sums()
+    for rows, drawn in chunks(dy.shape[0], dy.shape[0] if need_dw or need_dbias else size, seeds):
+        dy_c, gate_c, up_c, x_c = dy[rows], gate[rows], up[rows], x[rows]
+        h = impl.forward(gate_c, up_c, activation) if need_da or need_dw else gate_c
+        dh, da, db = linear.backward([dy_c], h, s_down[rows], *_of(_DOWN, lists), drawn[_DOWN], True, need_da, need_db)
+        dw_down = dy_c.T @ h if need_dw else None
+        del h  # its memory is dgate's
+        d = impl.backward_(dh, gate_c, up_c, activation)
+        dx, das, dbs = linear.backward(d, x_c, s[rows], *_of(_FIRST, lists), drawn[_FIRST], need_dx, need_da, need_db)
+        dxs.append(dx)
+        dws = [*(t.T @ x_c for t in d), dw_down] if need_dw else [None] * 3
+        dbiases = [t.sum(0, dtype=lora_bs[0].dtype) for t in (*d, dy_c)] if need_dbias else [None] * 3
+        sums.add([*dws, *_three(das, da), *_three(dbs, db), *dbiases])
+        del dh, d
+    return [joined(dxs) if need_dx else None, *sums.totals()]
 
 
 def chunks(rows: int, size: int, seeds: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -57,3 +109,16 @@ def _offsets(count: int, size: int, device: torch.device) -> Tensor:
     """``[count, 1]``: a row's key is a function of seed + row · ROW_STEP, in 64 bits that wrap."""
     steps = (chunk * size * ROW_STEP % 2**64 for chunk in range(count))
     return constant(tuple(step - 2**64 if step >> 63 else step for step in steps), torch.int64, device)[:, None]
+
+
+def _of(projections: slice, lists: Sequence[Sequence]) -> list[Sequence]:
+    return [items[projections] for items in lists]
+
+
+def _three(pair, one) -> Sequence:
+    return [None] * 3 if one is None else [*pair, *one]
+
+
+def _narrowest(weights: Sequence[Tensor]) -> int:
+    """Columns of the narrowest product of a chunk: y or dx."""
+    return min(weights[0].shape[1], weights[2].shape[0])

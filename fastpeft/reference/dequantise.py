@@ -55,13 +55,29 @@ def write(
     offset: Tensor,
     block: int,
     block2: int,
+    first: int = 0,
+    columns: int | None = None,
 ) -> None:
-    """``dequantise`` into ``out``, which is contiguous."""
+    """``dequantise`` into ``out``, which is contiguous.
+
+    Or a part of W, which has so many ``columns``, from element ``first`` on. In 4 bits each of the part's rows begins
+    with a block.
+    """
+    (n, k), columns = out.shape, out.shape[1] if columns is None else columns
+    row, column = divmod(first, max(1, columns))
+    rows = slice(row, row + n)
     if not code.numel():
-        torch.mul(codes, (absmax * (1.0 / 127.0))[:, None], out=out)
+        torch.mul(codes[rows, column : column + k], (absmax[rows] * (1.0 / 127.0))[:, None], out=out)
         return
     if absmax2.numel():
         absmax = code2.index_select(0, absmax.int()) * absmax2.repeat_interleave(block2)[: absmax.numel()] + offset
+    if k == columns:
+        codes, absmax = codes[first // 2 :], absmax[first // block :]
+    else:
+        codes, absmax = (
+            t.view(-1, columns // size)[rows, column // size : -(-(column + k) // size)].reshape(-1)
+            for t, size in ((codes, 2), (absmax, block))
+        )
     # Both values of a byte are found by one look-up, of eight bytes.
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1).view(torch.int64).view(-1)
     flat = out.view(-1)

@@ -92,29 +92,42 @@ def backward(
 
     x is read for dA alone, else it serves for its dtype, and S for dB alone.
     """
+    dx = das = None
+    ds, dbs = ups_backward(dys, s, lora_bs, scales, need_dx or need_da, need_db)
+    if ds is not None:
+        dx, das = down_backward(ds, x, lora_as, dropouts, seeds, need_dx, need_da)
+    if dx is not None:
+        for dy, weight in zip(dys, weights, strict=True):
+            if weight.numel():
+                dx.addmm_(dy, weight)
+    return dx, das, dbs
+
+
+def ups_backward(
+    dys: Sequence[Tensor],
+    s: Tensor,
+    lora_bs: Sequence[Tensor],
+    scales: Sequence[float],
+    need_ds: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """``dS_p = scale_p · dY_p B_p`` side by side, ``[M, R]``, and ``dB_p = dY_pᵀ S_p`` of every projection."""
     ds: list[Tensor] = []
     dbs: list[Tensor] = []
-    parts = _split(s, lora_as) if need_db else ()
+    parts = s.split([b.shape[1] for b in lora_bs], 1) if need_db else ()
     for p, (dy, b) in enumerate(zip(dys, lora_bs, strict=True)):
-        if need_dx or need_da:
+        if need_ds:
             ds.append(b.new_empty(dy.shape[0], b.shape[1]))
         if need_db:
             dbs.append(b.new_zeros(b.shape[1], b.shape[0]))
         for rows in row_blocks(b.dtype, dy):
             wide = dy[rows].to(b.dtype)
-            if need_dx or need_da:
+            if need_ds:
                 ds[p][rows].addmm_(wide, b, beta=0, alpha=scales[p])
             if need_db:
                 dbs[p].addmm_(parts[p][rows].T, wide)  # twice as fast on a CPU as dYᵀ S, and the same bits
-    dx = das = None
-    if ds:
-        stacked = ds[0] if len(ds) == 1 else torch.cat(ds, 1)
-        dx, das = down_backward(stacked, x, lora_as, dropouts, seeds, need_dx, need_da)
-    if dx is not None:
-        for dy, weight in zip(dys, weights, strict=True):
-            if weight.numel():
-                dx.addmm_(dy, weight)
-    return dx, das, [db.T.contiguous() for db in dbs] if need_db else None
+    stacked = None if not ds else ds[0] if len(ds) == 1 else torch.cat(ds, 1)
+    return stacked, [db.T.contiguous() for db in dbs] if need_db else None
 
 
 def down(
@@ -158,10 +171,12 @@ def down_backward(
     seeds: Tensor | None,
     need_dx: bool,
     need_da: bool,
+    first: int = 0,
 ) -> tuple[Tensor | None, list[Tensor] | None]:
     """``dX = Σ_p mask_p ∘ (dS_p A_p) / (1 - p_p)`` ``[M, K]`` and, for every p, ``dA_p = dS_pᵀ drop_p(x)``.
 
-    Where dA is not needed, x serves for its dtype alone.
+    Where dA is not needed, x serves for its dtype alone. x and A may be some columns, of which ``first``, an even
+    number, is the first.
     """
     if not need_da and not any(map(threshold, dropouts)):
         lora_as, dropouts = [_stack(lora_as)], [0.0]
@@ -169,7 +184,8 @@ def down_backward(
     dx = ds.new_empty(ds.shape[0], columns, dtype=x.dtype if single else ds.dtype) if need_dx else None
     das = [a.new_zeros(a.shape) for a in lora_as] if need_da else None
     for p, (a, ds_p) in enumerate(zip(lora_as, _split(ds, lora_as), strict=True)):
-        mask, factor = _mask(ds, dropouts[p], seeds, p, columns, x.dtype), inverse_keep(dropouts[p])
+        mask = _mask(ds, dropouts[p], seeds, p, first + columns, x.dtype)
+        mask, factor = None if mask is None else mask[:, first:], inverse_keep(dropouts[p])
         for rows in row_blocks(ds.dtype, x if dx is None else dx):
             if dx is not None:
                 part = dx[rows] if p == 0 and dx.dtype == ds.dtype else ds.new_empty(dx[rows].shape)

@@ -60,6 +60,11 @@ def chunk_rows(rows: int, columns: int) -> int:
     return max(_FEWEST, -(-rows // _CHUNKS))
 
 
+def part_columns(rows: int, columns: int) -> int:
+    """How many columns of a product are computed at a time where its weight is quantised: all, as a CPU has memory."""
+    return columns
+
+
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``h = act(gate) ∘ up``."""
     return activate(gate, activation).mul_(up)

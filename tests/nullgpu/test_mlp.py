@@ -16,6 +16,7 @@ from bench.bench_memory import Case, measure
 from bench.memory_models import MODELS, OURS, PEFT, adapted
 from bench.nullgpu import counted
 from fastpeft import _plan
+from tests.support.quantised_models import nf4_of_zeros
 
 WIDE, INNER, KEYS, ROWS = 4096, 14336, 1024, 2048
 MIB = 2**20
@@ -60,7 +61,19 @@ def base() -> Block:
         return Block().bfloat16().requires_grad_(False)
 
 
-def step_of(way: str, dropout: float, adapters: torch.dtype):
+@functools.cache
+def nf4_base() -> Block:
+    with torch.device("meta"):
+        block = Block()
+    for module in (block.self_attn, block.mlp):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, nf4_of_zeros(layer.out_features, layer.in_features, "cuda"))
+    block.is_loaded_in_4bit = True
+    return block
+
+
+def step_of(way: str, dropout: float, adapters: torch.dtype, base=base):
     config = peft.LoraConfig(r=16, lora_dropout=dropout, target_modules=LINEARS)
     wide = adapters == torch.float32
     model = peft.get_peft_model(copy.deepcopy(base()), config, autocast_adapter_dtype=wide).train()
@@ -102,6 +115,15 @@ BLOCKS = {
 }
 
 
+SCRATCH = WIDE * INNER * 2 / MIB  # of a whole weight in 16 bits; a quarter of it is written out at a time
+NF4_BLOCKS = {
+    (0.0, torch.bfloat16): {PEFT: (272.4, 440.9), APART: (272.4, 441.0), OURS: (160.4, 252.1)},
+    (0.05, torch.bfloat16): {PEFT: (412.4, 552.9), APART: (272.4, 441.0), OURS: (160.4, 252.1)},
+    (0.0, torch.float32): {PEFT: (488.9, 624.9), APART: (272.9, 442.0), OURS: (160.9, 255.2)},
+    (0.05, torch.float32): {PEFT: (564.9, 812.9), APART: (272.9, 442.0), OURS: (160.9, 254.3)},
+}
+
+
 @pytest.mark.parametrize(("dropout", "adapters"), BLOCKS, ids=str)
 def test_what_a_block_keeps_and_needs(dropout, adapters):
     for way, (kept, peak) in BLOCKS[dropout, adapters].items():
@@ -110,11 +132,25 @@ def test_what_a_block_keeps_and_needs(dropout, adapters):
         assert abs(found[1] - peak) <= ROUNDING, way
 
 
-@pytest.mark.parametrize(("adapters", "launches"), [(torch.bfloat16, 150), (torch.float32, 156)], ids=str)
-def test_launches_of_a_block(adapters, launches):
+@pytest.mark.parametrize(("dropout", "adapters"), NF4_BLOCKS, ids=str)
+def test_what_a_block_in_nf4_keeps_and_needs(dropout, adapters):
+    """What a dense one keeps, and less above its peak than a whole weight written out."""
+    for way, (kept, peak) in NF4_BLOCKS[dropout, adapters].items():
+        found = kept_and_peak(step_of(way, dropout, adapters, nf4_base))
+        assert found[0] == kept, way
+        assert abs(found[1] - peak) <= ROUNDING, way
+    assert kept == BLOCKS[dropout, adapters][OURS][0]
+    assert peak < BLOCKS[dropout, adapters][OURS][1] + SCRATCH / 2
+
+
+LAUNCHES = [(base, torch.bfloat16, 150), (base, torch.float32, 156), (nf4_base, torch.bfloat16, 153)]
+
+
+@pytest.mark.parametrize(("base", "adapters", "launches"), LAUNCHES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_launches_of_a_block(base, adapters, launches):
     """Four chunks at this size; nothing waits, and every call is planned."""
     _plan.refusals.clear()
-    asked = counted(step_of(OURS, 0.0, adapters))
+    asked = counted(step_of(OURS, 0.0, adapters, base))
     assert (asked.syncs, asked.pageable, asked.missing) == (0, 0, 0)
     assert asked.launches <= launches
     assert not _plan.refusals

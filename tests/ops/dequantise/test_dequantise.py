@@ -41,6 +41,31 @@ def test_eight_bits_are_the_formats(backend, shape):
 
 
 @each_backend
+@pytest.mark.parametrize(
+    "make", [lambda: four_bit(48, 64, 16), lambda: four_bit(48, 64, 16, True), lambda: eight_bit(48, 64)]
+)
+def test_parts_are_those_of_the_whole(backend, make):
+    """Rows, and columns, between other things; some of both."""
+    base, impl = on_device(make()), _backend.load("dequantise", backend)
+    whole, tables = by_hand(base), (*base[:6], base.block, base.block2)
+    for rows, columns in ((slice(0, 7), slice(0, 64)), (slice(40, 48), slice(0, 64)), (slice(5, 48), slice(16, 48))):
+        wanted = whole[rows, columns]
+        out = torch.full((wanted.numel() + 2,), 3.0, device=DEVICE)
+        impl.write(out[1:-1].view(wanted.shape), *tables, rows.start * 64 + columns.start, 64)
+        assert torch.equal(out[1:-1].view(wanted.shape), wanted)
+        assert out[0] == out[-1] == 3
+
+
+@each_backend
+@pytest.mark.parametrize("columns", [2048, 2080])
+def test_rows_of_a_part_that_are_no_multiple_of_what_a_program_writes(backend, columns):
+    base, impl = on_device(four_bit(3, 2176, 32, True)), _backend.load("dequantise", backend)
+    out = torch.empty(3, columns, device=DEVICE)
+    impl.write(out, *base[:6], base.block, base.block2, 96, 2176)
+    assert torch.equal(out, by_hand(base)[:, 96 : 96 + columns])
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", [FP16, BF16, FP64], ids=str)
 @pytest.mark.parametrize("make", [four_bit, eight_bit], ids=["4 bits", "8 bits"])
 def test_one_rounding_to_the_dtype_asked_for(backend, dtype, make):

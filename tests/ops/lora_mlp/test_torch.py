@@ -32,13 +32,14 @@ def test_opcheck(backend, trained):
         for name in names
     ]
     settings = list(p.scales), list(p.dropouts), torch.tensor(p.seeds, device=DEVICE)
-    torch.library.opcheck(torch.ops.fastpeft.lora_mlp.default, (*x, *lists, *settings, "gelu", backend))
+    lists.insert(1, [])
+    torch.library.opcheck(torch.ops.fastpeft.lora_mlp.default, (*x, *lists, *settings, [], "gelu", backend))
     with torch.no_grad():
-        _, kept = torch.ops.fastpeft.lora_mlp(*x, *lists, *settings, "gelu", backend)
-    lists = [[t.detach() for t in ts] for ts in lists[:3]]
+        _, kept = torch.ops.fastpeft.lora_mlp(*x, *lists, *settings, [], "gelu", backend)
+    lists = [[t.detach() for t in ts] for ts in lists[:4]]
     needs = [name in flags for name in names]
     s, s_down, gate, up = kept
-    args = (p.dy, p.x, s, s_down, gate, up, *lists, *settings, needs, "gelu", backend)
+    args = (p.dy, p.x, s, s_down, gate, up, *lists, *settings, needs, [], "gelu", backend)
     torch.library.opcheck(torch.ops.fastpeft.lora_mlp_backward.default, args)
 
 

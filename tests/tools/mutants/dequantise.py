@@ -11,6 +11,11 @@ TWICE = "tests/ops/lora_linear/test_quantised.py::test_gradients_of_gradients"
 
 KEPT = "tests/ops/lora_linear/test_quantised.py::test_a_cpus_buffer_grows_and_serves_second_gradients"
 
+PARTS = "tests/ops/dequantise/test_dequantise.py::test_parts_are_those_of_the_whole"
+SCRATCH = "tests/ops/dequantise/test_base_parts.py::test_the_scratch_is_as_large_as_it_has_to_be"
+CUT = "tests/ops/dequantise/test_base_parts.py::test_parts_of_weights"
+ASKED = "tests/ops/dequantise/test_base_parts.py::test_a_weight_of_another_library_is_asked_for_once"
+
 TESTS = (FOUR, EIGHT)
 
 MUTANTS = {
@@ -22,15 +27,17 @@ MUTANTS = {
             "scales of the first block": ("j = first // BLOCK + tl.arange(0, BLOCKS)", "j = tl.arange(0, BLOCKS)"),
             "no offset": ("scale = scale + tl.load(offset_ptr)", "scale = scale + 0.0"),
             "one scale for all scales": ("absmax2_ptr + j // BLOCK2", "absmax2_ptr + j * 0"),
-            "scales not masked": ("j_ok = j * BLOCK < TOTAL", "j_ok = j >= 0", OUTSIDE),
-            "written past the end": ("w, mask=i < TOTAL", "w, mask=i >= 0", OUTSIDE),
-            "the last element left out": ("w, mask=i < TOTAL", "w, mask=i < TOTAL - 1"),
+            "scales not masked": ("j_ok = j * BLOCK < end", "j_ok = j >= 0", OUTSIDE),
+            "written past the end": ("w, mask=i < WIDTH", "w, mask=i >= 0", OUTSIDE),
+            "the last element left out": ("w, mask=i < WIDTH", "w, mask=i < WIDTH - 1"),
+            "every row of a part the first": ("FIRST + row * STRIDE", "FIRST + row * 0", PARTS),
+            "a part from the beginning": ("FIRST + row * STRIDE", "row * STRIDE", PARTS),
             "codes of the first program": ("first // 2 +", "pid * 0 +"),
         },
         "_eight_bit_kernel": {
-            "a scale for each column": ("i // K", "i % K"),
+            "a scale for each column": ("element // K", "element % K"),
             "int8 in 128 steps": ("* _INVERSE", "* (1.0 / 128.0)"),
-            "int8 written past the end": ("scale, mask=i < TOTAL", "scale, mask=i >= 0", OUTSIDE),
+            "int8 written past the end": ("scale, mask=i < WIDTH", "scale, mask=i >= 0", OUTSIDE),
         },
         "write": {
             "always nested": ("NESTED=absmax2.numel() > 0", "NESTED=True"),
@@ -48,6 +55,8 @@ MUTANTS = {
             "the part of a block by the first scale": ("absmax[-1]", "absmax[0]"),
             "scales of the first step": ("absmax[first // block : end", "absmax[0 : (end - first)", STEPS),
             "128 steps": ("1.0 / 127.0", "1.0 / 128.0"),
+            "a part's codes from the beginning": ("codes[first // 2 :]", "codes", PARTS),
+            "a part's scales from the beginning": ("absmax[first // block :]", "absmax", PARTS),
         },
     },
     "fastpeft/ops/base.py": {
@@ -57,14 +66,21 @@ MUTANTS = {
         },
         "Written.__iter__": {
             "tables of the first for all": ("tables = iter(self.tables)", "tables = iter(self.tables[:5] * 9)", DENSE),
-            "a scratch too small": ("max((n * k", "min((n * k", DENSE),
-        },
-        "_taken": {
-            "a kept buffer of any size": ("and len(found) >= count", "", KEPT),
         },
         "Written.apart": {
             "in one memory": ("w.clone()", "w", TWICE),
         },
+    },
+    "fastpeft/ops/base_scratch.py": {
+        "Scratch.take": {"never larger": (" or len(self.memory) < n * k", "", SCRATCH)},
+        "_taken": {"a kept buffer of any size": ("and len(found) >= count", "", KEPT)},
+    },
+    "fastpeft/ops/base_parts.py": {
+        "Parts.part": {"columns from the first": ("top * shape[1] + left", "top * shape[1]", CUT)},
+        "Parts._has_parts": {
+            "blocks cut": ("and shape[1] % block == 0 and (not columns or wanted % block == 0)", "", CUT)
+        },
+        "Parts._whole": {"asked for at every part": ("self._opaque[0] != p", "True", ASKED)},
     },
     "fastpeft/ops/dequantise.py": {
         "dequantise": {

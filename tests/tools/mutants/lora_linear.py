@@ -208,6 +208,8 @@ MUTANTS = {
         "backward": {
             "dX without the base path": ("if dx is not None", "if False"),
             "dX of the last projection only": ("(dy, weight)", "(dy, weight, beta=0)"),
+        },
+        "ups_backward": {
             "scale of dS off by the projection": ("scales[p]", "scales[-1 - p]"),
             "dS: no scale": ("wide, b, beta=0, alpha=scales[p]", "wide, b, beta=0"),
         },

@@ -21,6 +21,10 @@ PATCHED = _UNUSUAL + "test_a_class_that_is_patched_is_seen"
 FAMILIES = _MODEL + "test_the_activations_are_those_of_the_families"
 SETTINGS = _MODEL + "test_restore_and_settings"
 COPIES = _MODEL + "test_copies_and_pickles"
+PARTS = "tests/ops/lora_mlp/test_quantised.py::test_parts_are_the_whole"
+BESIDE = "tests/ops/lora_mlp/test_quantised.py::test_a_trained_weight_beside_quantised_ones"
+FEW = "tests/integrations/peft/test_mlp_quantised.py::test_few_rows_and_another_dtype_are_the_layers_own"
+AUTOCAST = "tests/integrations/peft/test_mlp_quantised.py::test_no_less_accurate_than_peft"
 
 TESTS = (GUARDS, _OP + "test_the_definition_is_the_formula", MASKS, TRAINED, GRADCHECK, STRIDES, TWICE, KEPT, BAD)
 
@@ -53,6 +57,10 @@ MUTANTS = {
         },
     },
     "fastpeft/ops/lora_mlp_chunks.py": {
+        "backward": {
+            "weights' gradients of chunks": ("dy.shape[0] if need_dw or need_dbias else size", "size", BASE),
+            "down's dW of gate": ("dy_c.T @ h if need_dw", "dy_c.T @ gate_c if need_dw"),
+        },
         "chunks": {
             "every chunk draws the first's mask": ("shifted[i]", "shifted[0]"),
             "the last rows left out": ("range(count)", "range(count - 1)", _OP + "test_chunks_cover_the_rows_once"),
@@ -66,16 +74,35 @@ MUTANTS = {
             "x always kept": ("x if need_da or need_dw else absent", "x"),
             "S always kept": ("s if need_db else absent", "s"),
         },
-        "_backward_implementation": {
-            "weights' gradients of chunks": ("dy.shape[0] if need_dw or need_dbias else size", "size", BASE),
-            "down's dW of gate": ("dy_c.T @ h if need_dw", "dy_c.T @ gate_c if need_dw"),
+    },
+    "fastpeft/ops/lora_mlp_parts.py": {
+        "Backward._first": {
+            "dx of the last part": ("low.add_(self.dx)", "low", PARTS),
+            "dS of the first part": ("torch.stack(self.ds).sum(0)", "self.ds[0]", PARTS),
+            "low-rank term of the first part": ("if last and need_ds", "if need_ds", PARTS),
         },
+        "Backward._between": {"masks of the first part": ("self.need_da, part.start", "self.need_da, 0", PARTS)},
+        "Backward._weights": {"down's dW below one another": ("1 if p == 2 else 0", "0", BESIDE)},
+    },
+    "fastpeft/reference/lora_linear.py": {
+        "down_backward": {"masks of a part from the first column": ("mask[:, first:]", "mask[:, :columns]", PARTS)},
+    },
+    "kernels/lora_linear_products.py": {
+        "_up_kernel": {"masks of a part from the first column": ("FIRST + pid_k", "pid_k", PARTS)},
+    },
+    "kernels/lora_linear_backward.py": {
+        "_outer_kernel": {"masks of a part from the first column": ("FIRST + pid_k", "pid_k", PARTS)},
     },
     "fastpeft/nn/lora_mlp.py": {
         "_plan": {
             "a patch not seen": ("module.fastpeft_plain.forward is not module.fastpeft_known", "False", PATCHED),
             "hooks on the activation not seen": ("own_path_reason(module.act_fn) is not None", "False", UNUSUAL),
         },
+        "_called": {
+            "few rows fused": ("x.numel() <= quantised.FEW_ROWS * x.shape[-1]", "False", FEW),
+            "any dtype fused": ("weight.dtype not in (None, wanted)", "False", FEW),
+        },
+        "_run": {"autocast's dtype": ("quantised.as_given(y, weights[2], x)", "y", AUTOCAST)},
         "_branch": {"hooks on a projection not seen": ("reason is not None", "False", UNUSUAL)},
         "LoraMlp.fastpeft_guard": {
             "a projection's state not guarded": ("module.fastpeft_guard(guards)", "pass", UNUSUAL),
