@@ -146,7 +146,7 @@ def test_what_a_block_in_nf4_keeps_and_needs(dropout, adapters):
 LAUNCHES = [(base, torch.bfloat16, 150), (base, torch.float32, 156), (nf4_base, torch.bfloat16, 153)]
 
 
-@pytest.mark.parametrize(("base", "adapters", "launches"), LAUNCHES, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(("base", "adapters", "launches"), LAUNCHES)
 def test_launches_of_a_block(base, adapters, launches):
     """Four chunks at this size; nothing waits, and every call is planned."""
     _plan.refusals.clear()
