@@ -16,8 +16,10 @@
 namespace fastpeft {
 namespace {
 
-constexpr int64_t TOKENS = 64;        // of an item, at most: whoever converts A and B for it does so for all of them
-constexpr int64_t GRAIN = 1 << 18;    // products that are worth a thread
+constexpr int64_t TOKENS = 64;      // of an item, at most: whoever converts A and B for it does so for all of them
+constexpr int64_t BLOCK = 16;       // of those, and columns of y, of which what is added is computed at once
+constexpr int64_t COLUMNS = 256;
+constexpr int64_t GRAIN = 1 << 18;  // products that are worth a thread
 
 // Rows of a matrix that is read as S, whatever it is.
 struct Matrix {
@@ -60,16 +62,19 @@ Matrix slot_of(const at::Tensor& table, int64_t slot, int64_t row, int64_t colum
   return found;
 }
 
+// Where a row of y lies from `first` on, if its elements are adjacent and of type S, else null.
+template <class S>
+S* adjacent(const at::Tensor& y, int64_t token, int64_t first) {
+  if (y.scalar_type() != c10::CppTypeToScalarType<S>::value || y.stride(1) != 1) return nullptr;
+  return static_cast<S*>(y.data_ptr()) + token * y.stride(0) + first;
+}
+
 template <class S>
 void add_to(const at::Tensor& y, int64_t token, int64_t first, const S* delta, int64_t count) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "multi_lora", [&] {
     const int64_t step = y.stride(1);
     scalar_t* const to = static_cast<scalar_t*>(y.data_ptr()) + token * y.stride(0) + first * step;
-    if (step == 1) {
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<scalar_t>(static_cast<S>(to[i]) + delta[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i * step] = static_cast<scalar_t>(static_cast<S>(to[i * step]) + delta[i]);
-    }
+    for (int64_t i = 0; i < count; ++i) to[i * step] = static_cast<scalar_t>(static_cast<S>(to[i * step]) + delta[i]);
   });
 }
 
@@ -97,9 +102,9 @@ struct Batch {
 template <class S>
 void serve(const Batch& batch, const Item& item, const at::Tensor& s) {
   const int64_t tokens = item.last - item.first, k = batch.x.size(1);
-  std::vector<S> x_room, room, sum(TOKENS * COLUMNS);
+  std::vector<S> x_rows[TOKENS], room;
   const S *x[TOKENS], *s_rows[TOKENS];
-  std::vector<S> x_rows[TOKENS];
+  S sums[BLOCK][COLUMNS];
   const Matrix all = matrix(batch.x, 0, 1);
   for (int64_t t = 0; t < tokens; ++t)
     x[t] = all.rows<S>(batch.order[item.first + t], 1, 0, k, x_rows[t]).data;
@@ -116,28 +121,50 @@ void serve(const Batch& batch, const Item& item, const at::Tensor& s) {
     for (int64_t t = 0; t < tokens; ++t) s_rows[t] = first + t * s.size(2);
     for (int64_t c = 0; rank && c < n; c += COLUMNS) {
       const int64_t count = std::min(COLUMNS, n - c);
-      combinations(s_rows, tokens, b.rows<S>(0, rank, c, count, room), rank, count, sum.data());
-      for (int64_t t = 0; t < tokens; ++t)
-        add_to(batch.ys[p], batch.order[item.first + t], c, sum.data() + t * COLUMNS, count);
+      const Rows<S> columns = b.rows<S>(0, rank, c, count, room);
+      for (int64_t t = 0; t < tokens; t += BLOCK) {
+        const int64_t block = std::min(BLOCK, tokens - t);
+        const int32_t* const places = batch.order + item.first + t;
+        S* out[BLOCK];
+        for (int64_t i = 0; i < block; ++i) out[i] = adjacent<S>(batch.ys[p], places[i], c);
+        const bool in_place = out[0] != nullptr;
+        for (int64_t i = 0; i < block && !in_place; ++i) out[i] = sums[i];
+        combinations(s_rows + t, block, columns, rank, count, out, in_place);
+        for (int64_t i = 0; i < block && !in_place; ++i) add_to(batch.ys[p], places[i], c, sums[i], count);
+      }
     }
     column += batch.as[p].size(1);
   }
 }
 
-std::vector<Item> items_of(const at::Tensor& order, const at::Tensor& starts, int64_t tokens) {
+void check(const int32_t* order, const at::Tensor& starts, int64_t tokens) {
   const auto* first = starts.const_data_ptr<int32_t>();
-  const auto* places = order.const_data_ptr<int32_t>();
-  std::vector<Item> items;
-  const int64_t most = std::clamp<int64_t>((tokens + at::get_num_threads() - 1) / at::get_num_threads(), 2, TOKENS);
-  for (int64_t slot = 0; slot + 1 < starts.numel(); ++slot) {
+  const int64_t slots = starts.numel() - 1;
+  for (int64_t slot = 0; slot < slots; ++slot)
     TORCH_CHECK(0 <= first[slot] && first[slot] <= first[slot + 1] && first[slot + 1] <= tokens,
                 "multi_lora: token_slots was routed to the places ", first[slot], " to ", first[slot + 1], " of ", tokens);
+  for (int64_t at = 0; at < first[slots]; ++at)
+    TORCH_CHECK(0 <= order[at] && order[at] < tokens, "multi_lora: token_slots was routed to token ", order[at], " of ",
+                tokens);
+}
+
+// How many threads the batch is worth.
+int64_t threads_for(const Batch& batch, const at::Tensor& starts) {
+  const auto* first = starts.const_data_ptr<int32_t>();
+  int64_t products = 0;
+  for (int64_t slot = 0; slot + 1 < starts.numel(); ++slot)
+    for (size_t p = 0; first[slot] < first[slot + 1] && p < batch.as.size(); ++p)
+      products += (first[slot + 1] - first[slot]) * batch.rank(p, slot) * (batch.x.size(1) + batch.bs[p].size(1));
+  return std::clamp<int64_t>(products / GRAIN, 1, at::get_num_threads());
+}
+
+std::vector<Item> items_of(const at::Tensor& starts, int64_t tokens, int64_t threads) {
+  const auto* first = starts.const_data_ptr<int32_t>();
+  const int64_t most = std::clamp<int64_t>((tokens + threads - 1) / threads, 2, TOKENS);
+  std::vector<Item> items;
+  for (int64_t slot = 0; slot + 1 < starts.numel(); ++slot)
     for (int64_t at = first[slot]; at < first[slot + 1]; at += most)
       items.push_back({slot, at, std::min<int64_t>(at + most, first[slot + 1])});
-  }
-  for (int64_t at = 0; at < (items.empty() ? 0 : items.back().last); ++at)
-    TORCH_CHECK(0 <= places[at] && places[at] < tokens, "multi_lora: token_slots was routed to token ", places[at],
-                " of ", tokens);
   return items;
 }
 
@@ -145,19 +172,17 @@ std::vector<Item> items_of(const at::Tensor& order, const at::Tensor& starts, in
 at::Tensor multi_lora_add_(at::TensorList ys, const at::Tensor& x, at::TensorList as, at::TensorList bs,
                            const at::Tensor& order, const at::Tensor& starts, const at::Tensor& scales,
                            const std::optional<at::Tensor>& ranks) {
-  int64_t columns = 0, products = 0;
-  for (size_t p = 0; p < as.size(); ++p) {
-    columns += as[p].size(1);
-    products += as[p].size(1) * (as[p].size(2) + bs[p].size(1));
-  }
+  int64_t columns = 0;
+  for (const at::Tensor& a : as) columns += a.size(1);
   const bool wide = as[0].scalar_type() == at::kDouble;
   at::Tensor s = at::empty({1, x.size(0), columns}, x.options().dtype(wide ? at::kDouble : at::kFloat));
-  const at::Tensor order_ = order.contiguous(), starts_ = starts.contiguous();
-  const std::vector<Item> items = items_of(order_, starts_, x.size(0));
-  const at::Tensor none;
+  const at::Tensor order_ = order.contiguous(), starts_ = starts.contiguous(), none;
   const Batch batch{ys, as, bs, x, scales, ranks ? *ranks : none, order_.const_data_ptr<int32_t>()};
-  const int64_t grain = 1 + GRAIN / (1 + products * (items.empty() ? 1 : items[0].last - items[0].first));
-  at::parallel_for(0, static_cast<int64_t>(items.size()), grain, [&](int64_t begin, int64_t end) {
+  check(batch.order, starts_, x.size(0));
+  const int64_t threads = threads_for(batch, starts_);
+  const std::vector<Item> items = items_of(starts_, x.size(0), threads);
+  const auto count = static_cast<int64_t>(items.size());
+  at::parallel_for(0, count, (count + threads - 1) / threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) wide ? serve<double>(batch, items[i], s) : serve<float>(batch, items[i], s);
   });
   return s;

@@ -5,8 +5,7 @@
 
 namespace fastpeft {
 
-constexpr int64_t RANKS = 4;      // of S that are computed together, at most
-constexpr int64_t COLUMNS = 256;  // of y, likewise
+constexpr int64_t RANKS = 4;  // of S that are computed together, at most
 
 template <class S>
 struct Rows {
@@ -20,8 +19,10 @@ void products(const float* const* x, int64_t tokens, Rows<float> a, int64_t rank
 void products(const double* const* x, int64_t tokens, Rows<double> a, int64_t ranks, int64_t k, double scale,
               double* s, int64_t stride);
 
-// out[t][n] = Σ s[t][j] b[j][n], for n < `columns` <= COLUMNS and j < rank; a line of `out` has COLUMNS places.
-void combinations(const float* const* s, int64_t tokens, Rows<float> b, int64_t rank, int64_t columns, float* out);
-void combinations(const double* const* s, int64_t tokens, Rows<double> b, int64_t rank, int64_t columns, double* out);
+// Σ s[t][j] b[j][n], for n < `columns` and j < rank: written to out[t][n], or added to what is there.
+void combinations(const float* const* s, int64_t tokens, Rows<float> b, int64_t rank, int64_t columns,
+                  float* const* out, bool add);
+void combinations(const double* const* s, int64_t tokens, Rows<double> b, int64_t rank, int64_t columns,
+                  double* const* out, bool add);
 
 }  // namespace fastpeft

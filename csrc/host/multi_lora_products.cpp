@@ -19,11 +19,15 @@ struct Vector {
   static INLINE void load(type& to, const S* from) { std::memcpy(&to, from, BYTES); }
 
   static INLINE S sum(const type& v) {
-    S parts[lanes];
-    std::memcpy(parts, &v, BYTES);
-    for (int64_t half = lanes / 2; half > 0; half /= 2)
-      for (int64_t i = 0; i < half; ++i) parts[i] += parts[i + half];
-    return parts[0];
+    if constexpr (BYTES > 16) {
+      typename Vector<S, BYTES / 2>::type halves[2];
+      std::memcpy(halves, &v, BYTES);
+      return Vector<S, BYTES / 2>::sum(halves[0] + halves[1]);
+    } else if constexpr (lanes == 4) {
+      return (v[0] + v[2]) + (v[1] + v[3]);
+    } else {
+      return v[0] + v[1];
+    }
   }
 };
 
@@ -65,56 +69,66 @@ INLINE void all_products(const S* const* x, int64_t tokens, Rows<S> a, int64_t r
 }
 
 template <class S, int BYTES, int T, int N>
-INLINE void combinations_of(const S* const* s, Rows<S> b, int64_t rank, S* out) {
+INLINE void combinations_of(const S* const* s, Rows<S> b, int64_t rank, S* const* out, int64_t first, bool add) {
   using V = Vector<S, BYTES>;
   typename V::type sums[T][N] = {};
   for (int64_t j = 0; j < rank; ++j) {
     typename V::type b_j[N];
-    for (int n = 0; n < N; ++n) V::load(b_j[n], b.data + j * b.stride + n * V::lanes);
+    for (int n = 0; n < N; ++n) V::load(b_j[n], b.data + j * b.stride + first + n * V::lanes);
     for (int t = 0; t < T; ++t)
       for (int n = 0; n < N; ++n) sums[t][n] += s[t][j] * b_j[n];
   }
-  for (int t = 0; t < T; ++t) std::memcpy(out + t * COLUMNS, sums[t], sizeof sums[t]);
+  for (int t = 0; t < T; ++t)
+    for (int n = 0; n < N; ++n) {
+      S* const to = out[t] + first + n * V::lanes;
+      typename V::type sum = sums[t][n], before;
+      if (add) {
+        V::load(before, to);
+        sum = before + sum;
+      }
+      std::memcpy(to, &sum, BYTES);
+    }
 }
 
 template <class S, int BYTES, int T>
-INLINE void combinations_for(const S* const* s, Rows<S> b, int64_t rank, int64_t columns, S* out) {
+INLINE void combinations_for(const S* const* s, Rows<S> b, int64_t rank, int64_t columns, S* const* out, bool add) {
   constexpr int64_t lanes = Vector<S, BYTES>::lanes;
   int64_t n = 0;
   for (; n + 2 * lanes <= columns; n += 2 * lanes)
-    combinations_of<S, BYTES, T, 2>(s, {b.data + n, b.stride}, rank, out + n);
+    combinations_of<S, BYTES, T, 2>(s, b, rank, out, n, add);
   for (; n < columns; ++n)
     for (int t = 0; t < T; ++t) {
       S sum = 0;
       for (int64_t j = 0; j < rank; ++j) sum += s[t][j] * b.data[j * b.stride + n];
-      out[t * COLUMNS + n] = sum;
+      out[t][n] = add ? out[t][n] + sum : sum;
     }
 }
 
 template <class S, int BYTES>
-INLINE void all_combinations(const S* const* s, int64_t tokens, Rows<S> b, int64_t rank, int64_t columns, S* out) {
+INLINE void all_combinations(const S* const* s, int64_t tokens, Rows<S> b, int64_t rank, int64_t columns, S* const* out,
+                             bool add) {
   int64_t t = 0;
-  for (; t + 4 <= tokens; t += 4) combinations_for<S, BYTES, 4>(s + t, b, rank, columns, out + t * COLUMNS);
-  for (; t < tokens; ++t) combinations_for<S, BYTES, 1>(s + t, b, rank, columns, out + t * COLUMNS);
+  for (; t + 4 <= tokens; t += 4) combinations_for<S, BYTES, 4>(s + t, b, rank, columns, out + t, add);
+  for (; t < tokens; ++t) combinations_for<S, BYTES, 1>(s + t, b, rank, columns, out + t, add);
 }
 
 template <class S>
 struct Ways {
   void (*products)(const S* const*, int64_t, Rows<S>, int64_t, int64_t, S, S*, int64_t);
-  void (*combinations)(const S* const*, int64_t, Rows<S>, int64_t, int64_t, S*);
+  void (*combinations)(const S* const*, int64_t, Rows<S>, int64_t, int64_t, S* const*, bool);
 };
 
-#define WAYS(NAME, BYTES, TARGET)                                                                               \
-  template <class S>                                                                                            \
-  struct NAME {                                                                                                 \
+#define WAYS(NAME, BYTES, TARGET)                                                                                \
+  template <class S>                                                                                             \
+  struct NAME {                                                                                                  \
     TARGET static void products(const S* const* x, int64_t tokens, Rows<S> a, int64_t ranks, int64_t k, S scale, \
-                                S* s, int64_t stride) {                                                         \
-      all_products<S, BYTES>(x, tokens, a, ranks, k, scale, s, stride);                                         \
-    }                                                                                                           \
+                                S* s, int64_t stride) {                                                          \
+      all_products<S, BYTES>(x, tokens, a, ranks, k, scale, s, stride);                                          \
+    }                                                                                                            \
     TARGET static void combinations(const S* const* s, int64_t tokens, Rows<S> b, int64_t rank, int64_t columns, \
-                                    S* out) {                                                                   \
-      all_combinations<S, BYTES>(s, tokens, b, rank, columns, out);                                             \
-    }                                                                                                           \
+                                    S* const* out, bool add) {                                                   \
+      all_combinations<S, BYTES>(s, tokens, b, rank, columns, out, add);                                         \
+    }                                                                                                            \
   };
 
 WAYS(Plain, 16, )
@@ -148,12 +162,14 @@ void products(const double* const* x, int64_t tokens, Rows<double> a, int64_t ra
   ways<double>().products(x, tokens, a, ranks, k, scale, s, stride);
 }
 
-void combinations(const float* const* s, int64_t tokens, Rows<float> b, int64_t rank, int64_t columns, float* out) {
-  ways<float>().combinations(s, tokens, b, rank, columns, out);
+void combinations(const float* const* s, int64_t tokens, Rows<float> b, int64_t rank, int64_t columns,
+                  float* const* out, bool add) {
+  ways<float>().combinations(s, tokens, b, rank, columns, out, add);
 }
 
-void combinations(const double* const* s, int64_t tokens, Rows<double> b, int64_t rank, int64_t columns, double* out) {
-  ways<double>().combinations(s, tokens, b, rank, columns, out);
+void combinations(const double* const* s, int64_t tokens, Rows<double> b, int64_t rank, int64_t columns,
+                  double* const* out, bool add) {
+  ways<double>().combinations(s, tokens, b, rank, columns, out, add);
 }
 
 }  // namespace fastpeft

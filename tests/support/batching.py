@@ -52,6 +52,14 @@ def failing(bank, wrong, error=ArithmeticError):
         handle.remove()
 
 
+@contextlib.contextmanager
+def failing_times(bank, times, error=ArithmeticError):
+    """So many forwards raise, the next ones do not; each one's x, as they come."""
+    seen = []
+    with failing(bank, lambda x: seen.append(x) or len(seen) <= times, error):
+        yield seen
+
+
 def marked(bank, *tokens):
     """Whether a forward has the embedding of one of the tokens among its inputs, as a count of calls that did."""
     seen = [False]

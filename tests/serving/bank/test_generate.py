@@ -131,27 +131,36 @@ def test_siblings_share_one_call(bank, monkeypatch):
         assert calls == [1, 1, 1, 1, 2, 1, 3, 1, 2, 1]  # that group is none from then on
 
 
-@pytest.mark.parametrize("change", ["nothing", "its values", "another tensor"])
-def test_siblings_are_given_what_was_computed_for_the_same_unchanged_tensor_alone(bank, monkeypatch, change):
-    """Of one module's call, in which the first of them computes for all."""
-    attention = bank.model.model.layers[0].self_attn
-    x, found = torch.randn(2, 3, 32), {}
+@pytest.mark.parametrize("change", ["nothing", "its values", "another tensor", "a later call"])
+def test_siblings_take_what_was_computed_for_the_same_unchanged_tensor_alone(folders, change):
+    """In the same call of what holds them, where the first computes for all; a group of its own for each change."""
+    with (
+        AdapterBank(llama(), slots=1, max_rank=16) as bank,
+        bank.use([bank.load("alice", folders["alice"]) or "alice"]),
+    ):
+        attention = bank.model.model.layers[0].self_attn
+        x, found = torch.randn(1, 3, 32), []
 
-    def forward(x):
-        found["q"] = attention.q_proj(x)
-        if change == "its values":
-            x.add_(1)
-        found["k"] = attention.k_proj(x.clone() if change == "another tensor" else x)
-        return found["k"]
+        def first(x):
+            found.append(attention.q_proj(x))
+            if change == "its values":
+                x.add_(1)
+            if change != "a later call":
+                second(x.clone() if change == "another tensor" else x)
 
-    with bank.use(["alice", "bob"]):
-        monkeypatch.setattr(attention, "forward", forward)
-        attention(x.clone())
-        monkeypatch.undo()
-        after = x + 1 if change == "its values" else x
-        expected = attention.q_proj(x.clone()), attention.k_proj(after.clone())
-    for ours, alone in zip((found["q"], found["k"]), expected, strict=True):
-        torch.testing.assert_close(ours, alone)
+        def second(x):
+            found.append(attention.k_proj(x))
+
+        attention.forward = first
+        attention(x)
+        group = attention.q_proj.forward.__self__.siblings
+        assert group._thread.__dict__.get("left") is None, "what nobody took is kept"
+        if change == "a later call":
+            attention.forward = second
+            x.data.add_(1)  # which no version shows
+            attention(x)
+        before = x - 1 if change in ("its values", "a later call") else x
+        torch.testing.assert_close(found, [attention.q_proj(before), attention.k_proj(x)])
 
 
 def test_a_closed_bank_leaves_no_hooks():

@@ -1,6 +1,5 @@
 """A step that fails ends the rows that make it fail; a batcher says whether it can serve anybody at all."""
 
-import contextlib
 import sys
 import threading
 
@@ -10,7 +9,7 @@ import torch
 from fastpeft.serving import Batcher
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.support.batching import failing, marked, prompt, step, until
+from tests.support.batching import failing, failing_times, marked, prompt, step, until
 from tests.support.lora_checkpoints import SETTINGS, greedy_alone
 from tests.support.models import VOCAB
 
@@ -33,14 +32,6 @@ def test_a_failing_step_ends_the_row_that_fails(bank):
     assert [request.result(0) for request in others] == alone
     assert not any(adapter.leases for adapter in bank._slots.held if adapter is not None)
     assert batcher._steps.broken is None
-
-
-@contextlib.contextmanager
-def failing_times(bank, times, error=ArithmeticError):
-    """So many forwards raise, the next ones do not; how many there were."""
-    seen = []
-    with failing(bank, lambda x: seen.append(x) or len(seen) <= times, error):
-        yield seen
 
 
 @pytest.fixture(params=["paged", "padded"])
@@ -72,8 +63,11 @@ def test_a_row_that_is_tried_by_itself_is_tried_twice(bank, cache):
     requests = [batcher.submit(prompt(4, i), "alice", max_new_tokens=5) for i in range(2)]
     alone = [greedy_alone(bank, request.prompt, "alice", 5) for request in requests]
     step(batcher, 2)
+    before = [len(request.tokens) for request in requests]
     with failing_times(bank, 2):
-        step(batcher, 4)
+        step(batcher)
+        assert [len(request.tokens) for request in requests] == [count + 1 for count in before]
+        step(batcher, 3)
     assert [request.result(0) for request in requests] == alone
 
 

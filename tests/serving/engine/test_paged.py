@@ -135,6 +135,12 @@ def test_prompts_of_one_length_are_read_together(bank, monkeypatch):
     step(batcher, 2)
     assert [(group.rows, group.queries) for group in layouts[-1].groups] == [(3, 1), (2, 20)]
     step(batcher, 20)
+    asked += [(prompt(60, 7), "bob", 5), (prompt(60, 8), "alice", 5)]
+    for ids, name, count in asked[5:]:  # the second comes when the first has read 40
+        requests.append(batcher.submit(ids, name, max_new_tokens=count))
+        step(batcher)
+    assert [(group.rows, group.queries, group.longest) for group in layouts[-1].groups] == [(1, 20, 20), (1, 20, 60)]
+    step(batcher, 20)
     for request, (ids, name, count) in zip(requests, asked, strict=True):
         same_or_tied(bank, ids, name, request.result(0), greedy_alone(bank, ids, name, count))
 

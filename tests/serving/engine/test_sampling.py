@@ -61,7 +61,7 @@ def test_rows_do_not_depend_on_each_other():
     everyone = [greedy, *SETTINGS, {}, greedy, {"repetition_penalty": 1.5}, {"logit_bias": {3: 50.0}}, greedy]
     rows = logits_of(len(everyone)).bfloat16()  # with ties
     for seed in range(10):
-        made = [{"temperature": 1.3, "seed": seed, **settings} for settings in everyone]
+        made = [{"temperature": 1.3, "seed": seed + 10 * i, **settings} for i, settings in enumerate(everyone)]
         together = next_tokens(rows, [drawing(**settings) for settings in made])
         alone = [next_tokens(rows[i : i + 1], [drawing(**settings)])[0] for i, settings in enumerate(made)]
         assert together == alone
@@ -89,7 +89,11 @@ def test_a_draw_falls_where_the_cumulated_units_pass_its_share():
             assert _pick(torch.tensor([units]), torch.tensor([[u]])).tolist() == [expected], (units, u)
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.3}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.3}, {"min_p": 0.3, "top_p": 0.5}, {"temperature": 0.0}],
+    ids=str,
+)
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan], ids=str)
 def test_rows_without_a_token_that_is_possible(settings, value):
     """They are told apart, and the others draw what they draw alone."""

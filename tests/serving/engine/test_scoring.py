@@ -7,7 +7,7 @@ from fastpeft.serving import Batcher, SamplingParams
 from fastpeft.serving.engine import scoring
 
 pytest.importorskip("peft", reason="PEFT is not installed")
-from tests.support.batching import failing, marked, prompt, step
+from tests.support.batching import failing, failing_times, marked, prompt, step
 from tests.support.lora_checkpoints import greedy_alone
 
 
@@ -36,6 +36,26 @@ def test_a_prompts_tokens_are_scored_as_by_one_forward(bank, chunk, monkeypatch)
     assert many.result(0) == greedy_alone(bank, ids, "bob", 4)
     assert beside.result(0) == greedy_alone(bank, prompt(9, 1), "alice", 6)
     assert not many.logprobs
+
+
+@pytest.mark.parametrize(
+    ("times", "error", "forwards"), [(1, ArithmeticError, 3), (2, ArithmeticError, 2), (1, torch.AcceleratorError, 1)]
+)
+def test_a_prompt_is_scored_again_after_a_fault(bank, times, error, forwards):
+    """Once, and not on a device that is lost; what it comes to is what it had come to without."""
+    batcher, sampling = Batcher(bank), SamplingParams(prompt_logprobs=1)
+    wanted = batcher.submit(prompt(9), "bob", max_new_tokens=2, sampling=sampling)
+    step(batcher, 3)
+    request = batcher.submit(prompt(9), "bob", max_new_tokens=2, sampling=sampling)
+    with failing_times(bank, times, error) as seen:
+        step(batcher)
+    assert len(seen) == forwards, "those of its scores, and a step if it has them"
+    step(batcher, 2)
+    if forwards == 3:
+        assert (request.result(0), request.prompt_logprobs) == (wanted.result(0), wanted.prompt_logprobs)
+    else:
+        with pytest.raises(error):
+            request.result(0)
 
 
 def test_a_prompt_that_fails_ends_alone(bank):

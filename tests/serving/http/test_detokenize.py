@@ -35,6 +35,18 @@ def test_text_in_pieces_is_the_text(stops, byte_level):
     assert all("\ufffd" not in piece for piece in pieces[:-1])
 
 
+@pytest.mark.parametrize("stops", [("cd", "b"), ("b", "cd"), ("x", "cd", "bc")])
+def test_the_first_of_several_stop_strings_in_one_piece_ends_the_text(stops):
+    class Words:
+        def decode(self, tokens, skip_special_tokens, clean_up_tokenization_spaces):
+            return "".join(("abcd", "ef")[token] for token in tokens)
+
+    stream = TextStream(Words(), stops)
+    assert stream.push(0) == "a"
+    assert stream.stopped
+    assert stream.finish() == ""
+
+
 def streamed(tokenizer, ids):
     stream = TextStream(tokenizer)
     return [stream.push(token) for token in ids], stream.finish()

@@ -79,6 +79,29 @@ def test_a_folder_that_comes_later_is_found(folder, tmp_path):
         assert text(client, "late")
 
 
+def test_what_was_unloaded_stays_so_while_its_folder_is_there(folder, tmp_path):
+    """Until it is loaded by name; a folder that comes under a name which had none is another checkpoint."""
+    with serving(tmp_path) as (service, _):
+        served = service.folder
+
+        def offered():
+            served.discover("late")
+            return "late" in service.bank
+
+        served.load_bytes("late", tensors(folder, "alice"))
+        served.unload("late")
+        assert not offered()
+        shutil.copytree(folder / "alice", tmp_path / "late")
+        assert offered()
+        served.unload("late")
+        assert not offered()
+        served.load_bytes("late", tensors(folder, "bob"))
+        shutil.rmtree(tmp_path / "late")
+        served.unload("late")
+        shutil.copytree(folder / "alice", tmp_path / "late")
+        assert offered()
+
+
 def test_the_base_model_is_called_by_its_name(tmp_path, monkeypatch):
     """By its id, by its folder, and in the hub's cache, whose folders are called by a hash, by its id again."""
     from fastpeft.serving.http.start import base_name

@@ -55,10 +55,16 @@ def test_chat_goes_through_the_template(served):
     assert chat(client, "alice", parts, max_tokens=7).json()["choices"][0]["message"] == message
 
 
-def test_chat_without_a_template_is_plain_lines(folder):
+def test_chat_without_a_template_is_plain_lines(folder, monkeypatch):
     with serving(folder, template=None) as (service, client):
         text = chat(client, "alice", "hello", max_tokens=7).json()["choices"][0]["message"]["content"]
         assert text == alone(service, "user: hello\nassistant:", "alice", 7).split("\nuser:")[0]
+        monkeypatch.setattr(
+            "fastpeft.serving.http.prompts.NEXT_USER", text[3:5]
+        )  # which the small model has no characters for
+        choice = chat(client, "alice", "hello", max_tokens=7).json()["choices"][0]
+        assert choice["message"]["content"] == text[: text.index(text[3:5])]
+        assert choice["finish_reason"] == "stop"
 
 
 def test_a_template_that_refuses_is_the_clients_error(folder):

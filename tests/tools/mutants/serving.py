@@ -5,7 +5,6 @@ FAILING = "tests/serving/engine/test_failing_steps.py"
 ILL = f"{FAILING}::test_a_failing_step_ends_the_row_that_fails"
 OWN = "tests/serving/engine/test_faults.py::test_errors_stay_with_their_request"
 PAGED = "tests/serving/engine/test_paged.py"
-ROPE = f"{PAGED}::test_a_row_has_the_rope_of_its_own_length"
 SAMPLING = "tests/serving/engine/test_sampling.py"
 LEFT = f"{SAMPLING}::test_draws_follow_what_transformers_leaves"
 SCORED = "tests/serving/engine/test_scoring.py::test_a_prompts_tokens_are_scored_as_by_one_forward"
@@ -16,6 +15,9 @@ REFUSED = f"{HTTP}/test_refused.py"
 KEYS = f"{HTTP}/test_access.py::test_a_second_key_for_what_changes_the_server"
 LINKS = f"{HTTP}/test_folder.py::test_links_lead_only_where_they_may"
 PIECES = f"{HTTP}/test_detokenize.py::test_text_in_pieces_is_the_text"
+FIRST_STOP = f"{HTTP}/test_detokenize.py::test_the_first_of_several_stop_strings_in_one_piece_ends_the_text"
+WOKEN = f"{HTTP}/test_deliver.py"
+LATER = f"{HTTP}/test_folder.py::test_what_was_unloaded_stays_so_while_its_folder_is_there"
 LOADED = f"{HTTP}/test_server.py::test_load_replace_and_unload"
 
 TESTS = (
@@ -72,26 +74,6 @@ MUTANTS = {
             ),
         },
     },
-    "fastpeft/serving/engine/admission.py": {
-        "Admission.admit": {
-            "one row too many of an adapter": (
-                "held[request.adapter] >= self._adapter_rows",
-                "held[request.adapter] > self._adapter_rows",
-                f"{HTTP}/test_crowd.py::test_one_tenant_may_take_only_so_much",
-            ),
-        },
-    },
-    "fastpeft/serving/engine/pages.py": {
-        "Pages.take": {
-            "one block for all": ("self._free.pop()", "self._free[-1]", ALONE),
-        },
-        "Pages.give_back": {
-            "blocks are lost": ("self._free += reversed(blocks)", "pass", f"{PAGED}::test_blocks_that_run_out"),
-        },
-        "blocks_for": {
-            "a block too few": ("-(-tokens // BLOCK)", "tokens // BLOCK", ALONE),
-        },
-    },
     "fastpeft/serving/engine/paged_rows.py": {
         "PagedRows.step": {
             "the youngest is blamed": ("not out_of_memory(error)", "False", ILL),
@@ -102,7 +84,11 @@ MUTANTS = {
             ),
         },
         "PagedRows._advance_apart": {
-            "half of the rows are given up": ("(shares[:middle], shares[middle:])", "(shares[:middle],)", ILL),
+            "half of the rows are given up": (
+                "(shares[:middle], shares[middle:])",
+                "(shares[:middle],)",
+                f"{FAILING}::test_a_row_that_is_tried_by_itself_is_tried_twice",
+            ),
         },
         "PagedRows._give_back": {
             "what was read counts as read": (
@@ -120,11 +106,6 @@ MUTANTS = {
         },
         "_Row.next": {
             "positions from the start": ("ids, self.cached, self.length", "ids, 0, self.length", ALONE),
-        },
-    },
-    "fastpeft/serving/engine/row_rope.py": {
-        "_RowByRow.__call__": {
-            "the length of the piece": ("total - 1", "count - 1", ROPE),
         },
     },
     "fastpeft/serving/engine/steps.py": {
@@ -183,7 +164,15 @@ MUTANTS = {
                 f"{HTTP}/test_checkpoints.py::test_no_path_leads_out",
             ),
         },
+        "AdapterFolder.path_of": {
+            "what was unloaded is found again": ("name in self._unloaded or", "", LATER),
+        },
+        "AdapterFolder.unload": {
+            "nobody notes it": ("self._unloaded.add(name)", "pass", LATER),
+            "names that are in no folder are kept": ("if self.path_of(name) is not None:", "if True:", LATER),
+        },
         "AdapterFolder._offer": {
+            "what was loaded again counts as unloaded": ("self._unloaded.discard(name)", "pass", LATER),
             "loaded twice": ("name in self.bank and not replace", "False", LOADED),
         },
     },
@@ -208,14 +197,48 @@ MUTANTS = {
                 "held = 0",
                 PIECES,
             ),
+            "the last that is named is not looked for": (
+                "text.find(stop) for stop in self._stops",
+                "text.find(stop) for stop in self._stops[:-1]",
+                PIECES,
+            ),
+            "the last that is named is given out in parts": (
+                "_overlap(text, stop) for stop in self._stops",
+                "_overlap(text, stop) for stop in self._stops[:-1]",
+                PIECES,
+            ),
+            "the last of several ends it": ("text[: min(found)]", "text[: max(found)]", FIRST_STOP),
+            "the first that is named ends it": ("text[: min(found)]", "text[: found[0]]", FIRST_STOP),
         },
         "TextStream._decoded": {
             "half a character": ("text.endswith(_INCOMPLETE) and not last", "False", PIECES),
         },
     },
     "fastpeft/serving/http/service.py": {
+        "Service.deliver": {
+            "woken for each token": ("if not self._woken:", "if True:", WOKEN),
+            "nobody notes that it was woken": ("self._woken = True", "pass", WOKEN),
+        },
+        "Service._hand_out": {
+            "the mark is taken away at the end": (
+                """self._woken = False while self._arrived: completion, token = self._arrived.popleft()
+                completion.tokens.put_nowait(token)""",
+                """while self._arrived:
+            completion, token = self._arrived.popleft()
+            completion.tokens.put_nowait(token)
+        self._woken = False""",
+                WOKEN,
+            ),
+            "the mark stays": ("self._woken = False", "pass", WOKEN),
+            "one token of a step": ("while self._arrived:", "if self._arrived:", WOKEN),
+        },
         "Service._begin": {
             "longer than the context": ("if max(new, 1) > room:", "if False:", f"{REFUSED}::test_too_large"),
+            "where the next line begins": (
+                ", *prompt.stops",
+                "",
+                f"{HTTP}/test_server.py::test_chat_without_a_template_is_plain_lines",
+            ),
         },
     },
     "fastpeft/methods/serving_bits.py": {
