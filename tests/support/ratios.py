@@ -1,6 +1,6 @@
 """The error of every op's kernels against float64 over that of plain PyTorch, as the table of docs/guarantees.md.
 
-    python -m tests.support.ratios [op ...]      (default: every op, some ten minutes)
+    python -m tests.support.ratios [op ...]      (default: every op, a quarter of an hour)
 
 Runs the tests that hold the ratios, in Triton's interpreter where there is no GPU, and prints the largest of each kind.
 """
