@@ -1,11 +1,12 @@
-"""``fastpeft._host_<torch's version>``: the C++ extension that runs calls that repeat without Python. See ``_plan.py``.
+"""``fastpeft._host_<torch's version>_<its sources>``: C++ that runs calls that repeat without Python. See ``_plan.py``.
 
 It is compiled against one version of torch and serves that one alone, so it comes in no wheel: ``fastpeft build``
-compiles it where it will run, in about a minute, and several versions lie side by side. Where it is not built,
-``_host_python`` serves in its place.
+compiles it where it will run, in about a minute, and several versions lie side by side. One that was compiled from
+other sources, as those of an earlier release, is not found. Where none is, ``_host_python`` serves in its place.
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -23,11 +24,21 @@ from . import _host_python
 
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCES = (_PACKAGE / "csrc", _PACKAGE.parent / "csrc/host")  # in an installed package; in a checkout
+_FLAGS = ["-O3", "-ffp-contract=off"]  # multiply-adds are rounded twice, as in PyTorch's operators
 
 
+@functools.cache
 def name() -> str:
-    """The extension's module for this torch, without the package."""
-    return "_host_" + re.sub(r"\W", "_", torch.__version__)
+    """The extension's module for this torch and these sources, without the package."""
+    sources = hashlib.sha256(repr(_FLAGS).encode())
+    for path in sorted(p for p in _folder().glob("*") if p.suffix in (".cpp", ".h")):
+        sources.update(path.name.encode() + path.read_bytes())
+    return "_host_" + re.sub(r"\W", "_", f"{torch.__version__}_{sources.hexdigest()[:8]}")
+
+
+def _folder() -> Path:
+    """Where the sources are, or would be."""
+    return next((folder for folder in _SOURCES if folder.is_dir()), _SOURCES[0])
 
 
 @functools.cache
@@ -80,7 +91,7 @@ def build(verbose: bool = False) -> Path:
     """
     from torch.utils import cpp_extension
 
-    sources = next((sorted(map(str, folder.glob("*.cpp"))) for folder in _SOURCES if folder.is_dir()), [])
+    sources = sorted(map(str, _folder().glob("*.cpp")))
     if not sources:
         raise RuntimeError(f"fastpeft build: no sources in {' or '.join(map(str, _SOURCES))}")
     target = _PACKAGE / f"{name()}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -89,7 +100,7 @@ def build(verbose: bool = False) -> Path:
             name(),
             sources,
             build_directory=folder,
-            extra_cflags=["-O3"],
+            extra_cflags=_FLAGS,
             with_cuda=False,
             is_python_module=False,
             verbose=verbose,

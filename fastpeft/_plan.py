@@ -98,9 +98,9 @@ def _backward(
     ctx, to_save, tensors, inner, backward = tape.node
     inputs = tape.inputs
     owners = [_owner(tape, tensor) for tensor in tensors]
-    asked = [owner for owner, tensor in zip(owners, tensors, strict=True) if owner is not None]
-    if len(asked) != len(set(asked)):
-        raise Refused("an argument was given twice")
+    counts = Counter(owners)
+    if any(tensor.requires_grad and counts[owner] > 1 for owner, tensor in zip(owners, tensors, strict=True)):
+        raise Refused("an argument that gets a gradient was given twice")
     matches = [next((i for i, o in enumerate(outputs) if _same(o, t)), None) for t in inner]
     places = [match for match in matches if match is not None]
     if len(places) != len(inner) or len(set(places)) != len(outputs):

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "widest.h"
+
 namespace fastpeft {
 namespace {
 
@@ -43,7 +45,10 @@ at::Tensor keep_mask(const at::Tensor& seed, int64_t threshold, int64_t rows, in
   AT_DISPATCH_FLOATING_TYPES_AND3(at::kHalf, at::kBFloat16, at::kBool, dtype, "keep_mask", [&] {
     scalar_t* const first = keep.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, rows, 1 + 16384 / (columns + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) draw_row(first + row * columns, columns, row_key(start, row), limit);
+      widest([=] {
+        for (int64_t row = begin; row < end; ++row)
+          draw_row(first + row * columns, columns, row_key(start, row), limit);
+      });
     });
   });
   return keep;

@@ -1,4 +1,4 @@
-"""Quantised weights written out, in plain PyTorch: the definition, and what runs on a CPU.
+"""Quantised weights written out, in plain PyTorch: the definition, and what runs on a CPU without the host extension.
 
     4 bits    W_i = code[c_i] · absmax[i // block]                  i counts the elements of W [N, K], row by row
     nested    absmax_j = code2[q_j] · absmax2[j // block2] + offset
@@ -8,8 +8,12 @@ Two elements share a byte, the first in its high half. All of it is float32, rou
 rounded once more, to the dtype it is written in. Source: Dettmers et al., "QLoRA" (2023) and "LLM.int8()" (2022).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .. import _host
 
 _STEP = 1 << 18  # elements whose values in float32 fit a core's cache
 
@@ -41,11 +45,11 @@ def dequantise(
         dtype: of the result.
     """
     out = torch.empty(shape, dtype=dtype, device=codes.device)
-    write(out, codes, absmax, code, absmax2, code2, offset, block, block2)
+    define(out, codes, absmax, code, absmax2, code2, offset, block, block2)
     return out
 
 
-def write(
+def define(
     out: Tensor,
     codes: Tensor,
     absmax: Tensor,
@@ -58,7 +62,7 @@ def write(
     first: int = 0,
     columns: int | None = None,
 ) -> None:
-    """``dequantise`` into ``out``, which is contiguous.
+    """``dequantise`` into ``out``, which is contiguous, by PyTorch's operators.
 
     Or a part of W, which has so many ``columns``, from element ``first`` on. In 4 bits each of the part's rows begins
     with a block.
@@ -93,3 +97,21 @@ def write(
 def _values(pairs: Tensor, codes: Tensor, first: int, end: int) -> Tensor:
     """The codes' values from an element that begins a byte to another."""
     return pairs.index_select(0, codes[first // 2 : (end + 1) // 2].int()).view(torch.float32)[: end - first]
+
+
+def write(out: Tensor, *base: Any) -> None:
+    """``define``, in one pass on a CPU where the host extension is there: the same bits.
+
+    Args:
+        out: ``[N, K]``, contiguous.
+        base: as ``define`` takes them.
+    """
+    if out.device.type == "cpu" and _host.load() is not None:
+        torch.ops.fastpeft.dequantise_(out, *base)
+    else:
+        define(out, *base)
+
+
+def scratch(count: int, dtype: torch.dtype) -> Tensor | None:
+    """Memory of a CPU that the host extension gives again once this is let go; None where it is not there."""
+    return None if _host.load() is None else torch.ops.fastpeft.scratch(count, dtype)

@@ -152,8 +152,11 @@ def test_a_cpu_keeps_one_buffer():
     assert found[0] == found[1] == found[2] != found[3]
 
 
-def test_a_cpus_buffer_grows_and_serves_second_gradients():
+@pytest.mark.parametrize("extension", [True, False], ids=["with the extension", "without"])
+def test_a_cpus_buffer_grows_and_serves_second_gradients(extension, monkeypatch):
     """Also where it was made in inference mode, by a smaller weight."""
+    if not extension:
+        monkeypatch.setattr(_backend.load("dequantise", "reference"), "scratch", lambda count, dtype: None)
     p, (small, *_) = problem(FP64, rows=(3,)), bases(FP64)
     p, small = p.map(Tensor.cpu), ops.Base(*(t.cpu() if isinstance(t, Tensor) else t for t in small))
     large = four_bit(1 << 12, 70, 32, dtype=FP64)

@@ -44,7 +44,7 @@ MUTANTS = {
         },
     },
     "fastpeft/reference/dequantise.py": {
-        "write": {
+        "define": {
             "the low half first": (
                 "(code.repeat_interleave(16), code.repeat(16))",
                 "(code.repeat(16), code.repeat_interleave(16))",
