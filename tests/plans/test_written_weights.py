@@ -101,7 +101,7 @@ def test_scales_that_are_not_numbers():
     [
         (0, torch.zeros(11, dtype=torch.uint8), "codes"),
         (0, torch.zeros(24, dtype=torch.uint8)[::2], "codes"),
-        (1, torch.zeros(2), "absmax"),
+        (1, torch.zeros(0), "absmax"),
         (1, torch.zeros(1, dtype=torch.uint8), "absmax"),
         (2, torch.zeros(15), "code"),
         (3, torch.zeros(1), "absmax"),
