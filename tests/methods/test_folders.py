@@ -27,7 +27,8 @@ LORA = {
 }
 # What each is called wherever it is refused, and by whom: a bank serves LoRA alone, load what has a method.
 OTHERS = {
-    "PiSSA": (lambda: lora(init_lora_weights="pissa"), "which changes the frozen weights", "load bank"),
+    "PiSSA": (lambda: lora(init_lora_weights="pissa"), "path_initial_model_for_weight_conversion", "load bank"),
+    "OLoRA": (lambda: lora(init_lora_weights="olora"), "which changes the frozen weights; PEFT's save", "load bank"),
     "trained biases": (lambda: lora(lora_bias=True), "lora_bias", "bank"),
     "copies": (lambda: lora(modules_to_save=["norm"]), "modules_to_save", "bank"),
     "token rows beside": (lambda: lora(trainable_token_indices=[3]), "trainable_token_indices", "bank"),

@@ -46,6 +46,7 @@ _INITS = {"kaiming": True, "gaussian": "gaussian", "random": False}
 FRESH_INITS = tuple(_INITS.values())
 # These start A and B differently but leave the frozen weights alone, so a trained adapter is an ordinary one.
 _PLAIN_INITS = (*FRESH_INITS, None, "orthogonal", "eva")
+_CONVERTED = ("pissa", "olora", "corda", "lora_ga")  # of which PEFT can write the difference from the start
 
 
 def to_peft(
@@ -114,7 +115,10 @@ def from_peft(op: str, fields: object, source: str = "adapter_config.json") -> L
             raise Unserved(f"{op}: {source} has {name}={value!r}, which is not served")
     init = fields.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
-        raise Unserved(f"{op}: {source} has init_lora_weights={init!r}, which changes the frozen weights")
+        advice = ""
+        if str(init).startswith(_CONVERTED):
+            advice = "; PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) writes it as plain LoRA"
+        raise Unserved(f"{op}: {source} has init_lora_weights={init!r}, which changes the frozen weights{advice}")
     settings = {ours: fields[theirs] for theirs, ours in _FIELDS.items() if fields.get(theirs) is not None}
     if settings.get("bias", "none") not in BIASES:
         raise ValueError(f"{op}: {source} has bias={settings['bias']!r}, expected one of {', '.join(BIASES)}")
