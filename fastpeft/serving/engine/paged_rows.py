@@ -187,6 +187,8 @@ class PagedRows:
     def _provide(self, row: _Row, tokens: int, waiting: set[_Row]) -> None:
         """Have the row's blocks reach for so many tokens, by taking those of the youngest rows if need be."""
         lack = blocks_for(tokens) - len(row.blocks)
+        if lack <= 0:
+            return
         younger = [other for other in self._rows[self._rows.index(row) + 1 :] if other.blocks]
         while lack > self._pages.free and younger:
             victim = younger.pop()
@@ -195,7 +197,7 @@ class PagedRows:
             self.preempted += 1
         if lack > self._pages.free:  # older rows have them: it waits
             waiting.add(row)
-        elif lack > 0:
+        else:
             first = len(row.blocks)
             row.blocks += self._pages.take(lack)
             new = torch.tensor(row.blocks[first:], pin_memory=self._tables.is_cuda)
