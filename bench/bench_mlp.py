@@ -2,11 +2,13 @@
 
     python -m bench.bench_mlp --device cpu --out rows.jsonl [--quick] [--shape 1024x2816] [--rows 512]
 
-What is timed is the MLP of a Llama block, of hidden size K and inner size I; x and the adapters want gradients. Host
-time and peak memory of a whole block without a GPU are in tests/nullgpu/test_mlp.py.
+What is timed is the MLP of a Llama block, of hidden size K and inner size I; x and the adapters want gradients. Where
+bitsandbytes is installed, so is one in NF4. Without a GPU, host time of a whole block is in bench_host.py, and its peak
+memory in tests/nullgpu/test_mlp.py.
 """
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft.ops import lora_linear, lora_linear_shared, lora_mlp
-from fastpeft.reference import lora_mlp as definition
+from fastpeft.nn.quantised import base_of
+from fastpeft.ops import dequantise, lora_linear, lora_linear_shared, lora_mlp
+from fastpeft.testing import eager_lora_mlp
 
-from . import command, harness, machine, peers
+from . import bench_quantised, command, harness, machine, peers
 from .harness import FROZEN, PEER, Call, Variant
 from .lora import SCALE
 
@@ -35,11 +38,19 @@ class Problem:
     rank: int
     dtype: torch.dtype
     device: torch.device
+    nf4: bool = False
 
     @property
     def fields(self) -> dict:
         adapters = str(torch.promote_types(self.dtype, torch.float32)).removeprefix("torch.")
-        return harness.columns("lora_mlp", self.shape, self.rows, self.dtype, rank=self.rank, adapters=adapters)
+        return harness.columns(
+            "lora_mlp_nf4" if self.nf4 else "lora_mlp",
+            self.shape,
+            self.rows,
+            self.dtype,
+            rank=self.rank,
+            adapters=adapters,
+        )
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -74,9 +85,12 @@ class Operands:
             return drawn.to(problem.device, dtype).requires_grad_(trained)
 
         sizes, rank = problem.sizes, problem.rank
+        x, weights = new(problem.rows, sizes[0][1]), [new(n, k, spread=k**-0.5, trained=False) for n, k in sizes]
+        if problem.nf4:  # what is read in 4 bits: quantised again it gives the same codes
+            weights = [dequantise(base_of(bench_quantised.layer_of(w)), w.dtype) for w in weights]
         return cls(
-            new(problem.rows, sizes[0][1]),
-            tuple(new(n, k, spread=k**-0.5, trained=False) for n, k in sizes),
+            x,
+            tuple(weights),
             tuple(new(rank, k, spread=k**-0.5, dtype=wide) for _, k in sizes),
             tuple(new(n, rank, spread=rank**-0.5, dtype=wide) for n, _ in sizes),
             new(problem.rows, sizes[0][1], trained=False),
@@ -102,19 +116,30 @@ def _peft(o: Operands, wrap=lambda function: function) -> Callable:
     return wrap(_gated(*(peers.peft_layer(*each, SCALE, 0.0) for each in operands)))
 
 
-def _layers(o: Operands) -> Callable:
+def _layers(o: Operands, weights=None) -> Callable:
+    weights = weights or o.weights
+
     def forward(x):
-        gate, up = lora_linear_shared(x, o.weights[:2], o.lora_as[:2], o.lora_bs[:2], None, [SCALE] * 2)
-        return lora_linear(F.silu(gate) * up, o.weights[2], o.lora_as[2], o.lora_bs[2], None, SCALE)
+        gate, up = lora_linear_shared(x, weights[:2], o.lora_as[:2], o.lora_bs[:2], None, [SCALE] * 2)
+        return lora_linear(F.silu(gate) * up, weights[2], o.lora_as[2], o.lora_bs[2], None, SCALE)
 
     return forward
 
 
-def _node(o: Operands) -> Callable:
-    return lambda x: lora_mlp(x, o.weights, o.lora_as, o.lora_bs, None, [SCALE] * 3)
+def _node(o: Operands, weights=None) -> Callable:
+    return lambda x: lora_mlp(x, weights or o.weights, o.lora_as, o.lora_bs, None, [SCALE] * 3)
 
 
 PROVIDERS = {FROZEN: _frozen, PEER: _peft, COMPILED: None, LAYERS: _layers, OURS: _node}
+
+
+def _in_nf4(name: str, o: Operands, layers: list) -> Callable:
+    """The same around bitsandbytes' layers."""
+    if name == FROZEN:
+        return _gated(*layers)
+    if name == PEER:
+        return _gated(*bench_quantised.adapted(layers, o.lora_as, o.lora_bs))
+    return PROVIDERS[name](o, [base_of(layer) for layer in layers])
 
 
 def variant(problem: Problem, name: str) -> Variant:
@@ -129,29 +154,39 @@ def variant(problem: Problem, name: str) -> Variant:
         if name in (PEER, COMPILED):  # its modules hold parameters
             a, b = (tuple(map(torch.nn.Parameter, ts)) for ts in (o.lora_as, o.lora_bs))
             o = replace(o, lora_as=a, lora_bs=b)
-        run = _peft(o, peers.compiled()) if name == COMPILED else PROVIDERS[name](o)
-        return Call(lambda: [run(o.x)], leaves(o), [o.dy], [*o.weights, *o.lora_as, *o.lora_bs])
+        layers = [bench_quantised.layer_of(weight) for weight in o.weights if problem.nf4]
+        if layers:
+            run = _in_nf4(name, o, layers)
+        else:
+            run = _peft(o, peers.compiled()) if name == COMPILED else PROVIDERS[name](o)
+        codes = [part for layer in layers for part in base_of(layer)[:6]]
+        return Call(lambda: [run(o.x)], leaves(o), [o.dy], [*o.weights, *codes, *o.lora_as, *o.lora_bs])
 
     def plain(dtype):
         o = draw(0) if dtype is None else draw(0).to(dtype)
-        y = definition(o.x, o.weights, o.lora_as, o.lora_bs, scales=[SCALE] * 3) if adapted else _frozen(o)(o.x)
+        y = _frozen(o)(o.x)
+        if adapted:
+            operands = o.x, o.weights, o.lora_as, o.lora_bs, [None] * 3, [SCALE] * 3, [0.0] * 3, [None] * 3
+            y = eager_lora_mlp(*operands, "silu")
         return [y, *torch.autograd.grad(y, leaves(o), o.dy)]
 
     return Variant(name, bind, plain, partial(problem.traffic, adapted=adapted), own=name in (OURS, LAYERS))
 
 
 def case(problem: Problem, names=None, compiles: bool = False) -> harness.Case:
-    wanted = [name for name in names or PROVIDERS if compiles or name != COMPILED]
+    wanted = [name for name in names or PROVIDERS if name != COMPILED or (compiles and not problem.nf4)]
     (inner, k), *_ = problem.sizes
     sets = machine.argument_sets(problem.device, problem.dtype.itemsize * 3 * k * (inner + problem.rows))
     return harness.Case.of(problem, [variant(problem, name) for name in wanted], sets)
 
 
 def problems(device: torch.device) -> list[Problem]:
+    bits = [False, True] if importlib.util.find_spec("bitsandbytes") else [False]
     if device.type == "cuda":  # Llama-3.1-8B, Qwen3-4B
         shapes = ("4096x14336", 2048), ("4096x14336", 8192), ("2560x9728", 4096)
-        return [Problem(shape, rows, 16, torch.bfloat16, device) for shape, rows in shapes]
-    return [Problem(shape, 512, 16, torch.float32, device) for shape in ("512x1408", "1024x2816")]
+        return [Problem(shape, rows, 16, torch.bfloat16, device, nf4) for nf4 in bits for shape, rows in shapes]
+    dense = [Problem(shape, 512, 16, torch.float32, device) for shape in ("512x1408", "1024x2816")]
+    return dense + [Problem("1024x2816", 512, 16, torch.bfloat16, device, True)] * bits[-1]
 
 
 def cases(options: argparse.Namespace) -> list[Callable[[], harness.Case]]:

@@ -2,7 +2,8 @@
 
     python -m bench.bench_quantised --device cpu --out rows.jsonl [--quick] [--shape 1024x1024] [--rows 512]
 
-It needs bitsandbytes. Weights are drawn, quantised and written out, so that every variant's truth is the same.
+A gated MLP in NF4 is in bench_mlp.py. Both need bitsandbytes. Weights are drawn, quantised and written
+out, so that every variant's truth is the same.
 """
 
 import argparse
@@ -49,6 +50,25 @@ def layer_of(weight: Tensor) -> nn.Module:
     return layer.to(weight.device)
 
 
+def nf4_of_zeros(n: int, k: int, device: str) -> nn.Module:
+    """bitsandbytes' layer of this size as it is once quantised, with nested scales: nothing is computed for it."""
+    import bitsandbytes as bnb
+
+    def zeros(*size, dtype=torch.float32):
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    blocks, state = n * k // 64, bnb.functional.QuantState
+    outer = state(absmax=zeros(-(-blocks // 256)), blocksize=256, code=zeros(256), dtype=torch.float32)
+    settings = {"blocksize": 64, "quant_type": "nf4", "dtype": torch.bfloat16, "offset": zeros(), "state2": outer}
+    absmax = zeros(blocks, dtype=torch.uint8)
+    inner = state(absmax=absmax, shape=torch.Size((n, k)), code=zeros(16), **settings)
+    layer = bnb.nn.Linear4bit(k, n, False, torch.bfloat16, quant_type="nf4", device="meta")
+    codes, given = zeros(n * k // 2, 1, dtype=torch.uint8), {"requires_grad": False, "bnb_quantized": True}
+    layer.weight = bnb.nn.Params4bit(codes, quant_state=inner, module=layer, **given)
+    layer.quant_state = inner
+    return layer
+
+
 def snapped(arguments: Arguments) -> Arguments:
     """With weights that are in 4 bits what they are in 16: quantised again they give the same codes."""
     return replace(arguments, weights=[dequantise(base_of(layer_of(w)), w.dtype) for w in arguments.weights])
@@ -80,19 +100,22 @@ def _frozen(problem, weights):
 
 
 def _adapted(problem, weights, lora_as, lora_bs, change=lambda layer: layer):
+    frozen = [layer_of(weight) for weight in weights]
+    return _Layers([change(layer) for layer in adapted(frozen, lora_as, lora_bs, problem.dropout)], frozen)
+
+
+def adapted(frozen: list[nn.Module], lora_as, lora_bs, dropout: float = 0.0) -> list[nn.Module]:
+    """PEFT's layers around these, with A and B as they are given."""
     import peft
 
-    layers, frozen = [], []
-    for weight, a, b in zip(weights, lora_as, lora_bs, strict=True):
-        config = peft.LoraConfig(
-            r=problem.rank, lora_alpha=SCALE * problem.rank, lora_dropout=problem.dropout, target_modules=["proj"]
-        )
-        model = peft.inject_adapter_in_model(config, _Model({"proj": layer_of(weight)}))
-        layer = model["proj"]
+    layers = []
+    for base, a, b in zip(frozen, lora_as, lora_bs, strict=True):
+        rank = a.shape[0]
+        config = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, lora_dropout=dropout, target_modules=["proj"])
+        layer = peft.inject_adapter_in_model(config, _Model({"proj": base}))["proj"]
         layer.lora_A["default"].weight, layer.lora_B["default"].weight = a, b
-        layers.append(change(layer.train()))
-        frozen.append(layer.base_layer)
-    return _Layers(layers, frozen)
+        layers.append(layer.train())
+    return layers
 
 
 def case(problem: Quantised, compile_peft: bool) -> harness.Case:

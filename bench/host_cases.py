@@ -7,6 +7,7 @@ Each case gives a step for each way of computing it, all on the device and all o
 
 import copy
 import functools
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 import fastpeft
 from fastpeft import ops, serving
 
-from . import host_methods
+from . import host_gated, host_methods
 from .host_methods import FROZEN, OURS, PEFT, Steps
 
 OWN = "ours, attached"
@@ -52,6 +53,8 @@ def cases() -> Iterator[Case]:
             for adapters, autocast in (("bfloat16", False), ("float32", False), ("float32", True)):
                 yield Case(name, True, dropout, adapters, autocast)
             yield Case(name, False, dropout)
+    for name in host_gated.NAMES[: 2 if importlib.util.find_spec("bitsandbytes") else 1]:
+        yield from (Case(name, True, adapters=adapters) for adapters in ("bfloat16", "float32"))
     yield from map(Case, ("multi_lora", "decode step", "Batcher turn"))
     yield from (Case("experts", True, adapters=adapters) for adapters in ("bfloat16", "float32"))
     yield Case("bottleneck", True, adapters="float32")
@@ -113,11 +116,17 @@ class Linear(nn.Module):
 
 def _layers(case: Case) -> Steps:
     with torch.device("cuda"):
-        base = {"linear": Linear, "block": Block}[case.name]().bfloat16().requires_grad_(False)
+        base = (Linear if case.name == "linear" else Block)().bfloat16().requires_grad_(False)
         x = torch.zeros(ROWS, WIDE, dtype=torch.bfloat16, requires_grad=case.trains)
         gradient = torch.zeros_like(x)
     targets, wide = ["q_proj"] if case.name == "linear" else LINEARS, case.adapters == "float32"
     config = peft.LoraConfig(r=RANK, lora_dropout=case.dropout, target_modules=targets)
+    if case.name in host_gated.NAMES:
+
+        def timed(model: nn.Module) -> Callable[[], Tensor]:
+            return functools.partial(_step, model, [*model.parameters()], x, gradient, case)
+
+        return host_gated.steps(base, case.name.endswith("NF4"), config, wide, timed)
     theirs, ours = (
         peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=wide).train() for _ in range(2)
     )

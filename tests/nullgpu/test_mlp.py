@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import fastpeft
 from bench.bench_memory import Case, measure
+from bench.bench_quantised import nf4_of_zeros
 from bench.memory_models import MODELS, OURS, PEFT, adapted
 from bench.nullgpu import counted
 from fastpeft import _plan
-from tests.support.quantised_models import nf4_of_zeros
 
 WIDE, INNER, KEYS, ROWS = 4096, 14336, 1024, 2048
 MIB = 2**20
@@ -63,6 +63,7 @@ def base() -> Block:
 
 @functools.cache
 def nf4_base() -> Block:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     with torch.device("meta"):
         block = Block()
     for module in (block.self_attn, block.mlp):

@@ -39,22 +39,3 @@ def load(family: str = "llama", bits: str = "nf4", dtype: torch.dtype = BF16):
 def ids(rows: int = 2, tokens: int = 40) -> torch.Tensor:
     """Token ids, more rows than those of which a layer is called as it is."""
     return torch.randint(128, (rows, tokens), generator=torch.Generator().manual_seed(1))
-
-
-def nf4_of_zeros(n: int, k: int, device: str):
-    """bitsandbytes' layer of this size as it is once quantised, with nested scales: nothing is computed for it."""
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-
-    def zeros(*size, dtype=torch.float32):
-        return torch.zeros(size, dtype=dtype, device=device)
-
-    blocks, state = n * k // 64, bnb.functional.QuantState
-    outer = state(absmax=zeros(-(-blocks // 256)), blocksize=256, code=zeros(256), dtype=torch.float32)
-    settings = {"blocksize": 64, "quant_type": "nf4", "dtype": BF16, "offset": zeros(), "state2": outer}
-    absmax = zeros(blocks, dtype=torch.uint8)
-    inner = state(absmax=absmax, shape=torch.Size((n, k)), code=zeros(16), **settings)
-    layer = bnb.nn.Linear4bit(k, n, False, BF16, quant_type="nf4", device="meta")
-    codes, given = zeros(n * k // 2, 1, dtype=torch.uint8), {"requires_grad": False, "bnb_quantized": True}
-    layer.weight = bnb.nn.Params4bit(codes, quant_state=inner, module=layer, **given)
-    layer.quant_state = inner
-    return layer
