@@ -1,0 +1,61 @@
+"""What a Llama-3.1-8B block in NF4 keeps and needs at most, as test_mlp.py has it of a dense one."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from bench.bench_quantised import nf4_of_zeros
+from bench.memory_models import OURS, PEFT
+from tests.nullgpu.test_mlp import (
+    APART,
+    BLOCKS,
+    INNER,
+    MIB,
+    ROUNDING,
+    WIDE,
+    Block,
+    assert_launches,
+    kept_and_peak,
+    step_of,
+)
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+SCRATCH = WIDE * INNER * 2 / MIB  # of a whole weight in 16 bits; a quarter of it is written out at a time
+NF4_BLOCKS = {
+    (0.0, torch.bfloat16): {PEFT: (272.4, 440.9), APART: (272.4, 441.0), OURS: (160.4, 252.1)},
+    (0.05, torch.bfloat16): {PEFT: (412.4, 552.9), APART: (272.4, 441.0), OURS: (160.4, 252.1)},
+    (0.0, torch.float32): {PEFT: (488.9, 624.9), APART: (272.9, 442.0), OURS: (160.9, 255.5)},
+    (0.05, torch.float32): {PEFT: (564.9, 812.9), APART: (272.9, 442.0), OURS: (160.9, 254.3)},
+}
+
+
+@functools.cache
+def nf4_base() -> Block:
+    with torch.device("meta"):
+        block = Block()
+    for module in (block.self_attn, block.mlp):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, nf4_of_zeros(layer.out_features, layer.in_features, "cuda"))
+    block.is_loaded_in_4bit = True
+    return block
+
+
+@pytest.mark.parametrize(("dropout", "adapters"), NF4_BLOCKS, ids=str)
+def test_what_a_block_in_nf4_keeps_and_needs(dropout, adapters):
+    """What a dense one keeps, and less above its peak than a whole weight written out."""
+    for way, (kept, peak) in NF4_BLOCKS[dropout, adapters].items():
+        found = kept_and_peak(step_of(way, dropout, adapters, nf4_base))
+        assert found[0] == kept, way
+        assert abs(found[1] - peak) <= 2 * ROUNDING, way  # two such blocks
+    assert kept == BLOCKS[dropout, adapters][OURS][0]
+    assert peak < BLOCKS[dropout, adapters][OURS][1] + SCRATCH / 2
+
+
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=str)
+def test_launches_of_a_block_in_nf4(adapters):
+    """Four parts at this size; nothing waits, and every call is planned."""
+    assert_launches(step_of(OURS, 0.0, adapters, nf4_base), 153)
