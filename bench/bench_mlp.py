@@ -4,7 +4,7 @@
 
 What is timed is the MLP of a Llama block, of hidden size K and inner size I; x and the adapters want gradients. Where
 bitsandbytes is installed, so is one in NF4. Without a GPU, host time of a whole block is in bench_host.py, and its peak
-memory in tests/nullgpu/test_mlp.py.
+memory in tests/nullgpu/test_mlp*.py.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from torch import nn
 
 from bench.bench_quantised import nf4_of_zeros
 from bench.memory_models import OURS, PEFT
-from tests.nullgpu.test_mlp import (
+from tests.support.llama_block import (
     APART,
     BLOCKS,
     INNER,
