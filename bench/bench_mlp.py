@@ -142,6 +142,11 @@ def _in_nf4(name: str, o: Operands, layers: list) -> Callable:
     return PROVIDERS[name](o, [base_of(layer) for layer in layers])
 
 
+def _as_peft_in_4_bits(weight: Tensor, lora_a: Tensor, lora_b: Tensor, x: Tensor) -> Tensor:
+    """Its layer around bitsandbytes' rounds the low-rank term before it is added, unlike the one around nn.Linear."""
+    return F.linear(x, weight) + (F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b) * SCALE).to(x.dtype)
+
+
 def variant(problem: Problem, name: str) -> Variant:
     adapted = name != FROZEN
     draw = cache(partial(Operands.draw, problem))
@@ -165,7 +170,9 @@ def variant(problem: Problem, name: str) -> Variant:
     def plain(dtype):
         o = draw(0) if dtype is None else draw(0).to(dtype)
         y = _frozen(o)(o.x)
-        if adapted:
+        if problem.nf4 and name == PEER:
+            y = _gated(*map(partial(partial, _as_peft_in_4_bits), o.weights, o.lora_as, o.lora_bs))(o.x)
+        elif adapted:
             operands = o.x, o.weights, o.lora_as, o.lora_bs, [None] * 3, [SCALE] * 3, [0.0] * 3, [None] * 3
             y = eager_lora_mlp(*operands, "silu")
         return [y, *torch.autograd.grad(y, leaves(o), o.dy)]
