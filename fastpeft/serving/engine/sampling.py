@@ -31,14 +31,13 @@ def next_tokens(logits: Tensor, requests: Sequence[Request]) -> list[int | None]
         Token ids; None for a row with NaN among its logits, or with -inf alone.
     """
     given, logits = logits, adjusted(logits, requests)
-    tokens = logits.argmax(-1)  # of a row with NaN, the place of one
-    best = logits.gather(-1, tokens[:, None])[:, 0]
+    best, tokens = logits.max(-1)  # NaN where there is one
     drawn = [i for i, request in enumerate(requests) if request.params.temperature > 0]
     if len(drawn) == len(requests):
         tokens = _draw(logits, requests)
     elif drawn:
         tokens[drawn] = _draw(logits[drawn], [requests[i] for i in drawn])
-    found = tokens.masked_fill(torch.isnan(best) | (best == -torch.inf), -1)
+    found = torch.where(best > -torch.inf, tokens, -1)  # which NaN is not
     if found.is_cuda:  # one copy, and one wait for it
         found = torch.empty_like(found, device="cpu", pin_memory=True).copy_(found, non_blocking=True)
         torch.cuda.current_stream(logits.device).synchronize()

@@ -115,7 +115,7 @@ MUTANTS = {
     },
     "fastpeft/serving/engine/sampling.py": {
         "next_tokens": {
-            "NaN is a token": ("torch.isnan(best)", "torch.zeros_like(best, dtype=torch.bool)", OWN),
+            "NaN is a token": ("best > -torch.inf", "best != -torch.inf", OWN),
         },
         "_units": {
             "a tie with the last is left out": ("x < last.masked_fill", "x <= last.masked_fill", LEFT),

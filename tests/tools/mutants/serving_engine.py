@@ -85,11 +85,11 @@ MUTANTS = {
     },
     "fastpeft/serving/engine/sampling.py": {
         "next_tokens": {
-            "greedy takes the least": ("logits.argmax(-1)", "logits.argmin(-1)", GREEDY),
+            "greedy takes the least": ("logits.max(-1)", "logits.min(-1)", GREEDY),
             "greedy rows are drawn": ("request.params.temperature > 0", "True", GREEDY),
             "draws go to the first rows": ("tokens[drawn] =", "tokens[: len(drawn)] =", GREEDY),
             "the first rows are drawn from": ("_draw(logits[drawn],", "_draw(logits[: len(drawn)],", APART),
-            "nothing is a token": ("| (best == -torch.inf)", "", IMPOSSIBLE),
+            "nothing is a token": ("best > -torch.inf", "best == best", IMPOSSIBLE),
         },
         "_draw": {
             "another row's number": ("u[every])", "u[: len(every)])", APART),
