@@ -6,6 +6,7 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -100,6 +101,11 @@ bool Key::add(PyObject* argument) {
     if (!text) return PyErr_Clear(), false;
     add_number('s', &length, sizeof length);
     bytes_.append(text, length);
+    return true;
+  }
+  if (THPDtype_Check(argument)) {
+    const auto dtype = static_cast<int8_t>(reinterpret_cast<THPDtype*>(argument)->scalar_type);
+    add_number('d', &dtype, sizeof dtype);
     return true;
   }
   if (PyList_CheckExact(argument))

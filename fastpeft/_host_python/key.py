@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 PLAIN = frozenset({Tensor, nn.Parameter})
-_VALUES = frozenset({int, bool, str, type(None)})
+_VALUES = frozenset({int, bool, str, type(None), torch.dtype})
 
 
 def _bits(*names: str) -> int:

@@ -125,6 +125,10 @@ def run(x: Tensor, branches: list[Branch]) -> Tensor:
     """The fused op over a plan: one adapter, or the sum of several."""
     if isinstance(branches, Dora):
         return _dora.run(x, branches)
+    weight, lora_a, lora_b, bias, scale, dropout, lora_bias = branches[0]
+    if len(branches) == 1 and weight is not None and lora_bias is None and not isinstance(scale, Tensor):
+        bias = quantised.fitting_bias(bias, weight, x, lora_a.dtype)
+        return ops.lora_linear(x, weight, lora_a, lora_b, bias, scale, dropout)
     weights, lora_as, lora_bs, biases, scales, dropouts, lora_biases = map(list, zip(*branches, strict=True))
     stack = len(branches) > 1 and not any(dropouts)
     for i, scale in enumerate(scales):

@@ -68,11 +68,12 @@ class FastForward(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not args and not kwargs:
-            plan = _fusable.plan(self, x) if torch.compiler.is_compiling() else _fusable.kept_plan(self, x)
+            compiling = torch.compiler.is_compiling()
+            plan = _fusable.plan(self, x) if compiling else _fusable.kept_plan(self, x)
             if not isinstance(plan, str):
                 if _fusable.alone(x, plan):
                     return _fusable.beside(self, x, plan)
-                shared = self.fastpeft_shared
+                shared = None if compiling else self.fastpeft_shared
                 y = None if shared is None else shared.forward(self, x, _shared_branch(self, plan))
                 y = _fusable.run(x, plan) if y is None else y
                 return quantised.as_given(y, plan[0].weight, x)
@@ -263,7 +264,7 @@ def _shared_branch(layer: Any, plan: list[sharing.Branch]) -> sharing.Branch | s
         return "its base layer is called"
     if quantised.own_bias(plan[0].weight, plan[0].bias, plan[0].lora_a):
         return "its bias has a dtype of its own"
-    return "its base layer is a Conv1D" if _fusable.is_conv1d(layer.base_layer) else plan[0]
+    return "its base layer is a Conv1D" if _fusable.is_conv1d(layer._modules["base_layer"]) else plan[0]
 
 
 def _lora_layers(op: str, model: nn.Module) -> dict[str, Any]:

@@ -155,7 +155,6 @@ class LoraLinear(nn.Module):
         Returns:
             ``[..., N]``.
         """
-        branch = None
         if self.dora and not (self.disabled or self.merged):
             return dora.call(self, x)
         if not torch.compiler.is_compiling():
@@ -165,12 +164,12 @@ class LoraLinear(nn.Module):
                     acting = self._adapters(() if self.disabled or self.merged else self.active)
                     return plain.lora(self.base_layer(x), x, acting, self.training)
                 branch = keep(self, x, self.fastpeft_branch())
-            called = isinstance(branch, Branch) and quantised.is_called(branch.weight, x)
-            y = None if called or self.fastpeft_shared is None else self.fastpeft_shared.forward(self, x, branch)
-            if y is None and isinstance(branch, Branch) and branch.lora_bias is None and not called:
-                y = ops.lora_linear(x, *branch[:6])
-            if y is not None:
-                return quantised.as_given(y, cast(Branch, branch).weight, x)
+            if not (isinstance(branch, Branch) and quantised.is_called(branch.weight, x)):
+                y = None if self.fastpeft_shared is None else self.fastpeft_shared.forward(self, x, branch)
+                if y is None and isinstance(branch, Branch) and branch.lora_bias is None:
+                    y = ops.lora_linear(x, *branch[:6])
+                if y is not None:
+                    return quantised.as_given(y, cast(Branch, branch).weight, x)
         if self.disabled or self.merged or not self.active:
             return self.base_layer(x)
         weight = frozen_weight(self.base_layer)

@@ -23,27 +23,37 @@ from torch import Tensor, nn
 from .. import _host, ops
 from .._check import PLAIN
 from .branch import Branch, own_path_reason
-from .conditions import call_conditions, reentrant_possible, replayable
+from .conditions import autograd_state, call_conditions, reentrant_possible
 from .guarding import guard_call, guard_process
 from .protocol import Sharing
 from .siblings import families
 
 
-class _Plan(NamedTuple):
+class _Plan:
     """The siblings that one leads, and what keeps that true of the others: ``guarding``'s guards, or None."""
 
-    parts: list[int]
-    branches: dict[int, Branch]
-    columns: list[tuple]  # the branches' tensors and numbers, side by side
-    guards: Any
+    def __init__(self, parts: list[int], branches: dict[int, Branch], guards: Any):
+        self.parts, self.branches, self.guards = parts, branches, guards
+        self.drops = any(branch.dropout for branch in branches.values())
+        *columns, lora_biases = map(list, zip(*branches.values(), strict=True))
+        self.columns: list[list] = columns  # the branches' tensors and numbers, side by side, as the shared op has them
+        self.biased = any(bias is not None for bias in lora_biases)
+        # What rises when any of the branches' tensors is modified in place.
+        self.versions: Callable[[], object] = self._versions if guards is None else guards.versions
 
     def holds(self, me: int, branch: object, x: Tensor) -> bool:
         """Whether things are as they were planned for this leader."""
-        return self.branches[me].unchanged(branch) and self.guards is not None and self.guards(x)
+        return self.guards is not None and self.branches[me].unchanged(branch) and self.guards(x)
 
-    def versions(self) -> object:
-        """What rises when any of the branches' tensors is modified in place."""
-        return [b.versions() for b in self.branches.values()] if self.guards is None else self.guards.versions()
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the siblings give for x."""
+        weights, lora_as, lora_bs, biases, scales, dropouts = self.columns
+        if self.biased:
+            biases = [branch.folded_bias() for branch in self.branches.values()]
+        return ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
+
+    def _versions(self) -> list[tuple]:
+        return [branch.versions() for branch in self.branches.values()]
 
 
 class _Round(NamedTuple):
@@ -74,6 +84,7 @@ class SharedInput:
 
     def __init__(self, members: Sequence[nn.Module]):
         self.members = tuple(members)
+        self._numbers = _numbered(self.members)
         self.rounds = 0  # calls of the shared op
         self._parts = [0] * len(self.members)  # members with one number share
         self._unclaimed = 0  # rounds in a row whose outputs nobody asked for
@@ -83,10 +94,10 @@ class SharedInput:
         self._plans: dict[int, _Plan] = {}  # by who leads
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name not in ("_thread", "_plans")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_thread", "_plans", "_numbers")}
 
     def __setstate__(self, state):
-        self.__dict__.update(state, _thread=threading.local(), _plans={})
+        self.__dict__.update(state, _thread=threading.local(), _plans={}, _numbers=_numbered(state["members"]))
 
     def begin(self, *_: object) -> None:
         """A call of the module that holds the members begins; its forward pre-hook.
@@ -109,23 +120,21 @@ class SharedInput:
                 self._learn(None, last)
 
     def forward(self, module: nn.Module, x: Tensor, branch: object = None) -> Tensor | None:
-        """The module's output from a shared call, or None: then the module computes alone.
+        """The module's output from a shared call, or None: then the module computes alone; not for ``torch.compile``.
 
         Args:
             module: A member, or a replica or copy of one.
             x: ``[..., K]``, what the module was called with.
             branch: What the module's ``fastpeft_branch`` gives, where that is known; None: it is asked.
         """
-        if torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_inference():
+        if type(x) not in PLAIN or x.is_inference():
             return None
-        rounds = self._rounds()
-        if rounds is None:
-            return None
-        me = next((i for i, member in enumerate(self.members) if member is module), None)
-        if me is None or self._parts.count(self._parts[me]) < 2:  # None: a replica, or a copy of one layer
+        hooks, task = autograd_state()
+        rounds, me = self._rounds(hooks, task), self._numbers.get(id(module))
+        if rounds is None or me is None or self._parts.count(self._parts[me]) < 2:  # no number: a replica, or a copy
             return None
         branch = branch_of(module) if branch is None else branch
-        conditions = call_conditions(x)
+        conditions = call_conditions(x, hooks)
         part = self._parts[me]
         last = rounds.get(part)
         if last is not None and last.x is x and last.conditions == conditions:
@@ -141,14 +150,20 @@ class SharedInput:
                 return None
             del rounds[part]
             self._learn(me, last)
-        return self._lead(me, x, branch, conditions, rounds)
+        plan = self._plans.get(me)
+        if plan is None or plan.parts is not self._parts or not plan.holds(me, branch, x):
+            plan = self._plan(me, x)
+        if plan is None or (plan.drops and reentrant_possible(hooks, task)):
+            return None
+        self._settled |= hooks is not None or task != -1
+        return self._lead(me, x, plan, conditions, rounds)
 
-    def _rounds(self) -> dict | None:
+    def _rounds(self, hooks: object, task: int) -> dict | None:
         """What is pending in this call of the module that holds the members, or None outside of one."""
         # A checkpoint inside of such a call recomputes in backward, past the hooks, and must do what the forward did.
-        rounds, task = self._thread.__dict__.get("rounds"), torch._C._current_graph_task_id()
+        rounds = self._thread.__dict__.get("rounds")
         if task == -1:
-            if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            if hooks is not None:
                 self._replays = rounds is not None
         elif rounds is None and self._replays:
             replay = self._thread.__dict__.get("replay")
@@ -187,22 +202,13 @@ class SharedInput:
         self._parts = [number if i in apart else part for i, part in enumerate(self._parts)]
         self._unclaimed = 0
 
-    def _lead(self, me: int, x: Tensor, branch: object, conditions: tuple, rounds: dict) -> Tensor | None:
-        plan = self._plans.get(me)
-        if plan is None or plan.parts is not self._parts or not plan.holds(me, branch, x):
-            plan = self._plan(me, x)
-        if plan is None or (reentrant_possible() and any(b.dropout for b in plan.branches.values())):
-            return None
-        branches, (weights, lora_as, lora_bs, biases, scales, dropouts, lora_biases) = plan.branches, plan.columns
-        if any(bias is not None for bias in lora_biases):
-            biases = tuple([branch.folded_bias() for branch in branches.values()])
-        outputs = ops.lora_linear_shared(x, weights, lora_as, lora_bs, biases, scales, dropouts)
+    def _lead(self, me: int, x: Tensor, plan: _Plan, conditions: tuple, rounds: dict) -> Tensor:
+        kept = dict(zip(plan.branches, plan.outputs(x), strict=True))
         self.rounds += 1
-        self._settled = self._settled or replayable()
-        kept = dict(zip(branches, outputs, strict=True))
         output = kept.pop(me)
-        for gone in rounds.keys() - set(self._parts):  # another thread has split the part
-            del rounds[gone]
+        if rounds:
+            for gone in rounds.keys() - set(self._parts):  # another thread has split the part
+                del rounds[gone]
         rounds[self._parts[me]] = _Round(x, conditions, plan, plan.versions(), kept)
         return output
 
@@ -227,8 +233,13 @@ class SharedInput:
                     cast(Sharing, self.members[i]).fastpeft_guard(guards)
             guard_process(guards)
             guards.input(x)
-        self._plans[me] = plan = _Plan(parts, branches, list(zip(*branches.values(), strict=True)), guards)
+        self._plans[me] = plan = _Plan(parts, branches, guards)
         return plan
+
+
+def _numbered(members: Sequence[nn.Module]) -> dict[int, int]:
+    """The members' numbers by their identity."""
+    return {id(member): number for number, member in enumerate(members)}
 
 
 def share_inputs(model: nn.Module, takes_part: Callable[[nn.Module], bool]) -> list[SharedInput]:

@@ -209,8 +209,8 @@ def lora_linear(
         ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
             Every message names the op, the argument, what it is and what was expected.
     """
-    lists = [lora_a], [lora_b], [bias], [scale], [dropout], [seed]
-    return _call("lora_linear", False, x, [weight], lists, backend)[0]
+    given = [weight], [lora_a], [lora_b], [bias], [scale], [dropout], [seed]
+    return _call("lora_linear", False, x, *given, backend)[0]
 
 
 def lora_linear_shared(
@@ -250,27 +250,34 @@ def lora_linear_shared(
         ValueError: an argument has the wrong shape, device or value, or the backend asked for cannot serve the call.
             Every message names the op, the argument and its item, what it is and what was expected.
     """
-    given: dict[str, Sequence | None] = {"lora_as": lora_as, "lora_bs": lora_bs}
-    given |= {"biases": biases, "scales": scales, "dropouts": dropouts, "seeds": seeds}
-    lists = arguments.lists("lora_linear_shared", weights, given)
-    return tuple(_call("lora_linear_shared", True, x, weights, lists, backend))
+    given = weights, lora_as, lora_bs, biases, scales, dropouts, seeds
+    return tuple(_call("lora_linear_shared", True, x, *given, backend))
 
 
-def _call(op, shared, x, weights, lists, backend):
-    """Check everything, then flatten x's leading dimensions once and restore them."""
-    lora_as, lora_bs, biases, scales, dropouts, seeds = lists
-    _check.floating(op, "x", x)
-    wanted = autocast_dtype(x)
+def _call(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
+    """Casts as autocast wants it; the rest is planned."""
+    wanted = autocast_dtype(x) if isinstance(x, Tensor) else None
     if wanted is not None:
+        _check.floating(op, "x", x)
+        lists = _lists(op, weights, lora_as, lora_bs, biases, scales, dropouts, seeds)
+        lora_as, lora_bs, biases, scales, dropouts, seeds = lists
         x, weights, biases = x.to(wanted), [cast(t, wanted) for t in weights], [cast(t, wanted) for t in biases]
         lora_as, lora_bs = ([cast(t, wanted, torch.float32) for t in ts] for ts in (lora_as, lora_bs))
-    weights, tables, layouts = parts(weights)
-    return _planned(op, shared, x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, backend)
+    return _planned(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend)
+
+
+def _lists(op, weights, lora_as, lora_bs, biases, scales, dropouts, seeds):
+    given = {"lora_as": lora_as, "lora_bs": lora_bs, "biases": biases}
+    return arguments.lists(op, weights, {**given, "scales": scales, "dropouts": dropouts, "seeds": seeds})
 
 
 @planned
-def _planned(op, shared, x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, backend):
-    """All that is left to do once autocast has cast, which a plan stands for."""
+def _planned(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):
+    """Check everything, then flatten x's leading dimensions once and restore them."""
+    _check.floating(op, "x", x)
+    lists = _lists(op, weights, lora_as, lora_bs, biases, scales, dropouts, seeds)
+    lora_as, lora_bs, biases, scales, dropouts, seeds = lists
+    weights, tables, layouts = parts(weights)
     quantised = shapes(weights, layouts)
     arguments.branches(op, shared, x, weights, quantised, lora_as, lora_bs, biases)
     scales, dropouts = arguments.numbers(op, shared, scales, dropouts)
