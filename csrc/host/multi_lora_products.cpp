@@ -1,11 +1,9 @@
-#include <ATen/Version.h>
-
 #include <cstring>
-#include <string>
 
 #include "multi_lora.h"
+#include "widest.h"
 
-// The same source for each width of vectors; PyTorch says once which ones the processor has, or ATEN_CPU_CAPABILITY.
+// The same source for each width of vectors.
 #define INLINE inline __attribute__((always_inline))
 
 namespace fastpeft {
@@ -132,18 +130,17 @@ struct Ways {
   };
 
 WAYS(Plain, 16, )
-#ifdef __x86_64__
-WAYS(Avx2, 32, __attribute__((target("avx2,fma"))))
+#ifdef FASTPEFT_X86
+WAYS(Avx2, 32, __attribute__((target("avx2"))))
 WAYS(Avx512, 64, __attribute__((target("avx512f"))))
 #endif
 
 template <class S>
 const Ways<S>& ways() {
   static const Ways<S> found = [] {
-#ifdef __x86_64__
-    const std::string vectors = at::get_cpu_capability();
-    if (vectors == "AVX512") return Ways<S>{&Avx512<S>::products, &Avx512<S>::combinations};
-    if (vectors == "AVX2") return Ways<S>{&Avx2<S>::products, &Avx2<S>::combinations};
+#ifdef FASTPEFT_X86
+    if (width() == Width::avx512) return Ways<S>{&Avx512<S>::products, &Avx512<S>::combinations};
+    if (width() == Width::avx2) return Ways<S>{&Avx2<S>::products, &Avx2<S>::combinations};
 #endif
     return Ways<S>{&Plain<S>::products, &Plain<S>::combinations};
   }();

@@ -4,6 +4,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .. import ops
+from .._check import PLAIN
+
 
 class Branch(NamedTuple):
     """One projection of x as ``fastpeft.ops.lora_linear`` takes it.
@@ -51,6 +54,19 @@ class Branch(NamedTuple):
             and (self.scale, self.dropout) == (other.scale, other.dropout)
         )
 
+    def fits(self, other: "Branch") -> bool:
+        """Whether both can be projections of one x in one call.
+
+        Args:
+            other: A branch of another module.
+        """
+        return (
+            self.lora_a.dtype == other.lora_a.dtype
+            and self.weight.dtype == other.weight.dtype
+            and self.weight.device == other.weight.device == other.lora_a.device
+            and self.weight.shape[1] == other.weight.shape[1]
+        )
+
     def versions(self) -> tuple:
         """Counters that rise when a tensor is modified in place."""
         weight, a, b, bias, _, _, lora_bias = self
@@ -68,3 +84,19 @@ def own_path_reason(module: nn.Module) -> str | None:
     if trains is not None:
         return trains
     return "is parametrised" if "parametrizations" in module._modules else None
+
+
+def branch_of(module: Any) -> Branch | str:
+    """The module's branch (``protocol.Sharing``), or the reason why it cannot share its input."""
+    reason = own_path_reason(module)
+    if reason is not None:
+        return f"it {reason}"
+    branch = module.fastpeft_branch()
+    if isinstance(branch, str):
+        return branch
+    for tensor in (branch.weight, branch.lora_a, branch.lora_b, branch.bias, branch.lora_bias):
+        if tensor is None or isinstance(tensor, ops.Base):
+            continue
+        if type(tensor) not in PLAIN or tensor.is_inference():
+            return f"a parameter is a {type(tensor).__name__}" if type(tensor) not in PLAIN else "inference tensors"
+    return branch

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import _host, ops
 from .._check import PLAIN
-from .branch import Branch, own_path_reason
+from .branch import Branch, branch_of
 from .conditions import autograd_state, call_conditions, reentrant_possible
 from .guarding import guard_call, guard_process
 from .protocol import Sharing
@@ -219,7 +219,7 @@ class SharedInput:
         mine = found[me]
         if isinstance(mine, str):
             return None
-        branches = {i: b for i, b in found.items() if isinstance(b, Branch) and _fits(mine, b)}
+        branches = {i: b for i, b in found.items() if isinstance(b, Branch) and mine.fits(b)}
         if me not in branches or len(branches) < 2:
             return None
         # Without a branch it is not known what would give one, so then everybody is asked again each time.
@@ -277,28 +277,3 @@ def unshare_inputs(model: nn.Module) -> None:
             for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), SharedInput)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
-
-
-def branch_of(module: nn.Module) -> Branch | str:
-    """The module's branch (``protocol.Sharing``), or the reason why it cannot share its input."""
-    reason = own_path_reason(module)
-    if reason is not None:
-        return f"it {reason}"
-    branch = cast(Sharing, module).fastpeft_branch()
-    if isinstance(branch, str):
-        return branch
-    for tensor in (branch.weight, branch.lora_a, branch.lora_b, branch.bias, branch.lora_bias):
-        if tensor is None or isinstance(tensor, ops.Base):
-            continue
-        if type(tensor) not in PLAIN or tensor.is_inference():
-            return f"a parameter is a {type(tensor).__name__}" if type(tensor) not in PLAIN else "inference tensors"
-    return branch
-
-
-def _fits(one: Branch, other: Branch) -> bool:
-    return (
-        one.lora_a.dtype == other.lora_a.dtype
-        and one.weight.dtype == other.weight.dtype
-        and one.weight.device == other.weight.device == other.lora_a.device
-        and one.weight.shape[1] == other.weight.shape[1]
-    )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastpeft.nn import sharing
+from fastpeft.nn.branch import branch_of
 from tests.support.siblings import TOLERANCE, K, M, alone_is, assert_same, build, calling, input_, step
 
 
@@ -150,7 +150,7 @@ class TestAlone:
         x = input_()
         assert_same(step(model, x), step(plain, x))
         assert 3 not in calls
-        branch = sharing.branch_of(model.k_proj)
+        branch = branch_of(model.k_proj)
         assert word in (branch if isinstance(branch, str) else word)
         assert model.group.partners(model.k_proj) == []
         assert model.group.partners(model.q_proj) == [model.v_proj]
@@ -231,5 +231,5 @@ class TestAlone:
         for tensor in (model.k_proj.weight, model.v_proj.adapters["default"].lora_B):
             before = model.group.partners(model.q_proj)
             tensor.__class__ = Own  # as DTensor and quantised tensors are
-            assert "a parameter is a Own" in map(sharing.branch_of, before)
+            assert "a parameter is a Own" in map(branch_of, before)
             assert len(model.group.partners(model.q_proj)) == len(before) - 1
