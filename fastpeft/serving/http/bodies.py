@@ -19,6 +19,7 @@ async def body_of(
     # A page in a browser may send other types to a server on loopback without asking it first.
     given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if given != kind:
+        await _discard(request)
         raise ApiError(415, f"Content-Type is {given[:100]!r}, expected {kind}")
     too_large = ApiError(413, f"The body is larger than {limit} bytes", code="body_too_large")
     length = request.headers.get("content-length", "0")
