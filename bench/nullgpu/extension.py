@@ -36,13 +36,17 @@ def build_extension(libraries: Path) -> Path:
 
 
 def show(folder: Path) -> None:
-    """``fastpeft._C`` is the one in ``folder``, in this process."""
+    """``fastpeft._C`` is the one in ``folder``, in this process.
+
+    Raises:
+        RuntimeError: one that was built for a GPU has been imported, and pybind11 loads a module of a name once.
+    """
     import fastpeft
     from fastpeft import _backend
 
+    if "fastpeft._C" in sys.modules:
+        raise RuntimeError(f"nullgpu: {sys.modules['fastpeft._C'].__file__} was imported before the null GPU's own")
     fastpeft.__path__.insert(0, str(folder))
-    sys.modules.pop("fastpeft._C", None)  # one that was built for a GPU may have been imported
-    vars(fastpeft).pop("_C", None)
     _backend._import_error.cache_clear()  # which may know that there was none
     _backend._unusable.cache_clear()
 
