@@ -259,8 +259,9 @@ def _call(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, se
     wanted = autocast_dtype(x) if isinstance(x, Tensor) else None
     if wanted is not None:
         _check.floating(op, "x", x)
-        lists = _lists(op, weights, lora_as, lora_bs, biases, scales, dropouts, seeds)
-        lora_as, lora_bs, biases, scales, dropouts, seeds = lists
+        if shared:
+            lists = _lists(op, weights, lora_as, lora_bs, biases, scales, dropouts, seeds)
+            lora_as, lora_bs, biases, scales, dropouts, seeds = lists
         x, weights, biases = x.to(wanted), [cast(t, wanted) for t in weights], [cast(t, wanted) for t in biases]
         lora_as, lora_bs = ([cast(t, wanted, torch.float32) for t in ts] for ts in (lora_as, lora_bs))
     return _planned(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend)
