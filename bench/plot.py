@@ -31,7 +31,7 @@ SETTING = ("rows", "dtype", "rank", "dropout")
 def read(path: Path) -> list[dict]:
     """The timed rows of lora_linear in a file; of a case that was run several times, the last."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    rows = [row for row in rows if row["op"].startswith("lora_linear")]
+    rows = [row for row in rows if row["op"] in ("lora_linear", "lora_linear_shared")]
     keys = ("device", "op", "shape", *SETTING, "variant", "pass")
     return list({tuple(row[key] for key in keys): row for row in rows if row["median_us"] is not None}.values())
 
