@@ -23,7 +23,8 @@ from ...methods.lora.experts_apart import stacked
 from ...methods.targets import ALL_LINEAR, names
 from ...nn.slot_rank import slot_rank
 from ..errors import BadCheckpoint
-from .dora import folded, without_magnitudes
+from .columns import taken
+from .dora import folded
 from .experts import ExpertSite, by_parameter
 from .sites import Site, unserved_reason
 
@@ -53,6 +54,7 @@ class Adapter:
         retired: whether it was unloaded or replaced while it was held.
         ready: the event after which its slot can be read, or None.
         gains: of DoRA, for each layer float32 ``[N]``: by how much more the base's product counts. They stay.
+        biases: for each layer float32 ``[N]``: scale · bias of B. They stay.
         version: a number of its own, larger than that of every adapter that was read before it.
     """
 
@@ -65,6 +67,7 @@ class Adapter:
         self.bytes = sum(t.nbytes for pair in tensors.values() for t in pair)
         self.reread: Callable[[], Mapping[Site, tuple[Tensor, Tensor]]] | None = None
         self.gains: Mapping[Site, Tensor] = {}
+        self.biases: Mapping[Site, Tensor] = {}
         self.slot: int | None = None
         self.leases = self.used = 0
         self.pinned = self.retired = False
@@ -108,12 +111,12 @@ def read_adapter(
         lora, tensors = stacked(op, model, *_read(op, name, source, fields, model))
     except (ValueError, TypeError) as error:
         raise BadCheckpoint(str(error)) from None
-    for field, unserved in (("bias", lora.bias != "none"), ("lora_bias", lora.lora_bias)):
-        if unserved:
-            raise BadCheckpoint(f"{op}: {name!r} has {field}={getattr(lora, field)!r}, expected no trained biases")
+    if lora.bias != "none":
+        raise BadCheckpoint(f"{op}: {name!r} has bias={lora.bias!r}, expected no trained biases of the model's layers")
     if lora.modules_to_save:
         raise BadCheckpoint(f"{op}: {name!r} has modules_to_save={list(lora.modules_to_save)}, which are not served")
-    tensors, magnitudes = without_magnitudes(tensors)
+    magnitudes = taken(tensors, ".lora_magnitude_vector")
+    b_biases = taken(tensors, ".lora_B.bias") if lora.lora_bias else {}
     tensors, parameters = by_parameter(model, lora, tensors)
     pairs = _pairs(op, name, model, {site.path: site for site in sites}, tensors)
     _check_pairs(op, name, lora, sites, pairs, max_rank, parameters)
@@ -122,11 +125,14 @@ def read_adapter(
     ranks, scales = torch.zeros(len(sites), dtype=torch.int32), torch.zeros(len(sites))
     host: dict[Site, tuple[Tensor, Tensor]] = {}
     gains: dict[Site, Tensor] = {}
+    biases: dict[Site, Tensor] = {}
     for site, (a, b) in pairs.items():
         r = lora.rank_of(site.path)
         scale = lora.alpha_of(site.path) / (math.sqrt(r) if lora.rslora else r) * site.factor
         if lora.dora:
             b, gains[site] = folded(op, name, site, a, b, magnitudes.get(site.path), scale)
+        if lora.lora_bias:
+            biases[site] = _bias(op, name, site, b_biases.pop(site.path, None), scale)
         if isinstance(site, ExpertSite):
             (a, b), served = site.stacked(a, b), r
         else:
@@ -137,8 +143,12 @@ def read_adapter(
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise BadCheckpoint(f"{op}: {name!r} has scale {scale} at {site.path}, expected a number of float32")
         scales[site.index] = scale
+    if b_biases:
+        raise BadCheckpoint(f"{op}: {name!r} has a lora_bias without A and B of {_some(b_biases)}")
     made = Adapter(name, host, ranks.pin_memory() if pin else ranks, scales.pin_memory() if pin else scales)
-    made.gains = {site: gain.pin_memory() if pin else gain for site, gain in gains.items()}
+    made.gains, made.biases = (
+        {site: row.pin_memory() if pin else row for site, row in rows.items()} for rows in (gains, biases)
+    )
     return made
 
 
@@ -262,6 +272,17 @@ def _check_pairs(
         raise BadCheckpoint(f"{op}: {name!r} has no weights for {_some(missing)}, which its config names")
     if problems:
         raise BadCheckpoint(f"{op}: {name!r} has {_some(problems)}")
+
+
+def _bias(op: str, name: str, site: Site, bias: Tensor | None, scale: float) -> Tensor:
+    """What the bias of B adds to each of a layer's outputs, in float32 or wider."""
+    if bias is None or bias.shape != (site.out_features,):
+        found = "none" if bias is None else list(bias.shape)
+        raise BadCheckpoint(f"{op}: {name!r} has the lora_bias {found} at {site.path}, expected [{site.out_features}]")
+    added = scale * bias.detach().to("cpu", torch.promote_types(site.dtype, torch.float32))
+    if not torch.isfinite(added).all():
+        raise BadCheckpoint(f"{op}: {name!r} has a lora_bias at {site.path} that is not finite")
+    return added
 
 
 def _host(op: str, name: str, site: Site, tensor: Tensor, pin: bool) -> Tensor:

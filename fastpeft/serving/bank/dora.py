@@ -3,7 +3,6 @@
 y = g ∘ (x Wᵀ) + bias + scale · (x Aᵀ) (g ∘ B)ᵀ        g = magnitude / ‖W + scale · B A‖
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,14 +11,6 @@ from torch import Tensor
 from ...nn import dora
 from ..errors import BadCheckpoint
 from .experts import ExpertSite
-
-_END = ".lora_magnitude_vector"
-
-
-def without_magnitudes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The other tensors of a checkpoint, and its magnitudes by the paths of their layers."""
-    found = {key.removesuffix(_END): tensor for key, tensor in tensors.items() if key.endswith(_END)}
-    return {key: tensor for key, tensor in tensors.items() if not key.endswith(_END)}, found
 
 
 @torch.no_grad()

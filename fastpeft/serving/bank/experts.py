@@ -19,6 +19,7 @@ from ...nn.experts_weights import sizes, swapped
 from ...ops.experts_slots import experts_with_slots
 from ...ops.routing import Routing
 from .batch import Batch, Running
+from .columns import Columns
 from .sites import Site
 
 
@@ -43,6 +44,7 @@ class ExpertSite(Site):
         self.dtype: torch.dtype = dtype or weight.dtype
         self.device: torch.device = weight.device
         self.lora_a = self.lora_b = self.ranks = self.scales = None
+        self.gains, self.biases = Columns(), Columns()  # which stay empty
 
     def attach(self, running: Running) -> None:
         """Nothing: ``ExpertsForward`` stands for the module's forward."""

@@ -19,6 +19,7 @@ from ...nn.lora import LoraLinear
 from ...nn.siblings import families
 from ...ops.routing import Routing
 from .batch import Batch, Running
+from .columns import Columns
 from .shared_input import Siblings, writable
 
 _BYPASS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -30,14 +31,12 @@ class Site:
     Attributes:
         lora_a, lora_b: ``[slots, R, K]`` and ``[slots, N, R]``, or None before an adapter needs them; an embedding's A
             is ``[slots, V, R]``. ranks, scales: ``[slots]``, rows of the bank's tables.
-        gains: float32 ``[slots + 1, N]``, how much more than once the base's product counts, 0 in the last row, which
-            is for no slot; or None before an adapter with DoRA needs it. scaled: bit s: slot s is not 0.
+        gains: how much more than once the base's product counts, of DoRA. biases: scale · bias of B.
         mask: bit s: slot s has something for this layer.
         siblings: the group of layers that may receive the same tensor, or None.
     """
 
-    mask = scaled = 0
-    gains: Tensor | None = None
+    mask = 0
     siblings: Siblings | None = None
 
     def __init__(self, index: int, path: str, module: nn.Module, dtype: torch.dtype | None, head: bool):
@@ -54,6 +53,7 @@ class Site:
         self.lora_b: Tensor | None = None
         self.ranks: Tensor | None = None
         self.scales: Tensor | None = None
+        self.gains, self.biases = Columns(), Columns()
 
     def __getstate__(self):
         return {"module": self.module, "_own": self._own}
@@ -77,7 +77,8 @@ class Site:
             self.module.forward = self._own
         if self.siblings is not None:
             self.siblings.detach()
-        self.lora_a = self.lora_b = self.ranks = self.scales = self.siblings = self.gains = None
+        self.lora_a = self.lora_b = self.ranks = self.scales = self.siblings = None
+        self.gains, self.biases = Columns(), Columns()
 
     def make_tables(self, slots: int, rank: int) -> None:
         """Allocate the slots; what no adapter has written is never read."""
@@ -92,19 +93,9 @@ class Site:
             self._eye = torch.eye(rank, dtype=self.dtype, device=self.device).expand(slots, rank, rank)
         self.lora_a = lora_a
 
-    def make_gains(self, slots: int) -> None:
-        """Allocate the gains of all slots, unless they are there."""
-        if self.gains is None:
-            dtype = torch.promote_types(self.dtype, torch.float32)
-            self.gains = torch.zeros(slots + 1, self.out_features, dtype=dtype, device=self.device)
-
-    def write_gain(self, slot: int, gain: Tensor | None) -> None:
-        """Copy an adapter's gain into a slot; None: it has none."""
-        self.scaled = self.scaled & ~(1 << slot) if gain is None else self.scaled | 1 << slot
-        if self.gains is not None and gain is None:
-            self.gains[slot].zero_()
-        elif self.gains is not None and gain is not None:
-            self.gains[slot].copy_(gain, non_blocking=True)
+    def make_columns(self, columns: Columns, slots: int) -> None:
+        """Allocate gains or biases of all slots, unless they are there."""
+        columns.make(slots, self.out_features, self.dtype, self.device)
 
     def slot_bytes(self, rank: int) -> int:
         """What one slot of the tables takes."""
@@ -142,14 +133,13 @@ class Site:
         return y
 
     def called(self, batch: Batch, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the layer gives by itself, its product with W scaled where a row's adapter is DoRA."""
+        """What the layer gives by itself, with what the rows' adapters do to each of its outputs."""
         y = writable(self.base(x, *args, **kwargs))
-        everybody = batch.every or torch.compiler.is_compiling()
-        if self.gains is None or not (everybody or self.scaled & batch.mask):
-            return y
-        bias = getattr(self.module, "bias", None)
-        gain = self.gains[batch.token_slots(y.shape[:-1]).long()].view(y.shape)  # -1 is the last row
-        return y.addcmul_(y if bias is None else y - bias, gain)
+        gain, added = self.gains.of(batch, y), self.biases.of(batch, y)
+        if gain is not None:
+            bias = getattr(self.module, "bias", None)
+            y = y.addcmul_(y if bias is None else y - bias, gain)
+        return y if added is None else y.add_(added)
 
     def _add(self, y: Tensor, x: Tensor, routing: Routing) -> None:
         lora_a, lora_b, scales, ranks = self.tables()

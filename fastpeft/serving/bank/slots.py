@@ -42,7 +42,9 @@ class Slots:
                         made.append(site)
                         site.make_tables(len(self.held), self._max_rank)
                 for site in adapter.gains:
-                    site.make_gains(len(self.held))
+                    site.make_columns(site.gains, len(self.held))
+                for site in adapter.biases:
+                    site.make_columns(site.biases, len(self.held))
         except BaseException:
             self.drop_tables(made)
             raise
@@ -93,7 +95,9 @@ class Slots:
         with self.copies.into(slot):
             for site, (a, b) in adapter.read().items():
                 site.write(slot, a, b)
-                site.write_gain(slot, adapter.gains.get(site))
+            for site in self._sites:  # also where the adapter has nothing: a batch may have another there
+                site.gains.write(slot, adapter.gains.get(site))
+                site.biases.write(slot, adapter.biases.get(site))
             self._ranks[:, slot].copy_(adapter.ranks, non_blocking=True)
             for table in self._scales.values():
                 table[:, slot].copy_(adapter.scales, non_blocking=True)

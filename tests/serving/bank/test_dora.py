@@ -74,16 +74,17 @@ def test_rows_of_a_mixed_batch_are_pefts(tmp_path, family):
 
 @torch.no_grad()
 def test_a_slot_is_given_to_others(tmp_path):
-    """LoRA in a slot that DoRA had: its rows are as if nobody had been there."""
-    model, x = llama(), prompts(1)
+    """LoRA in a slot that DoRA had, alone and beside DoRA on the same layers: as if nobody had been there."""
+    model, x = llama(), prompts(2)
     folders = folders_of(model, tmp_path)
-    with AdapterBank(model, slots=1, max_rank=8) as bank:
+    with AdapterBank(model, slots=2, max_rank=8) as bank:
         for name, folder in folders.items():
             bank.load(name, folder)
-        for name in ("plain", "dora", "plain", "other", "dora", "plain"):
-            with bank.use([name]):
+        for names in ("dora other", "plain plain", "plain dora", "plain other", "other dora", "dora plain"):
+            with bank.use(names.split()):
                 found = model(x).logits
-            torch.testing.assert_close(found, alone(model, folders[name], x), rtol=1e-4, atol=1e-4)
+            wanted = [alone(model, folders[name], x[i : i + 1]) for i, name in enumerate(names.split())]
+            torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
 
 
 def test_a_batcher_gives_what_rows_give_alone(tmp_path):

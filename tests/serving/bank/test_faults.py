@@ -84,7 +84,13 @@ ZOO = {
         "q_proj.lora_magnitude_vector is no part of LoRA",
     ),
     "biases": (lambda f: edit(f, config={"bias": "all"}), "has bias='all', expected no trained biases"),
-    "a bias of B": (lambda f: edit(f, config={"lora_bias": True}), "has lora_bias=True, expected no trained biases"),
+    "no bias of B": (lambda f: edit(f, config={"lora_bias": True}), r"has the lora_bias none at .*, expected \[32\]"),
+    "a bias of B": (
+        lambda f: edit(
+            f, lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": torch.ones(32)})
+        ),
+        "is a trained bias, which is not served",
+    ),
     "modules_to_save": (lambda f: edit(f, config={"modules_to_save": ["norm"]}), r"has modules_to_save=\['norm'\]"),
     "changed base": (
         lambda f: edit(f, config={"init_lora_weights": "pissa"}),

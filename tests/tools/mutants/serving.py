@@ -4,6 +4,8 @@ ALONE = "tests/serving/engine/test_batcher.py::test_every_request_as_if_alone"
 FAILING = "tests/serving/engine/test_failing_steps.py"
 ILL = f"{FAILING}::test_a_failing_step_ends_the_row_that_fails"
 OWN = "tests/serving/engine/test_faults.py::test_errors_stay_with_their_request"
+BIASES = "tests/serving/bank/test_lora_bias.py"
+GIVEN = f"{BIASES}::test_a_slot_is_given_to_others"
 PAGED = "tests/serving/engine/test_paged.py"
 SAMPLING = "tests/serving/engine/test_sampling.py"
 LEFT = f"{SAMPLING}::test_draws_follow_what_transformers_leaves"
@@ -43,6 +45,23 @@ MUTANTS = {
             ),
             "the config's rank for all": ("r = lora.rank_of(site.path)", "r = lora.r", PEFT),
         },
+        "_bias": {
+            "a bias of B that is not scaled": (
+                "scale * bias",
+                "bias",
+                f"{BIASES}::test_rows_of_a_mixed_batch_are_pefts",
+            )
+        },
+    },
+    "fastpeft/serving/bank/columns.py": {
+        "Columns.write": {
+            "who was there stays": ("self.values[slot].zero_()", "pass", GIVEN),
+            "nobody has a row": (
+                "self._mask | 1 << slot",
+                "self._mask",
+                f"{BIASES}::test_rows_of_a_mixed_batch_are_pefts",
+            ),
+        },
     },
     "fastpeft/serving/bank/slots.py": {
         "Slots.bring": {
@@ -56,6 +75,7 @@ MUTANTS = {
             "nobody is used": ("adapter.used = self._clock", "pass", f"{SLOTS}::test_least_recently_used_makes_room"),
         },
         "Slots._copy": {
+            "gains of who was there": ("for site in self._sites", "for site in adapter.sites", GIVEN),
             "ranks of who was there": ("self._ranks[:, slot].copy_(adapter.ranks, non_blocking=True)", "pass", PEFT),
             "scales of who was there": ("table[:, slot].copy_(adapter.scales, non_blocking=True)", "pass", PEFT),
         },
