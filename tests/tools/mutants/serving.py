@@ -57,8 +57,8 @@ MUTANTS = {
         "Columns.write": {
             "who was there stays": ("self.values[slot].zero_()", "pass", GIVEN),
             "nobody has a row": (
-                "self._mask | 1 << slot",
-                "self._mask",
+                "self._mask |= bit",
+                "pass",
                 f"{BIASES}::test_rows_of_a_mixed_batch_are_pefts",
             ),
         },
