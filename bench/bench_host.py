@@ -1,6 +1,6 @@
 """What a step costs the host, on the GPU that computes nothing: time, launches, waits, copies, Python calls.
 
-    python -m bench.nullgpu -m bench.bench_host --out bench/results/host.jsonl [--case block ...] [--rounds N]
+    python -m bench.nullgpu -m bench.bench_host --out bench/results/host.jsonl [--case block ...] [--unsloth]
 
 Time is the process's, of all its threads, so that other work of the machine counts less; ways are interleaved in one
 run and a row has the median of its rounds. A launch costs nothing here, and 2-3 us of a real driver's time: a way with
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import machine, nullgpu
+from . import host_gated, machine, nullgpu
 from .host_cases import FROZEN, PEFT, Case, Steps, cases, steps
 
 WARMUP, ROUNDS, CALLS = 5, 15, 10
@@ -58,7 +58,15 @@ def counts(step: Callable[[], object]) -> dict[str, int]:
         step()
     found = nullgpu.counted(step)
     columns = {name: getattr(found, name) for name in ("launches", "syncs", "copies", "pageable", "missing")}
-    return {**columns, "calls": _python_calls(step)}
+    return {**columns, "peak_bytes": _peak_bytes(step), "calls": _python_calls(step)}
+
+
+def _peak_bytes(step: Callable[[], object]) -> int:
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _python_calls(step: Callable[[], object]) -> int:
@@ -85,10 +93,12 @@ def _host_us(step: Callable[[], object]) -> float:
     return 1e6 * (time.process_time() - start) / CALLS
 
 
-def rows_of(case: Case, rounds: int = ROUNDS) -> list[dict]:
+def rows_of(case: Case, rounds: int = ROUNDS, unsloth: bool = False) -> list[dict]:
     """A row for each way of one case. The tokens that a step reads are then zeros, which end no request."""
     with nullgpu.reads_zero():
-        return [{**asdict(case), "way": way, **columns} for way, columns in measure(steps(case), rounds).items()]
+        return [
+            {**asdict(case), "way": way, **columns} for way, columns in measure(steps(case, unsloth), rounds).items()
+        ]
 
 
 def line(row: dict) -> str:
@@ -102,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench_host", description=__doc__.partition("\n")[0])
     parser.add_argument("--case", action="append", choices=names, help="may be repeated; all unless given")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--unsloth", action="store_true", help="its functions beside PEFT's layers, of gated blocks alone"
+    )
     parser.add_argument("--out", type=Path, help="append the rows to this file, a JSON object a line")
     options = parser.parse_args(argv)
     if not nullgpu.is_loaded():
@@ -111,10 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = machine.facts(torch.device("cuda"))
     facts["host"] = machine.facts(torch.device("cpu"))["device"]
     for case in cases():
-        if case.name not in (options.case or names):
+        if case.name not in (options.case or names) or (options.unsloth and case.name not in host_gated.NAMES):
             continue
         print(case, flush=True)
-        found = [{**row, **facts} for row in rows_of(case, options.rounds)]
+        found = [{**row, **facts} for row in rows_of(case, options.rounds, options.unsloth)]
         print("\n".join(map(line, found)), flush=True)
         if options.out is not None:
             with options.out.open("a") as file:

@@ -25,11 +25,11 @@ from fastpeft import ops, serving
 
 from . import host_gated, host_methods
 from .host_methods import FROZEN, OURS, PEFT, Steps
+from .llama_block import LINEARS
 
 OWN = "ours, attached"
 WIDE, ROWS, RANK = 4096, 2048, 16  # of the layers
 SERVED = 8  # rows and layers of the model that decodes
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ def cases() -> Iterator[Case]:
     yield from (Case(name, True, adapters="float32") for name in ("prompt", "prefix"))
 
 
-def steps(case: Case) -> Steps:
-    """What is to be timed beside each other. A way that is not there, or that fails, has no step."""
+def steps(case: Case, unsloth: bool = False) -> Steps:
+    """What is to be timed beside each other, of a gated block Unsloth's functions and PEFT's layers alone if asked."""
     builders = {"multi_lora": _mixed, "decode step": _decoding, "Batcher turn": _turning}
     builders["experts"] = functools.partial(host_methods.experts, case.adapters)
     builders["bottleneck"] = host_methods.bottleneck
     for kind in ("prompt", "prefix"):
         builders[kind] = lambda kind=kind: host_methods.virtual_tokens(kind, _model())
-    return builders[case.name]() if case.name in builders else _layers(case)
+    return builders[case.name]() if case.name in builders else _layers(case, unsloth)
 
 
 # ---- layers
@@ -114,19 +114,22 @@ class Linear(nn.Module):
         return self.q_proj(x)
 
 
-def _layers(case: Case) -> Steps:
+def _layers(case: Case, unsloth: bool) -> Steps:
+    gated, wide = case.name in host_gated.NAMES, case.adapters == "float32"
+    with torch.device("cuda"):
+        shape = (1, ROWS, WIDE) if gated else (ROWS, WIDE)  # Unsloth's functions take no other
+        x = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=case.trains)
+        gradient = torch.zeros_like(x)
+
+    def timed(model: nn.Module) -> Callable[[], Tensor]:
+        return functools.partial(_step, model, [*model.parameters()], x, gradient, case)
+
+    targets = ["q_proj"] if case.name == "linear" else LINEARS
+    config = peft.LoraConfig(r=RANK, lora_dropout=case.dropout, target_modules=targets)
+    if gated:
+        return host_gated.steps(case.name.endswith("NF4"), config, wide, timed, unsloth)
     with torch.device("cuda"):
         base = (Linear if case.name == "linear" else Block)().bfloat16().requires_grad_(False)
-        x = torch.zeros(ROWS, WIDE, dtype=torch.bfloat16, requires_grad=case.trains)
-        gradient = torch.zeros_like(x)
-    targets, wide = ["q_proj"] if case.name == "linear" else LINEARS, case.adapters == "float32"
-    config = peft.LoraConfig(r=RANK, lora_dropout=case.dropout, target_modules=targets)
-    if case.name in host_gated.NAMES:
-
-        def timed(model: nn.Module) -> Callable[[], Tensor]:
-            return functools.partial(_step, model, [*model.parameters()], x, gradient, case)
-
-        return host_gated.steps(base, case.name.endswith("NF4"), config, wide, timed)
     theirs, ours = (
         peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=wide).train() for _ in range(2)
     )
@@ -136,9 +139,7 @@ def _layers(case: Case) -> Steps:
         attached, fastpeft.Lora(r=RANK, dropout=case.dropout, targets=targets, dtype=getattr(torch, case.adapters))
     )
     models = {FROZEN: base, PEFT: theirs.base_model.model, OURS: ours.base_model.model, OWN: attached}
-    return {
-        way: functools.partial(_step, model, [*model.parameters()], x, gradient, case) for way, model in models.items()
-    }
+    return {way: timed(model) for way, model in models.items()}
 
 
 def _step(model: nn.Module, parameters: list[nn.Parameter], x: Tensor, gradient: Tensor, case: Case) -> Tensor:

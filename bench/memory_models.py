@@ -4,6 +4,7 @@ import functools
 import os
 import tempfile
 from dataclasses import dataclass, field
+from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -148,25 +149,36 @@ def adapted(base: nn.Module, shape: Shape, way: str, dropout: float, adapters: t
 
 def _with_unsloth(base: nn.Module) -> None:
     """transformers' blocks with Unsloth's functions in the linears' places; norms and attention stay transformers'."""
+    functions = unsloths_functions()
+    for layer in base.get_decoder().layers:
+        use_unsloths(functions, layer.self_attn, layer.mlp)
+
+
+def unsloths_functions() -> ModuleType:
+    """Its LoRA functions. Importing them changes transformers and PEFT: nothing but PEFT is measured beside them."""
     os.environ.setdefault("UNSLOTH_MOE_BACKEND", "native_torch")
     os.environ["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp()  # it writes code where it is imported
-    import unsloth  # noqa: F401  changes transformers and PEFT, so nothing else is measured beside it
-    from unsloth.kernels import fast_lora as functions
+    import unsloth  # noqa: F401
+    from unsloth.kernels import fast_lora
 
     torch.cuda.memory._set_allocator_settings("expandable_segments:False")  # which it switches on
-    for layer in base.get_decoder().layers:
-        mlp, attention, rest = layer.mlp, layer.self_attn, {}
-        mlp.forward = functools.partial(functions.apply_lora_mlp_swiglu, mlp)
+    return fast_lora
 
-        def first(x, attention=attention, rest=rest):
-            q, rest["k"], rest["v"] = functions.apply_lora_qkv(attention, x)
-            return q
 
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-        forwards = (first, lambda x, rest=rest: rest.pop("k"), lambda x, rest=rest: rest.pop("v"))
-        wrapped = functools.partial(functions.apply_lora_o, _Projections(attention.o_proj))
-        for linear, forward in zip((*linears, attention.o_proj), (*forwards, wrapped), strict=True):
-            linear.forward = forward
+def use_unsloths(functions: ModuleType, attention: nn.Module, mlp: nn.Module) -> None:
+    """Have the linear layers of a block, which are PEFT's, computed by Unsloth's functions."""
+    mlp.forward, rest = functools.partial(functions.apply_lora_mlp_swiglu, mlp), {}
+
+    def projected(name, x):  # the first that is called computes all three
+        if not rest:
+            rest.update(zip("qkv", functions.apply_lora_qkv(attention, x), strict=True))
+        return rest.pop(name)
+
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    forwards = (functools.partial(projected, name) for name in "qkv")
+    wrapped = functools.partial(functions.apply_lora_o, _Projections(attention.o_proj))
+    for linear, forward in zip((*linears, attention.o_proj), (*forwards, wrapped), strict=True):
+        linear.forward = forward
 
 
 @dataclass(frozen=True)
