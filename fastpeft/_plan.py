@@ -103,7 +103,8 @@ def _backward(
         raise Refused("an argument that gets a gradient was given twice")
     matches = [next((i for i, o in enumerate(outputs) if _same(o, t)), None) for t in inner]
     places = [match for match in matches if match is not None]
-    if len(places) != len(inner) or len(set(places)) != len(outputs):
+    numbers = [i for i, output in enumerate(outputs) if output.is_floating_point()]  # seeds have no gradient
+    if len(places) != len(inner) or set(places) != set(numbers):
         raise Refused("an output is not the node's")
     kept: list[Tensor] = []
     views: dict[int, tuple[int, ...]] = {}

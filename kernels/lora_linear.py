@@ -56,10 +56,15 @@ def forward(
 
 
 def down(
-    x: Tensor, lora_as: Sequence[Tensor], scales: Sequence[float], dropouts: Sequence[float], seeds: Tensor
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    scales: Sequence[float],
+    dropouts: Sequence[float],
+    seeds: Tensor,
+    first: int = 0,
 ) -> Tensor:
-    """``S_p = scale_p · drop_p(x) A_pᵀ`` side by side: ``[M, R]`` in A's dtype."""
-    return project(x, stacked(lora_as), ranks_of(lora_as), scales, dropouts, seeds)
+    """``S_p = scale_p · drop_p(x) A_pᵀ`` side by side: ``[M, R]`` in A's dtype; ``first`` as in ``down_backward``."""
+    return project(x, stacked(lora_as), ranks_of(lora_as), scales, dropouts, seeds, first=first)
 
 
 def up(s: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

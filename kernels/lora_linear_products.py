@@ -120,7 +120,7 @@ def aligned(size, ALIGN: tl.constexpr):
 @triton.jit
 def _down_kernel(
     x_ptr, a_ptr, s_ptr, branch_ptr, seed_ptr,
-    M, K, R, SPAN, blocks,
+    M, K, R, SPAN, blocks, FIRST,
     stride_xm, stride_xk, stride_ar, stride_ak, stride_sp, stride_sm, stride_sr,
     BRANCHES: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -144,7 +144,7 @@ def _down_kernel(
         a = tl.load(a_tile, mask=k_ok[:, None] & (r < stop)[None, :], other=0.0)
         if DROPOUT:
             threshold = tl.load(branch_ptr + branch * FIELDS + THRESHOLD).to(tl.int32)
-            keep = keep_tile(tl.load(seed_ptr + branch), threshold, m, k0, BLOCK_K)
+            keep = keep_tile(tl.load(seed_ptr + branch), threshold, m, FIRST + k0, BLOCK_K)
             x = tl.where(keep, x, 0.0).to(x.dtype)
         acc = dot(x, a, acc, PRECISION)
         x_tile += step * stride_xk
@@ -202,8 +202,12 @@ def project(
     dropouts: Sequence[float],
     seeds: Tensor | None,
     s: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """``scale_p · drop_p(x) A_pᵀ`` of the branches side by side: ``[M, R]`` in A's dtype, in s where it is given."""
+    """``scale_p · drop_p(x) A_pᵀ`` of the branches side by side: ``[M, R]`` in A's dtype, in s where it is given.
+
+    The masks are those of columns from ``first`` on.
+    """
     (m, k), rank, dropout = x.shape, a.shape[0], any(map(threshold, dropouts))
     widest = max(ranks) if dropout else rank
     acc, c = products(x, a, a.dtype), config("down", widest, a.dtype, capability(x), x.dtype)
@@ -216,7 +220,7 @@ def project(
     table = branch_table(tuple(ranks), tuple(scales), tuple(dropouts), acc.torch, x.device)
     launch(
         _down_kernel, (*grid, parts), c, acc,
-        x, a, partials, table, seeds, m, k, rank, span, blocks, *x.stride(), *a.stride(), *partials.stride(),
+        x, a, partials, table, seeds, m, k, rank, span, blocks, first, *x.stride(), *a.stride(), *partials.stride(),
         BRANCHES=len(ranks), DROPOUT=dropout,
     )  # fmt: skip
     if parts > 1:

@@ -16,6 +16,8 @@ The products are ``lora_linear``'s steps: gate and up share x, low-rank terms ar
 accumulates onto them. Nothing that is kept is overwritten. Every step is deterministic. Where a weight is quantised
 (``fastpeft.ops.Base``), I is cut in place of the rows (``lora_mlp_parts``), and no weight is kept or written out twice.
 
+Under checkpoints x alone is kept, and chunks compute the rest again (``lora_mlp_promise``).
+
 Sources: Shazeer, "GLU Variants Improve Transformer" (2020); Hu et al., "LoRA" (2021).
 """
 
@@ -27,8 +29,9 @@ from torch import Tensor
 from .. import _backend, _check, reference
 from .._library import autocast_dtype, cast, register_op
 from .._plan import planned
-from . import lora_linear_arguments, lora_mlp_chunks, lora_mlp_parts
+from . import lora_linear_arguments, lora_mlp_parts, lora_mlp_promise
 from . import lora_mlp_arguments as arguments
+from . import lora_mlp_chunks as chunks
 from .base import Base, Written, parts, shapes
 from .base_parts import Parts
 from .lora_mlp_arguments import REASONS, facts
@@ -45,7 +48,7 @@ def _implementation(
         with Parts(x, weights, tables, layouts, backend) as written:
             return lora_mlp_parts.forward(impl, linear, x, written, biases, given)
     lists = weights, lora_as, lora_bs, biases, scales, dropouts
-    return lora_mlp_chunks.forward(impl, linear, x, lists, seeds, activation)
+    return chunks.forward(impl, linear, x, lists, seeds, activation)
 
 
 def _fake(x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, activation, backend):
@@ -56,25 +59,31 @@ def _fake(x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds,
     return [y], [s, s_down, gate, up]
 
 
+def _promise(x, weights, tables, lora_as, lora_bs, *_):
+    """A stand-in for y that takes no memory, and nothing in the place of what ``_implementation`` has kept."""
+    return [x.new_empty_strided((x.shape[0], lora_bs[2].shape[0]), (0, 0))], [x.new_empty(0) for _ in range(4)]
+
+
 def _setup_context(ctx, inputs, output):
     x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, *settings = inputs
     s, s_down, gate, up = output[1]
     ctx.needs = [x.requires_grad] + [any(t.requires_grad for t in ts) for ts in (weights, lora_as, lora_bs, biases)]
     _, need_dw, need_da, need_db, _ = ctx.needs
     absent = x.new_empty(0)
-    kept = x if need_da or need_dw else absent, s if need_db else absent, s_down if need_db else absent
-    ctx.save_for_backward(*kept, gate, up, seeds, *weights, *lora_as, *lora_bs, *tables)
+    keeps_x = need_da or need_dw or chunks.is_absent(gate)
+    kept = x if keeps_x else absent, s if need_db else absent, s_down if need_db else absent
+    ctx.save_for_backward(*kept, gate, up, seeds, *weights, *lora_as, *lora_bs, *biases, *tables)
     ctx.settings = scales, dropouts, *settings
 
 
 def _backward(ctx, grads, _):
     x, s, s_down, gate, up, seeds, *rest = ctx.saved_tensors
     scales, dropouts, layouts, *settings = ctx.settings
-    weights, lora_as, lora_bs, tables = rest[:3], rest[3:6], rest[6:9], rest[9:]
+    weights, lora_as, lora_bs, biases, tables = rest[:3], rest[3:6], rest[6:9], rest[9:12], rest[12:]
     none = [None] * len(tables)
     if grads[0] is None:
         return None, [None] * 3, none, *[[None] * 3] * 3, *_rest(layouts)
-    operands = weights, tables, lora_as, lora_bs, scales, dropouts, seeds, ctx.needs, layouts, *settings
+    operands = weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, ctx.needs, layouts, *settings
     found = _lora_mlp_backward(grads[0], x, s, s_down, gate, up, *operands)
     groups = [found[i : i + 3] if need else [None] * 3 for i, need in zip((1, 4, 7, 10), ctx.needs[1:], strict=True)]
     return found[0] if ctx.needs[0] else None, groups[0], none, *groups[1:], *_rest(layouts)
@@ -87,24 +96,24 @@ def _rest(layouts):
 
 def _definition(ctx, grads):
     x, _, _, _, _, seeds, *rest = ctx.saved_tensors
-    if x.dim() == 1:
+    if chunks.is_absent(x):
         raise RuntimeError("lora_mlp: create_graph=True with a frozen lora_a, expected a trained one: x is not kept")
     scales, dropouts, layouts, activation, backend = ctx.settings
-    weights, lora_as, lora_bs, tables = rest[:3], rest[3:6], rest[6:9], rest[9:]
-    biases = [b.new_zeros(b.shape[0], requires_grad=ctx.needs[4]) for b in lora_bs]
+    weights, lora_as, lora_bs, biases, tables = rest[:3], rest[3:6], rest[6:9], rest[9:12], rest[12:]
     if layouts:
         weights = Written(x, weights, tables, layouts, backend).apart()
 
     def outputs(x, weights, _, lora_as, lora_bs, biases, *__):
         drawn = seeds if seeds.numel() else None
-        return [reference.lora_mlp(x, weights, lora_as, lora_bs, biases, scales, dropouts, drawn, activation)]
+        given = [bias if bias.numel() else None for bias in biases]
+        return [reference.lora_mlp(x, weights, lora_as, lora_bs, given, scales, dropouts, drawn, activation)]
 
     return (x, weights, [None] * len(tables), lora_as, lora_bs, biases, *_rest(layouts)), outputs
 
 
 def _backward_implementation(
-    dy, x, s, s_down, gate, up, weights, tables, lora_as, lora_bs, scales, dropouts, seeds, needs, layouts, activation,
-    backend,
+    dy, x, s, s_down, gate, up, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, needs, layouts,
+    activation, backend,
 ):  # fmt: skip
     """``[dx, *dW, *dA, *dB, *dbias]``; what is not needed is an empty tensor."""
     impl, linear = _backend.load("lora_mlp", backend), _backend.load("lora_linear", backend)
@@ -112,16 +121,16 @@ def _backward_implementation(
     if layouts:
         given = lora_mlp_parts.Operands(lora_as, lora_bs, scales, dropouts, seeds, activation)
         with Parts(dy, weights, tables, layouts, backend) as written:
-            found = lora_mlp_parts.Backward(impl, linear, dy, saved, written, given, needs).run()
+            found = lora_mlp_parts.Backward(impl, linear, dy, saved, written, biases, given, needs).run()
     else:
-        lists = weights, lora_as, lora_bs, scales, dropouts
-        found = lora_mlp_chunks.backward(impl, linear, dy, saved, lists, seeds, needs, activation)
+        lists = weights, lora_as, lora_bs, biases, scales, dropouts
+        found = chunks.backward(impl, linear, dy, saved, lists, seeds, needs, activation)
     return [dy.new_empty(0) if grad is None else grad for grad in found]
 
 
 def _backward_fake(
-    dy, x, s, s_down, gate, up, weights, tables, lora_as, lora_bs, scales, dropouts, seeds, needs, layouts, activation,
-    backend,
+    dy, x, s, s_down, gate, up, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, needs, layouts,
+    activation, backend,
 ):  # fmt: skip
     need_dx, need_dw, need_da, need_db, need_dbias = needs
     empty, absent = dy.new_empty, dy.new_empty(0)
@@ -134,8 +143,9 @@ def _backward_fake(
     ]
 
 
-_LISTS = "Tensor[] weights, Tensor[] tables, Tensor[] lora_as, Tensor[] lora_bs"
+_LISTS = "Tensor[] weights, Tensor[] tables, Tensor[] lora_as, Tensor[] lora_bs, Tensor[] biases"
 _SETTINGS = "float[] scales, float[] dropouts, Tensor seeds"
+_SCHEMA = f"(Tensor x, {_LISTS}, {_SETTINGS}, int[] layouts, str activation, str backend) -> (Tensor[], Tensor[])"
 _lora_mlp_backward = register_op(
     "lora_mlp_backward",
     f"(Tensor dy, Tensor x, Tensor s, Tensor s_down, Tensor gate, Tensor up, {_LISTS}, {_SETTINGS}, bool[] needs, "
@@ -145,14 +155,14 @@ _lora_mlp_backward = register_op(
 )
 _lora_mlp = register_op(
     "lora_mlp",
-    f"(Tensor x, {_LISTS}, Tensor[] biases, {_SETTINGS}, int[] layouts, str activation, str backend) "
-    "-> (Tensor[], Tensor[])",
+    _SCHEMA,
     _implementation,
     _fake,
     _setup_context,
     _backward,
     _definition,
 )
+_lora_mlp_promise = register_op("lora_mlp_promise", _SCHEMA, _promise, _promise, _setup_context, _backward, _definition)
 
 
 def lora_mlp(
@@ -206,22 +216,41 @@ def lora_mlp(
         x, weights, biases = x.to(wanted), [cast(t, wanted) for t in weights], [cast(t, wanted) for t in biases]
         lora_as, lora_bs = ([cast(t, wanted, torch.float32) for t in ts] for ts in (lora_as, lora_bs))
     weights, tables, layouts = parts(weights)
-    settings = scales, dropouts, seeds, layouts, activation, backend
-    return _planned(x, weights, tables, lora_as, lora_bs, biases, *settings)[0]
+    operands = x, weights, tables, lora_as, lora_bs, biases, scales, dropouts
+    settings = layouts, activation, backend
+    if not lora_mlp_promise.pays():
+        return _planned(*operands, seeds, *settings)[0]
+    y, *drawn = _promised(*operands, seeds, *settings)
+    seeds = drawn[0] if drawn else seeds
+    return lora_mlp_promise.keep(y, lambda: _planned(*operands, seeds, *settings)[0])
 
 
 @planned
-def _planned(x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, activation, backend):
+def _planned(*given):
     """All that is left to do once autocast has cast, which a plan stands for."""
+    (y,), _ = _lora_mlp(*_checked(*given))
+    shape = given[0].shape
+    return [y if len(shape) == 2 else y.reshape(*shape[:-1], y.shape[-1])]
+
+
+@planned
+def _promised(*given):
+    """The stand-in for y, and the seeds where there are any."""
+    x, *lists, seeds, layouts, activation, backend = _checked(*given)
+    (y,), _ = _lora_mlp_promise(x, *lists, seeds, layouts, activation, backend)
+    return [y, seeds] if seeds.numel() else [y]
+
+
+def _checked(x, weights, tables, lora_as, lora_bs, biases, scales, dropouts, seeds, layouts, activation, backend):
+    """What the op is given; ``seeds`` may be those that ``_promised`` has drawn."""
     arguments.tensors(x, weights, shapes(weights, layouts), lora_as, lora_bs, biases)
     scales, dropouts = lora_linear_arguments.numbers("lora_mlp", True, scales, dropouts)
     activation = arguments.activation(activation)
-    shape = x.shape
-    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     backend = _backend.choose("lora_mlp", backend, REASONS, flat, lora_as, weights)
-    seeds = lora_linear_arguments.seeds("lora_mlp", True, seeds, dropouts, x)
+    if not isinstance(seeds, Tensor):
+        seeds = lora_linear_arguments.seeds("lora_mlp", True, seeds, dropouts, x)
     absent = x.new_empty(0)
     biases = [absent if bias is None else bias for bias in biases]
     lists = list(weights), tables, list(lora_as), list(lora_bs), biases
-    (y,), _ = _lora_mlp(flat, *lists, scales, dropouts, seeds, layouts, activation, backend)
-    return [y if len(shape) == 2 else y.reshape(*shape[:-1], y.shape[-1])]
+    return flat, *lists, scales, dropouts, seeds, layouts, activation, backend

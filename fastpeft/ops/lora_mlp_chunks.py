@@ -36,29 +36,42 @@ def backward(
     needs: Sequence[bool],
     activation: str,
 ) -> list[Tensor | None]:
-    """``[dx, *dW, *dA, *dB, *dbias]``, with None for what is not needed.
+    """``[dx, *dW, *dA, *dB, *dbias]``, with None for what is not needed; lists as in ``forward``.
 
-    ``saved`` is x and what ``forward`` gave.
+    ``saved`` is x and what ``forward`` gave, or nothing but x: then each chunk computes its own again.
     """
     x, s, s_down, gate, up = saved
-    weights, _, lora_bs, *_ = lists
+    weights, lora_as, lora_bs, _, scales, dropouts = lists
+    low, again = (weights, lora_as, lora_bs, scales, dropouts), is_absent(gate)
     need_dx, need_dw, need_da, need_db, need_dbias = needs
     size = impl.chunk_rows(dy.shape[0], _narrowest(weights))
     dxs, sums = [], Sums()
     for rows, drawn in chunks(dy.shape[0], dy.shape[0] if need_dw or need_dbias else size, seeds):
-        dy_c, gate_c, up_c, x_c = dy[rows], gate[rows], up[rows], x[rows]
-        h = impl.forward(gate_c, up_c, activation) if need_da or need_dw else gate_c
-        dh, da, db = linear.backward([dy_c], h, s_down[rows], *_of(_DOWN, lists), drawn[_DOWN], True, need_da, need_db)
+        dy_c, x_c, s_c, s_down_c = dy[rows], x[rows], s[rows], s_down[rows]
+        if again:
+            (gate_c, up_c), s_c = linear.forward(x_c, *_of(_FIRST, lists), drawn[_FIRST])
+        else:
+            gate_c, up_c = gate[rows], up[rows]
+        h = impl.forward(gate_c, up_c, activation) if need_da or need_dw or (again and need_db) else gate_c
+        if again and need_db:
+            s_down_c = linear.down(h, lora_as[_DOWN], scales[_DOWN], dropouts[_DOWN], drawn[_DOWN])
+        dh, da, db = linear.backward([dy_c], h, s_down_c, *_of(_DOWN, low), drawn[_DOWN], True, need_da, need_db)
         dw_down = dy_c.T @ h if need_dw else None
         del h  # its memory is dgate's
         d = impl.backward_(dh, gate_c, up_c, activation)
-        dx, das, dbs = linear.backward(d, x_c, s[rows], *_of(_FIRST, lists), drawn[_FIRST], need_dx, need_da, need_db)
+        del gate_c, up_c
+        dx, das, dbs = linear.backward(d, x_c, s_c, *_of(_FIRST, low), drawn[_FIRST], need_dx, need_da, need_db)
         dxs.append(dx)
         dws = [*(t.T @ x_c for t in d), dw_down] if need_dw else [None] * 3
         dbiases = [t.sum(0, dtype=lora_bs[0].dtype) for t in (*d, dy_c)] if need_dbias else [None] * 3
         sums.add([*dws, *_three(das, da), *_three(dbs, db), *dbiases])
         del dh, d
     return [joined(dxs) if need_dx else None, *sums.totals()]
+
+
+def is_absent(kept: Tensor) -> bool:
+    """Whether this is the empty tensor in the place of one that was not kept."""
+    return kept.dim() == 1
 
 
 def chunks(rows: int, size: int, seeds: Tensor) -> Iterator[tuple[slice, Tensor]]:

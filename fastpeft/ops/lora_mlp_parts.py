@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .base_parts import ALL, Parts
+from .lora_mlp_chunks import is_absent
 
 _FIRST, _DOWN = slice(0, 2), slice(2, 3)
 
@@ -58,34 +59,45 @@ class Backward:
         impl: lora_mlp's backend.
         linear: lora_linear's.
         dy: the incoming gradient.
-        saved: x, S of gate and up, S of down, gate and up.
+        saved: x, S of gate and up, S of down, gate and up; or nothing but x, from which the others are computed again.
         weights: the three.
+        biases: theirs.
         given: as in forward.
         needs: whether x, weights, A, B and biases ask for gradients.
     """
 
-    def __init__(self, impl, linear, dy, saved, weights: Parts, given: Operands, needs: Sequence[bool]):
-        self.impl, self.linear, self.dy, self.weights, self.given = impl, linear, dy, weights, given
+    def __init__(self, impl, linear, dy, saved, weights: Parts, biases, given: Operands, needs: Sequence[bool]):
+        self.impl, self.linear, self.dy, self.weights, self.biases, self.given = (
+            impl, linear, dy, weights, biases, given,
+        )  # fmt: skip
         self.x, self.s, self.s_down, self.gate, self.up = saved
+        self.again = is_absent(self.gate)
         self.need_dx, self.need_dw, self.need_da, self.need_db, self.need_dbias = needs
         self.dx: Tensor | None = None
         self.ds: list[Tensor] = []  # of gate and up, of each part
         self.das: list[Tensor] | None = None
         # Of gate and up or down, of each part: they lie side by side in the whole.
         self.da_down: list[Tensor] = []
+        self.s_downs: list[Tensor] = []  # of each part, where S is computed again: a sum over them
         self.dws: list[list[Tensor | None]] = []
         self.dbs: list[list[Tensor]] = []
         self.dbiases: list[list[Tensor]] = []
 
     def run(self) -> list[Tensor | None]:
         """``[dx, *dW, *dA, *dB, *dbias]``, with None for what is not needed."""
-        dy, (_, lora_bs, scales, *_), inner = self.dy, self.given, self.gate.shape[1]
-        ds_down, db_down = self.linear.ups_backward([dy], self.s_down, lora_bs[2:], scales[2:], True, self.need_db)
-        cuts = self._cuts(inner)
+        dy, (lora_as, lora_bs, scales, dropouts, seeds, _), down = self.dy, self.given, self.linear.ups_backward
+        if self.again:
+            self.s = self.linear.down(self.x, lora_as[_FIRST], scales[_FIRST], dropouts[_FIRST], seeds[_FIRST])
+        has_s = self.need_db and not self.again
+        ds_down, db_down = down([dy], self.s_down, lora_bs[_DOWN], scales[_DOWN], True, has_s)
+        cuts = self._cuts(lora_bs[0].shape[0])
         for part in cuts:
             d = self._between(ds_down, part)
             self._first(d, part, last=part is cuts[-1])
             del d  # its memory is the next part's
+        if self.s_downs:
+            s_down = torch.stack(self.s_downs).sum(0) if len(self.s_downs) > 1 else self.s_downs[0]
+            _, db_down = down([dy], s_down, lora_bs[_DOWN], scales[_DOWN], False, True)
         none: list[Tensor | None] = [None] * 3
         dbs = [torch.cat(side) for side in zip(*self.dbs, strict=True)]
         dbiases = [torch.cat(side) for side in zip(*self.dbiases, strict=True)]
@@ -105,10 +117,13 @@ class Backward:
 
     def _between(self, ds_down: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """dgate and dup of a part."""
-        lora_as, _, _, dropouts, seeds, activation = self.given
-        gate, up, dy = self.gate[:, part], self.up[:, part], self.dy
-        h = self.impl.forward(gate, up, activation) if self.need_da or self.need_dw else gate
+        lora_as, _, scales, dropouts, seeds, activation = self.given
+        (gate, up), dy = self._gate_and_up(part), self.dy
+        needs_s = self.again and self.need_db
+        h = self.impl.forward(gate, up, activation) if self.need_da or self.need_dw or needs_s else gate
         a = lora_as[2][:, part]
+        if needs_s:
+            self.s_downs.append(self.linear.down(h, [a], scales[_DOWN], dropouts[_DOWN], seeds[_DOWN], part.start))
         dh, da = self.linear.down_backward(ds_down, h, [a], dropouts[2:], seeds[_DOWN], True, self.need_da, part.start)
         self.da_down.extend(da or ())
         if self.need_dw:
@@ -116,6 +131,17 @@ class Backward:
         del h  # its memory is dgate's
         dh.addmm_(dy, self.weights.part(2, ALL, part))
         return self.impl.backward_(dh, gate, up, activation)
+
+    def _gate_and_up(self, part: slice) -> list[Tensor]:
+        """Some of their columns."""
+        if not self.again:
+            return [self.gate[:, part], self.up[:, part]]
+        found, lora_bs = [], self.given.lora_bs[_FIRST]
+        for p, (s, b) in enumerate(zip(self.s.split([b.shape[1] for b in lora_bs], 1), lora_bs, strict=True)):
+            bias = self.biases[p][part] if self.biases[p].numel() else None
+            found.append(self.linear.up(s, b[part], bias, self.x.dtype))
+            found[p].addmm_(self.x, self.weights.part(p, part).T)
+        return found
 
     def _first(self, d: tuple[Tensor, Tensor], part: slice, last: bool) -> None:
         """What dgate and dup of a part give, and of the last one what S and A give of all."""

@@ -131,17 +131,22 @@ def ups_backward(
 
 
 def down(
-    x: Tensor, lora_as: Sequence[Tensor], scales: Sequence[float], dropouts: Sequence[float], seeds: Tensor | None
+    x: Tensor,
+    lora_as: Sequence[Tensor],
+    scales: Sequence[float],
+    dropouts: Sequence[float],
+    seeds: Tensor | None,
+    first: int = 0,
 ) -> Tensor:
-    """``S_p = scale_p · drop_p(x) A_pᵀ`` for every branch p, side by side: ``[M, R]``."""
+    """``S_p = scale_p · drop_p(x) A_pᵀ`` for every branch p, side by side: ``[M, R]``; ``first`` as below."""
     dtype = lora_as[0].dtype
     s = x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_as), dtype=dtype)
     if len(set(scales)) == 1 and not any(map(threshold, dropouts)):
         _add_down(s, x, _stack(lora_as), scales[0])
         return s
     for p, (a, s_p) in enumerate(zip(lora_as, _split(s, lora_as), strict=True)):
-        mask = _mask(x, dropouts[p], seeds, p)
-        _add_down(s_p, x if mask is None else mask.mul_(x), a, scales[p] * inverse_keep(dropouts[p]))
+        mask = _mask(x, dropouts[p], seeds, p, first + x.shape[1])
+        _add_down(s_p, x if mask is None else mask[:, first:].mul_(x), a, scales[p] * inverse_keep(dropouts[p]))
     return s
 
 

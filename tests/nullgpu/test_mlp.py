@@ -38,4 +38,4 @@ def test_a_model_under_checkpointing():
         del model
     rest = 28 * ROWS * 2 * WIDE * 2 / 2**30  # what the other blocks keep: each its input
     assert round(found[PEFT] + rest, 2) == 2.95
-    assert round(found[OURS] + rest, 2) <= 1.74
+    assert round(found[OURS] + rest, 2) <= 1.71

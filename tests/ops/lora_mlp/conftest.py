@@ -8,13 +8,14 @@ from tests.support.backends import BACKENDS
 
 @pytest.fixture
 def cut(monkeypatch):
-    """Has so many columns be computed at a time, and all rows."""
+    """Has so many columns be computed at a time, and so many rows; without a number, all."""
 
-    def change(columns):
+    def change(columns, rows=None):
+        wanted = rows
         for backend in BACKENDS:
             impl = _backend.load("lora_mlp", backend)
             monkeypatch.setattr(impl, "part_columns", lambda rows, size: columns or size)
-            monkeypatch.setattr(impl, "chunk_rows", lambda rows, _: max(1, rows))
+            monkeypatch.setattr(impl, "chunk_rows", lambda rows, _: wanted or max(1, rows))
 
     change(None)
     return change

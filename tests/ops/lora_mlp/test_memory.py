@@ -139,7 +139,8 @@ def test_checkpoints_draw_the_same_masks(backend, reentrant):
         y = way(call, *leaves)
         results.append([y.detach(), *torch.autograd.grad(y.sum(), leaves)] if not reentrant else _backward(y, leaves))
     for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+        assert torch.equal(results[0][0], result[0])
+        torch.testing.assert_close(result, results[0])  # gate and up come in chunks where they are computed again
 
 
 def _backward(y, leaves):

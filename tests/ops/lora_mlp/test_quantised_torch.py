@@ -30,7 +30,8 @@ def test_checkpoints_draw_the_same_masks(backend, reentrant, cut):
         y.sum().backward()
         results.append([y.detach(), *(t.grad for t in leaves)])
     for result in results[1:]:
-        assert all(map(torch.equal, results[0], result))
+        assert torch.equal(results[0][0], result[0])
+        torch.testing.assert_close(result, results[0])  # S of down is a sum over parts where it is computed again
 
 
 @each_backend
@@ -45,7 +46,7 @@ def test_opcheck(backend, cut):
     with torch.no_grad():
         _, kept = torch.ops.fastpeft.lora_mlp(*args)
     s, s_down, gate, up = kept
-    lists = tensors, tables, list(p.lora_as), list(p.lora_bs)
+    lists = tensors, tables, list(p.lora_as), list(p.lora_bs), list(p.biases)
     args = p.dy, p.x, s, s_down, gate, up, *lists, *settings, [True, False, True, True, False], layouts, "silu", backend
     torch.library.opcheck(torch.ops.fastpeft.lora_mlp_backward.default, args)
 
