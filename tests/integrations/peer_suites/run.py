@@ -31,6 +31,8 @@ PEERS = {
         ("register", "accelerate"),
         [
             "tests/test_custom_models.py",
+            "tests/test_initialization.py",
+            "tests/test_lora_variants.py",
             "tests/test_tuners_utils.py",
             "tests/test_low_level_api.py",
             "tests/test_mixed.py",
