@@ -1,7 +1,7 @@
 """The extension of ``csrc/host/`` in Python, for where it is not built: the same names, the same results and launches.
 
-File by file it says what those say. A call that is planned costs here about twice what it costs there, and a third of
-what it costs without plans.
+File by file it says what those say. Where those loop over what they were told, a function is written out here, once, as
+source (``source.py``): a program's steps, a layer's guards, and what recognises a call without making its key.
 """
 
 from .guards import Guards

@@ -1,43 +1,95 @@
-"""Launches of kernels by CUDA's driver, without a detour through Triton's launcher, which binds arguments anew."""
+"""Launches of kernels by CUDA's driver, without a detour through Triton's launcher, which binds arguments anew.
+
+All that a call of the driver takes is written once, into a ``Frame``; a launch then costs as much as any call of a C
+function without arguments.
+"""
 
 import ctypes
 import functools
-from typing import Any
+from array import array
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 _INVALID_CONTEXT = 201
 
 
-@functools.cache
-def _driver() -> Any:
-    driver = ctypes.PyDLL("libcuda.so.1")  # keeps Python's lock: a launch returns at once
-    number, pointer = ctypes.c_uint, ctypes.c_void_p
-    driver.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
-    return driver
+class Launch(NamedTuple):
+    """A kernel's launch: the driver's handle of it, blocks, threads of a block, bytes of shared memory, parameters.
+
+    The parameters are given as numbers of words.
+    """
+
+    function: int
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    parameters: tuple[int, ...]
 
 
-def launch(
-    device: int, function: int, grid: tuple[int, int, int], threads: int, shared: int, stream: int, parameters: Any
-) -> None:
-    """Launch a kernel.
+class _Config(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = [(name, ctypes.c_uint) for name in ("x", "y", "z", "threads", "threads_y", "threads_z", "shared")]
+    _fields_ += [("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]
+
+
+class Frame:
+    """What a program's launches read, for one run at a time.
 
     Args:
-        device: its number.
-        function: the driver's handle of the kernel.
-        grid: how many blocks.
-        threads: in a block.
-        shared: bytes of shared memory of a block.
-        stream: the driver's handle of the stream.
-        parameters: an array of the addresses of the kernel's parameters.
+        words: eight bytes for each parameter that launches take, as numbers; pointers are written before a launch.
+        launches: in their order.
+    """
+
+    def __init__(self, words: array, launches: Sequence[Launch]):
+        self.words, self.stream = words[:], 0
+        first = self.words.buffer_info()[0]
+        self._configs = [_Config(*each.grid, each.threads, 1, 1, each.shared, 0, 0, 0) for each in launches]
+        # The arguments of cuLaunchKernelEx: preconverted, since ctypes would convert them anew at every call.
+        self.launches = [
+            (
+                ctypes.byref(config),
+                ctypes.c_void_p(each.function),
+                (ctypes.c_void_p * len(each.parameters))(*(first + 8 * word for word in each.parameters)),
+                None,
+            )
+            for config, each in zip(self._configs, launches, strict=True)
+        ]
+
+    def to(self, stream: int) -> "Frame":
+        """Itself, launching in this stream, the driver's handle of one."""
+        if stream != self.stream:
+            self.stream = stream
+            for config in self._configs:
+                config.stream = stream
+        return self
+
+
+@functools.cache
+def launcher() -> Any:
+    """The driver's function, which returns an error's number; to be called with one of a frame's ``launches``."""
+    return _driver().cuLaunchKernelEx
+
+
+def failed(error: int, device: int, arguments: tuple) -> None:
+    """Launch again where it failed for the want of a context only.
+
+    Args:
+        error: what ``launcher()`` returned.
+        device: its number; arguments: of the launch.
 
     Raises:
         RuntimeError: the driver refuses, in its words.
     """
-    x, y, z = grid
-    error = _driver().cuLaunchKernel(function, x, y, z, threads, 1, 1, shared, stream, parameters, None)
     if error == _INVALID_CONTEXT:  # a thread that has called no function of the runtime yet
         _enter_context(device)
-        error = _driver().cuLaunchKernel(function, x, y, z, threads, 1, 1, shared, stream, parameters, None)
+        error = launcher()(*arguments)
     _check(error, "cuLaunchKernel")
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.PyDLL("libcuda.so.1")  # keeps Python's lock: a launch returns at once
 
 
 def _enter_context(device: int) -> None:

@@ -1,92 +1,102 @@
 """What a layer has found out about itself holds until something that it read has changed."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .key import PLAIN, thread_is_plain
-
-_ABSENT = object()
-
-
-def _autocasts(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+from . import key, source
 
 
 class Guards:
-    """Asked before every call whether all that it was told is still so, by identity."""
+    """Asked before every call whether all that it was told is still so, by identity.
+
+    What it is told becomes one function, when it is first asked::
+
+        def holds(x):
+            if not thread_is_plain() or casts(c0) is not False: return False
+            if x is not None and (type(x) not in PLAIN or x.dtype is not c1 or x.device != c2): return False
+            if x is not None and (x.layout is not strided or x.is_nested): return False
+            try: return c3[c4] is c5 and c6 not in c3 and not c7 and type(c8) is c9 and c10.dtype is c1
+            except KeyError: return False
+    """
 
     def __init__(self) -> None:
-        self._entries: list[tuple[dict, Any, Any]] = []
-        self._empty: list[Any] = []
-        self._items: list[tuple[Sequence, list]] = []
-        self._kinds: list[tuple[Any, type]] = []
-        self._tensors: list[tuple[Tensor, torch.dtype, torch.device]] = []
-        self._input: tuple[torch.dtype, torch.device, bool] | None = None
+        self._names = source.Names(thread_is_plain=key.thread_is_plain, PLAIN=key.PLAIN, strided=torch.strided)
+        self._told: dict[str, None] = {}  # conditions, each once
+        self._tensors: list[str] = []  # their names
+        self._holds: Any = _never
+        self._versions: Any = None
 
     def is_(self, dictionary: dict, name: str, value: Any) -> None:
         """The dictionary holds this very value under the name."""
-        self._entries.append((dictionary, name, value))
+        held, own = self._names(dictionary), self._key(name)
+        if type(dictionary) not in (dict, OrderedDict):  # which may make a value where there is none
+            self._tell(f"{own} in {held}")
+        self._tell(f"{held}[{own}] is {self._names(value)}")
 
     def absent(self, dictionary: dict, name: str) -> None:
         """The dictionary holds nothing under the name."""
-        self._entries.append((dictionary, name, _ABSENT))
+        self._tell(f"{self._key(name)} not in {self._names(dictionary)}")
 
     def empty(self, container: Any) -> None:
         """The dictionary, list or set is empty."""
-        self._empty.append(container)
+        self._tell(f"not {self._names(container)}")
 
     def items(self, sequence: Sequence) -> None:
         """The list or tuple holds these very objects."""
-        self._items.append((sequence, list(sequence)))
+        held = self._names(sequence)
+        self._tell(f"len({held}) == {len(sequence)}")
+        for i, item in enumerate(sequence):
+            self._tell(f"{held}[{i}] is {self._names(item)}")
 
     def type(self, value: Any) -> None:
         """The object is of this very class."""
-        self._kinds.append((value, type(value)))
+        self._tell(f"type({self._names(value)}) is {self._names(type(value))}")
 
     def tensor(self, tensor: Tensor) -> None:
         """The tensor has this class, dtype and device."""
         self.type(tensor)
-        self._tensors.append((tensor, tensor.dtype, tensor.device))
+        own = self._names(tensor)
+        self._tell(f"{own}.dtype is {self._names(tensor.dtype)}")
+        self._tell(f"{own}.device == {self._names(tensor.device)}")
+        self._tensors.append(own)
 
     def input(self, like: Tensor) -> None:
-        """Inputs are plain tensors of this dtype on this device, and autocast is as it is."""
-        self._input = like.dtype, like.device, _autocasts(like.device.type)
+        """Inputs are plain tensors of this dtype on this device, and autocast is as it is; the last to be told."""
+        name, kind = self._names, like.device.type
+        ready = "thread_is_plain()"
+        if torch.amp.is_autocast_available(kind):
+            name.known["casts"] = torch.is_autocast_enabled
+            ready += f" and casts({name(kind)}) is {torch.is_autocast_enabled(kind)}"
+        unlike = f"type(x) not in PLAIN or x.dtype is not {name(like.dtype)} or x.device != {name(like.device)}"
+        lines = [
+            f"if not ({ready}): return False",
+            f"if x is not None and ({unlike}): return False",
+            "if x is not None and (x.layout is not strided or x.is_nested): return False",
+            f"try: return {' and '.join(self._told) or True}",
+            "except KeyError: return False",
+        ]
+        self._holds = source.function("holds(x)", lines, name)
 
     def versions(self) -> int:
         """What rises when any of the tensors is modified in place."""
-        found = 0
-        for tensor, _, _ in self._tensors:
-            found += 0 if tensor.is_inference() else tensor._version
-        return found
+        if self._versions is None:
+            own = [f"(0 if {tensor}.is_inference() else {tensor}._version)" for tensor in self._tensors]
+            self._versions = source.function("versions()", [f"return {' + '.join(own) or 0}"], self._names)
+        return self._versions()
 
     def __call__(self, x: Tensor | None) -> bool:
-        if self._input is None or not thread_is_plain():
-            return False
-        dtype, device, casts = self._input
-        if _autocasts(device.type) != casts:
-            return False
-        if x is not None and (type(x) not in PLAIN or x.dtype is not dtype or x.device != device or _unusual(x)):
-            return False
-        for dictionary, name, value in self._entries:
-            if dictionary.get(name, _ABSENT) is not value:
-                return False
-        for container in self._empty:
-            if container:
-                return False
-        for sequence, found in self._items:
-            if len(sequence) != len(found) or any(a is not b for a, b in zip(sequence, found, strict=True)):
-                return False
-        for object_, kind in self._kinds:
-            if type(object_) is not kind:
-                return False
-        for tensor, was, at in self._tensors:
-            if tensor.dtype is not was or tensor.device != at:
-                return False
-        return True
+        return self._holds(x)
+
+    def _key(self, name: Any) -> str:
+        return repr(name) if type(name) is str else self._names(name)
+
+    def _tell(self, condition: str) -> None:
+        self._told[condition] = None
 
 
-def _unusual(x: Tensor) -> bool:
-    return x.layout is not torch.strided or x.is_nested
+def _never(x: Tensor | None) -> bool:
+    return False

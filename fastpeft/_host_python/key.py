@@ -2,13 +2,22 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 PLAIN = frozenset({Tensor, nn.Parameter})
+ALIGNED = 16  # bytes, what Triton compiles for
 _VALUES = frozenset({int, bool, str, type(None), torch.dtype})
+
+_ENVIRON: Any = os.environ
+_ENVIRONMENT, _BACKEND = _ENVIRON._data, _ENVIRON.encodekey("FASTPEFT_BACKEND")  # past a decoding at every call
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_is_tracing, _transform = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
+_grad_mode, _inference_mode = torch.is_grad_enabled, torch.is_inference_mode_enabled
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def _bits(*names: str) -> int:
@@ -23,12 +32,23 @@ _OTHERS |= _bits("Conjugate", "Negative", "ZeroTensor", "NestedTensor")
 def thread_is_plain() -> bool:
     """Whether no mode, transform or tracing looks at what this thread does."""
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._is_tracing()
+        _dispatch_modes()
+        or _function_modes()
+        or _is_tracing()
         or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _transform() is not None
     )
+
+
+def modes() -> tuple | None:
+    """What decides beside the arguments, or None where the call is Python's alone."""
+    if not thread_is_plain():
+        return None
+    backend = _ENVIRONMENT.get(_BACKEND)
+    if not _any_autocast():
+        return _grad_mode(), _inference_mode(), backend
+    casts = [torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in ("cpu", "cuda")]
+    return _grad_mode(), _inference_mode(), backend, *casts
 
 
 def of_call(arguments: Sequence, tensors: list[Tensor]) -> tuple | None:
@@ -38,11 +58,10 @@ def of_call(arguments: Sequence, tensors: list[Tensor]) -> tuple | None:
         arguments: tensors, numbers, strings, None, and lists and tuples of those.
         tensors: is given the tensors among them, in their order.
     """
-    if not thread_is_plain():
+    found = modes()
+    if found is None:
         return None
-    facts: list = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), os.environ.get("FASTPEFT_BACKEND")]
-    for kind in ("cpu", "cuda"):
-        facts.append(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+    facts: list = [found]
     return _of(facts, tensors) if _add(arguments, facts, tensors) else None
 
 
@@ -56,12 +75,16 @@ def of_tensors(tensors: Sequence[Tensor | None]) -> tuple | None:
     return _of(facts, given)
 
 
+def of_addresses(addresses: Sequence[int]) -> tuple:
+    """Which tensors are aligned, True for all, and which are one tensor given twice, None for none."""
+    aligned = [address % ALIGNED == 0 for address in addresses]
+    apart = len(set(addresses)) == len(addresses)
+    same = None if apart else tuple([addresses.index(address) for address in addresses])
+    return all(aligned) or tuple(aligned), same
+
+
 def _of(facts: list, tensors: Sequence[Tensor]) -> tuple:
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    facts.append(tuple([address % 16 == 0 for address in addresses]))  # what Triton compiles for
-    if len(set(addresses)) < len(addresses):  # one tensor given twice
-        facts.append(tuple([addresses.index(address) for address in addresses]))
-    return tuple(facts)
+    return *facts, of_addresses([tensor.data_ptr() for tensor in tensors])
 
 
 def _add_tensor(tensor: Tensor, facts: list) -> bool:
