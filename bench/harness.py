@@ -54,6 +54,10 @@ class Call:
     def step(self, which: str) -> Callable:
         return self.forward if which == FORWARD else self.both
 
+    def memory(self, device: torch.device) -> tuple[int, int | None]:
+        """What is kept for backward, and the most that is allocated; None where that is not known."""
+        return saved_bytes(self), peak_bytes(self, device)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -164,7 +168,7 @@ def measure(
     steps = {(name, which): [c.step(which) for c in bound] for name, bound in calls.items() for which in case.passes}
     times = interleave(steps, case.device, rounds, limit_s) if steps else {}
     trained = BOTH in case.passes
-    memory = {name: (saved_bytes(b[0]), peak_bytes(b[0], case.device)) for name, b in calls.items() if trained}
+    memory = {name: bound[0].memory(case.device) for name, bound in calls.items() if trained}
     bandwidth, speed = machine.ceilings(case.device, case.dtype)
     rows = []
     for variant in case.variants:

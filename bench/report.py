@@ -19,6 +19,10 @@ YARDSTICKS = {
     "row_linear": (WHOLE,),
     "token_rows": (PEER, WHOLE),
     "last 2 blocks": (PEER,),
+    "block": (PEER,),
+    "block, checkpointed": (PEER,),
+    "6 blocks": (PEER,),
+    "6 blocks, checkpointed": (PEER,),
 }
 
 

@@ -8,7 +8,17 @@ import torch
 
 from bench.bench_memory import Case, measure
 from bench.memory_models import MODELS, OURS, PEFT, adapted
-from tests.support.llama_block import BLOCKS, ROUNDING, ROWS, WIDE, assert_launches, kept_and_peak, step_of
+from tests.support.llama_block import (
+    BLOCKS,
+    CHECKPOINTED,
+    MIB,
+    ROUNDING,
+    ROWS,
+    WIDE,
+    assert_launches,
+    kept_and_peak,
+    step_of,
+)
 
 
 @pytest.mark.parametrize(("dropout", "adapters"), BLOCKS, ids=str)
@@ -25,8 +35,25 @@ def test_launches_of_a_block(adapters, launches):
     assert_launches(step_of(OURS, 0.0, adapters), launches)
 
 
+@pytest.mark.parametrize("reentrant", CHECKPOINTED)
+def test_what_a_block_under_a_checkpoint_needs(reentrant):
+    for way, peak in CHECKPOINTED[reentrant].items():
+        found = kept_and_peak(step_of(way, 0.05, torch.float32, reentrant=reentrant))
+        assert found[0] == ROWS * WIDE * 2 / MIB, way  # y
+        assert abs(found[1] - peak) <= ROUNDING, way
+
+
+@pytest.mark.parametrize(("reentrant", "launches"), [(False, 233), (True, 275)])
+def test_launches_of_a_block_under_a_checkpoint(reentrant, launches):
+    """Promise, y and what backward computes again are plans too."""
+    assert_launches(step_of(OURS, 0.05, torch.float32, reentrant=reentrant), launches)
+
+
 def test_a_model_under_checkpointing():
-    """One row of 4,096 tokens through Llama-3.1-8B: PEFT's peak is 2.66 GiB above the base, 2.95 with dropout."""
+    """One row of 4,096 tokens through Llama-3.1-8B: PEFT's peak is 2.66 GiB above the base, 2.95 with dropout.
+
+    Ours is in the backward of a norm, which transformers computes in float32.
+    """
     shape, name = MODELS["Llama-3.1-8B"], "Llama-3.1-8B"
     found = {}
     for way in (PEFT, OURS):

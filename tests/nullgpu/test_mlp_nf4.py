@@ -7,19 +7,9 @@ import torch
 from torch import nn
 
 from bench.bench_quantised import nf4_of_zeros
+from bench.llama_block import INNER, WIDE, Block
 from bench.memory_models import OURS, PEFT
-from tests.support.llama_block import (
-    APART,
-    BLOCKS,
-    INNER,
-    MIB,
-    ROUNDING,
-    WIDE,
-    Block,
-    assert_launches,
-    kept_and_peak,
-    step_of,
-)
+from tests.support.llama_block import APART, BLOCKS, MIB, ROUNDING, assert_launches, kept_and_peak, step_of
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -53,6 +43,12 @@ def test_what_a_block_in_nf4_keeps_and_needs(dropout, adapters):
         assert abs(found[1] - peak) <= 2 * ROUNDING, way  # two such blocks
     assert kept == BLOCKS[dropout, adapters][OURS][0]
     assert peak < BLOCKS[dropout, adapters][OURS][1] + SCRATCH / 2
+
+
+@pytest.mark.parametrize(("reentrant", "peak"), [(False, 212.0), (True, 244.5)])
+def test_what_a_block_in_nf4_under_a_checkpoint_needs(reentrant, peak):
+    found = kept_and_peak(step_of(OURS, 0.05, torch.float32, nf4_base, reentrant))
+    assert abs(found[1] - peak) <= 2 * ROUNDING
 
 
 @pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=str)

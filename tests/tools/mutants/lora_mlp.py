@@ -23,6 +23,14 @@ SETTINGS = _MODEL + "test_restore_and_settings"
 COPIES = _MODEL + "test_copies_and_pickles"
 PARTS = "tests/ops/lora_mlp/test_quantised.py::test_parts_are_the_whole"
 BESIDE = "tests/ops/lora_mlp/test_quantised.py::test_a_trained_weight_beside_quantised_ones"
+_PROMISE = "tests/ops/lora_mlp/test_promise.py::"
+_CHECKPOINTS = "tests/ops/lora_mlp/test_checkpoints.py::"
+AGAIN = _PROMISE + "test_bits_of_what_is_computed_again"
+AGAIN_CUT = _PROMISE + "test_chunks_and_parts_are_the_whole"
+IN_PLACE = _PROMISE + "test_the_output_may_be_changed_in_place"
+SECOND = _PROMISE + "test_gradients_of_gradients"
+PAYS = _CHECKPOINTS + "test_when_it_pays"
+MASKED = _CHECKPOINTS + "test_checkpoints_draw_the_same_masks"
 FEW = "tests/integrations/peft/test_mlp_quantised.py::test_few_rows_and_another_dtype_are_the_layers_own"
 AUTOCAST = "tests/integrations/peft/test_mlp_quantised.py::test_no_less_accurate_than_peft"
 
@@ -60,6 +68,11 @@ MUTANTS = {
         "backward": {
             "weights' gradients of chunks": ("dy.shape[0] if need_dw or need_dbias else size", "size", BASE),
             "down's dW of gate": ("dy_c.T @ h if need_dw", "dy_c.T @ gate_c if need_dw"),
+            "computed again with the first rows' masks": (
+                "linear.forward(x_c, *_of(_FIRST, lists), drawn[_FIRST])",
+                "linear.forward(x_c, *_of(_FIRST, lists), seeds[_FIRST])", AGAIN_CUT,
+            ),
+            "S of down again with gate's seed": ("dropouts[_DOWN], drawn[_DOWN]", "dropouts[_DOWN], drawn[:1]", AGAIN),
         },
         "chunks": {
             "every chunk draws the first's mask": ("shifted[i]", "shifted[0]"),
@@ -71,9 +84,21 @@ MUTANTS = {
     },
     "fastpeft/ops/lora_mlp.py": {
         "_setup_context": {
-            "x always kept": ("x if need_da or need_dw else absent", "x"),
+            "x always kept": ("x if keeps_x else absent", "x"),
             "S always kept": ("s if need_db else absent", "s"),
+            "x not kept beside a promise": ("or chunks.is_absent(gate)", "", _PROMISE + "test_what_is_trained"),
         },
+        "_definition": {"biases left out": ("bias if bias.numel() else None", "None", SECOND)},
+        "lora_mlp": {
+            "other seeds than the promise's": ("drawn[0] if drawn else seeds", "seeds", MASKED),
+        },
+    },
+    "fastpeft/ops/lora_mlp_promise.py": {
+        "pays": {
+            "any hooks": ('getattr(hooks[0], "__module__", None) in _DISCARDING', "True", PAYS),
+            "not in a reentrant recomputation": ("_in_backward() != _OUTSIDE", "False", PAYS),
+        },
+        "_Kept.forward": {"a view": ("compute().detach()", "compute()", IN_PLACE)},
     },
     "fastpeft/ops/lora_mlp_parts.py": {
         "Backward._first": {
@@ -81,13 +106,20 @@ MUTANTS = {
             "dS of the first part": ("torch.stack(self.ds).sum(0)", "self.ds[0]", PARTS),
             "low-rank term of the first part": ("if last and need_ds", "if need_ds", PARTS),
         },
+        "Backward._gate_and_up": {
+            "the first part's bias": ("self.biases[p][part]", "self.biases[p][: part.stop - part.start]", AGAIN_CUT),
+            "the first part's B": ("b[part]", "b[: part.stop - part.start]", AGAIN_CUT),
+        },
+        "Backward.run": {"S of down of one part": ("torch.stack(self.s_downs).sum(0)", "self.s_downs[0]", AGAIN_CUT)},
         "Backward._between": {"masks of the first part": ("self.need_da, part.start", "self.need_da, 0", PARTS)},
         "Backward._weights": {"down's dW below one another": ("1 if p == 2 else 0", "0", BESIDE)},
     },
     "fastpeft/reference/lora_linear.py": {
         "down_backward": {"masks of a part from the first column": ("mask[:, first:]", "mask[:, :columns]", PARTS)},
+        "down": {"masks of a part from the first column": ("mask[:, first:]", "mask[:, : x.shape[1]]", AGAIN_CUT)},
     },
     "kernels/lora_linear_products.py": {
+        "_down_kernel": {"masks of a part from the first column": ("FIRST + k0", "k0", AGAIN_CUT)},
         "_up_kernel": {"masks of a part from the first column": ("FIRST + pid_k", "pid_k", PARTS)},
     },
     "kernels/lora_linear_backward.py": {
