@@ -116,10 +116,10 @@ MUTANTS = {
     },
     "fastpeft/reference/lora_linear.py": {
         "down_backward": {"masks of a part from the first column": ("mask[:, first:]", "mask[:, :columns]", PARTS)},
-        "down": {"masks of a part from the first column": ("mask[:, first:]", "mask[:, : x.shape[1]]", AGAIN_CUT)},
+        "down": {"masks of S from the first column": ("mask[:, first:]", "mask[:, : x.shape[1]]", AGAIN_CUT)},
     },
     "kernels/lora_linear_products.py": {
-        "_down_kernel": {"masks of a part from the first column": ("FIRST + k0", "k0", AGAIN_CUT)},
+        "_down_kernel": {"masks of S from the first column": ("FIRST + k0", "k0", AGAIN_CUT)},
         "_up_kernel": {"masks of a part from the first column": ("FIRST + pid_k", "pid_k", PARTS)},
     },
     "kernels/lora_linear_backward.py": {
