@@ -92,6 +92,13 @@ class Step(Call):
     def memory(self, device: torch.device) -> tuple[int, int]:
         """Allocated after forward, and the most at any time of a step, above what was there before."""
         call = self.trains
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            ys = call.forward()
+            kept = torch.cuda.memory_allocated(device) - before
+            torch.autograd.grad(ys, call.wrt, call.grads)
+            return kept, torch.cuda.max_memory_allocated(device) - before
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             ys = call.forward()
             with record_function(_BETWEEN):

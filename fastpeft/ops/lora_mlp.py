@@ -180,7 +180,8 @@ def lora_mlp(
     """``y = down(act(gate(x)) ∘ up(x))``, each projection a ``lora_linear`` (SwiGLU and GeGLU, Shazeer, 2020).
 
     Every list has three items, of gate, up and down. What is kept for backward is x, gate and up, and what exists
-    beside them at any time is a few rows of the intermediate width: the least that a gated MLP was seen to need.
+    beside them at any time is a few rows of the intermediate width: the least that a gated MLP was seen to need. Under
+    ``torch.utils.checkpoint``, or ``save_on_cpu``, x alone is kept, and backward makes the rest again.
 
     Args:
         x: the input ``[..., K]``, float16, bfloat16, float32 or float64, any strides.
