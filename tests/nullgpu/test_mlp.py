@@ -5,6 +5,8 @@ The numbers are today's: whoever needs less writes them down here, and nobody ne
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bench.bench_memory import Case, measure
 from bench.memory_models import MODELS, OURS, PEFT, adapted
@@ -49,11 +51,14 @@ def test_launches_of_a_block_under_a_checkpoint(reentrant, launches):
     assert_launches(step_of(OURS, 0.05, torch.float32, reentrant=reentrant), launches)
 
 
-def test_a_model_under_checkpointing():
-    """One row of 4,096 tokens through Llama-3.1-8B: PEFT's peak is 2.66 GiB above the base, 2.95 with dropout.
+@pytest.mark.parametrize(("fused_norms", "theirs", "ours"), [(False, 2.95, 1.71), (True, 2.82, 1.47)])
+def test_a_model_under_checkpointing(fused_norms, theirs, ours, monkeypatch):
+    """One row of 4,096 tokens through Llama-3.1-8B, above the base.
 
-    Ours is in the backward of a norm, which transformers computes in float32.
+    Ours is in the backward of a norm where that is transformers', which computes it in float32 by operators of PyTorch.
     """
+    if fused_norms:
+        monkeypatch.setattr(LlamaRMSNorm, "forward", _rms_norm)
     shape, name = MODELS["Llama-3.1-8B"], "Llama-3.1-8B"
     found = {}
     for way in (PEFT, OURS):
@@ -64,5 +69,9 @@ def test_a_model_under_checkpointing():
         found[way] = min(measure(model, case)["peak_bytes"] for _ in range(2)) / 2**30
         del model
     rest = 28 * ROWS * 2 * WIDE * 2 / 2**30  # what the other blocks keep: each its input
-    assert round(found[PEFT] + rest, 2) == 2.95
-    assert round(found[OURS] + rest, 2) <= 1.71
+    assert round(found[PEFT] + rest, 2) == theirs
+    assert round(found[OURS] + rest, 2) <= ours
+
+
+def _rms_norm(norm, x):
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
