@@ -22,12 +22,14 @@ def make(kind, dtype=FP32, dropout=0.5, rows=(2, 19), sizes=(32, 64, 48)):
 
 
 def computed(p, weights, backend, way=contextlib.nullcontext):
-    """The output and every gradient of an MLP whose weights are frozen."""
-    x, *lists = p.x.clone().requires_grad_(), p.lora_as, p.lora_bs, p.biases
+    """The output and every gradient of an MLP whose weights are frozen, and its biases where the rows are not cut."""
+    x, *lists = p.x.clone().requires_grad_(), p.lora_as, p.lora_bs
+    if any(isinstance(w, ops.Base) for w in weights):
+        lists.append(p.biases)
     lists = [[t.clone().requires_grad_() for t in ts] for ts in lists]
     with way():
-        y = ops.lora_mlp(x, weights, *lists, p.scales, p.dropouts, p.seeds, p.activation, backend)
-    leaves = {"dx": x} | {f"d{n}{i}": t for n, ts in zip("ABb", lists, strict=True) for i, t in enumerate(ts)}
+        y = ops.lora_mlp(x, weights, *[*lists, p.biases][:3], p.scales, p.dropouts, p.seeds, p.activation, backend)
+    leaves = {"dx": x} | {f"d{n}{i}": t for n, ts in zip("ABb", lists, strict=False) for i, t in enumerate(ts)}
     return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), p.dy), strict=True))
 
 
@@ -139,10 +141,11 @@ def test_a_second_backward_finds_everything_unchanged(backend, kind, cut):
 
     inside = p.map(guard)
     weights = inside.weights if kind == "dense" else weights
-    x, *leaves = [t.requires_grad_() for t in (inside.x, *inside.lora_as, *inside.lora_bs, *inside.biases)]
+    biases = inside.biases
+    own = (*inside.lora_as, *inside.lora_bs, *(biases if kind != "dense" else ()))
+    x, *leaves = [t.requires_grad_() for t in (inside.x, *own)]
     with poisoned(), offloading():
-        lists = leaves[:3], leaves[3:6], leaves[6:]
-        y = ops.lora_mlp(x, weights, *lists, p.scales, p.dropouts, p.seeds, backend=backend)
+        y = ops.lora_mlp(x, weights, leaves[:3], leaves[3:6], biases, p.scales, p.dropouts, p.seeds, backend=backend)
         first = torch.autograd.grad(y, [x, *leaves], p.dy, retain_graph=True)
         second = torch.autograd.grad(y, [x, *leaves], p.dy)
     for check in checks:
