@@ -56,13 +56,11 @@ class Frame:
             for config, each in zip(self._configs, launches, strict=True)
         ]
 
-    def to(self, stream: int) -> "Frame":
-        """Itself, launching in this stream, the driver's handle of one."""
-        if stream != self.stream:
-            self.stream = stream
-            for config in self._configs:
-                config.stream = stream
-        return self
+    def to(self, stream: int) -> None:
+        """From now on it launches in this stream, the driver's handle of one."""
+        self.stream = stream
+        for config in self._configs:
+            config.stream = stream
 
 
 @functools.cache

@@ -27,7 +27,8 @@ class Guards:
         self._names = source.Names(thread_is_plain=key.thread_is_plain, PLAIN=key.PLAIN, strided=torch.strided)
         self._told: dict[str, None] = {}  # conditions, each once
         self._tensors: list[str] = []  # their names
-        self._holds: Any = _never
+        self._input: list[str] = []  # lines
+        self._holds: Any = None
         self._versions: Any = None
 
     def is_(self, dictionary: dict, name: str, value: Any) -> None:
@@ -65,38 +66,38 @@ class Guards:
         self._tensors.append(own)
 
     def input(self, like: Tensor) -> None:
-        """Inputs are plain tensors of this dtype on this device, and autocast is as it is; the last to be told."""
+        """Inputs are plain tensors of this dtype on this device, and autocast is as it is."""
         name, kind = self._names, like.device.type
         ready = "thread_is_plain()"
         if torch.amp.is_autocast_available(kind):
             name.known["casts"] = torch.is_autocast_enabled
             ready += f" and casts({name(kind)}) is {torch.is_autocast_enabled(kind)}"
         unlike = f"type(x) not in PLAIN or x.dtype is not {name(like.dtype)} or x.device != {name(like.device)}"
-        lines = [
+        self._input = [
             f"if not ({ready}): return False",
             f"if x is not None and ({unlike}): return False",
             "if x is not None and (x.layout is not strided or x.is_nested): return False",
-            f"try: return {' and '.join(self._told) or True}",
-            "except KeyError: return False",
         ]
-        self._holds = source.function("holds(x)", lines, name)
 
     def versions(self) -> int:
         """What rises when any of the tensors is modified in place."""
         if self._versions is None:
-            own = [f"(0 if {tensor}.is_inference() else {tensor}._version)" for tensor in self._tensors]
-            self._versions = source.function("versions()", [f"return {' + '.join(own) or 0}"], self._names)
+            every = " + ".join(f"{tensor}._version" for tensor in self._tensors) or "0"
+            counted = [f"({tensor}.is_inference() or {tensor}._version)" for tensor in self._tensors]
+            lines = [f"try: return {every}", f"except RuntimeError: return {' + '.join(counted)}"]  # inference has none
+            self._versions = source.function("versions()", lines, self._names)
         return self._versions()
 
     def __call__(self, x: Tensor | None) -> bool:
-        return self._holds(x)
+        holds = self._holds
+        if holds is None:
+            told = [f"try: return {' and '.join(self._told) or True}", "except KeyError: return False"]
+            lines = [*self._input, *told] if self._input else ["return False"]
+            holds = self._holds = source.function("holds(x)", lines, self._names)
+        return holds(x)
 
     def _key(self, name: Any) -> str:
         return repr(name) if type(name) is str else self._names(name)
 
     def _tell(self, condition: str) -> None:
-        self._told[condition] = None
-
-
-def _never(x: Tensor | None) -> bool:
-    return False
+        self._told[condition] = self._holds = None

@@ -32,7 +32,9 @@ class Program:
     second argument's transpose::
 
         def steps(inputs):
-            frame = take()
+            try: frame = frames.pop()
+            except IndexError: frame = new()
+            if frame.stream != stream(device): frame.to(stream(device))
             words = frame.words
             (l0,) = frame.launches
             (t0, t1,) = inputs
@@ -145,8 +147,9 @@ class Program:
         lines += [line for step in steps for line in step]
         if self._launches:
             unpacked = f"({_listed('l', len(self._launches))}) = frame.launches"
-            lines = ["frame = take()", "words = frame.words", unpacked, *lines, "frames.append(frame)"]
-            self._names.known.update(launch=driver.launcher(), take=self._frame, frames=self._frames)
+            lines = [*_TAKE, unpacked, *lines, "frames.append(frame)"]
+            self._names.known.update(launch=driver.launcher(), new=self._frame, frames=self._frames)
+            self._names.known.update(stream=_current_stream if self._index is not None else lambda _: 0)
         lines.append(f"return [{', '.join(map(self._value, self._results))}]")
         self._names.known.update({f"t{self.inputs + i}": tensor for i, tensor in enumerate(self._constants)})
         for slot in range(self.inputs):
@@ -154,12 +157,7 @@ class Program:
         return source.function("steps(inputs)", lines, self._names)
 
     def _frame(self) -> driver.Frame:
-        """One that no other run uses; the function puts it back."""
-        try:
-            frame = self._frames.pop()
-        except IndexError:
-            frame = driver.Frame(self._words, self._launches)
-        return frame.to(0 if self._index is None else _current_stream(self._index))
+        return driver.Frame(self._words, self._launches)
 
     def _word(self, parameter: Any) -> str | None:
         """Gives a launch's parameter its place among the words; the line that writes it, if a run has to."""
@@ -199,6 +197,14 @@ class Program:
         for slot in slots:
             self._last[slot] = len(self._steps)
         self._steps.append(lines)
+
+
+_TAKE = (  # a frame that no other run uses; the function puts it back
+    "try: frame = frames.pop()",
+    "except IndexError: frame = new()",
+    "if frame.stream != stream(device): frame.to(stream(device))",
+    "words = frame.words",
+)
 
 
 def _word_key(parameter: Any) -> Any:

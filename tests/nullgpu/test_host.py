@@ -10,6 +10,7 @@ import torch
 from bench import nullgpu
 from bench.bench_host import counts, measure
 from bench.host_cases import OURS, OWN, PEFT, Case, steps
+from tests.support import host_extension
 
 # (case, trains, dropout, adapters, autocast): launches; device-to-device copies, which sum a shared input's gradients.
 LAUNCHES = {
@@ -38,6 +39,12 @@ RATIOS = {
     Case("block", False, 0.0): 0.75,
     Case("experts", True, 0.0, "float32"): 1.1,
 }
+# The same without the extension, whose form in Python other work of the machine slows more.
+WITHOUT = {
+    Case("block", True, 0.0, "bfloat16"): 1.4,
+    Case("block", True, 0.1, "float32", autocast=True): 1.1,
+    Case("block", False, 0.0): 1.4,
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,11 +55,13 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("host", host_extension.WAYS)
 @pytest.mark.parametrize("case", LAUNCHES, ids=str)
-def test_launches_copies_and_no_waits(case):
+def test_launches_copies_and_no_waits(case, host):
     found = steps(case)
     for way in {OURS, OWN} & set(found):
-        asked = counts(found[way])
+        with host_extension.serves(host):
+            asked = counts(found[way])
         assert (asked["launches"], asked["copies"]) == LAUNCHES[case], way
         assert (asked["syncs"], asked["pageable"], asked["missing"]) == (0, 0, 0), way
 
@@ -62,6 +71,14 @@ def test_host_time_beside_peft(case):
     found = steps(case)
     rows = measure({way: found[way] for way in (PEFT, OURS)}, rounds=7)
     assert rows[OURS]["ratio_peft"] < RATIOS[case]
+
+
+@pytest.mark.parametrize("case", WITHOUT, ids=str)
+def test_host_time_without_the_extension(case):
+    with host_extension.serves("Python"):
+        found = steps(case)
+        rows = measure({way: found[way] for way in (PEFT, OURS)}, rounds=7)
+    assert rows[OURS]["ratio_peft"] < WITHOUT[case]
 
 
 # launches, synchronisations, copies, pageable copies
