@@ -34,7 +34,7 @@ def config(columns: int) -> Tile:
 
 @triton.jit
 def _masked_kernel(
-    x_ptr, y_ptr, seed_ptr, M, K, threshold,
+    x_ptr, y_ptr, seed_ptr, M, K, threshold, FIRST,
     stride_xm, stride_xk, stride_ym, stride_yk,
     ADD: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def _masked_kernel(
     inside = (m < M)[:, None] & (k < K)[None, :]  # [BLOCK_M, BLOCK_K]
     x = tl.load(x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk, mask=inside, other=0.0).to(ACC)
     y_tile = y_ptr + m[:, None] * stride_ym + k[None, :] * stride_yk
-    y = tl.where(keep_tile(tl.load(seed_ptr), threshold, m, first, BLOCK_K), x, 0.0)
+    y = tl.where(keep_tile(tl.load(seed_ptr), threshold, m, FIRST + first, BLOCK_K), x, 0.0)
     if ADD:
         y += tl.load(y_tile, mask=inside, other=0.0).to(ACC)
     tl.store(y_tile, y, mask=inside)
@@ -117,13 +117,13 @@ def _gain_kernel(
 def masked(x: Tensor, dropout: float, seeds: Tensor) -> Tensor:
     """``mask ∘ x``, without the factor ``1 / (1 - p)``: every bit of what is kept is x's."""
     y = x.new_empty(x.shape)
-    _launch(_masked_kernel, x, y, (seeds,), (threshold(dropout),), ADD=False)
+    _launch(_masked_kernel, x, y, (seeds,), (threshold(dropout), 0), ADD=False)
     return y
 
 
-def add_masked_(dx: Tensor, q: Tensor, dropout: float, seeds: Tensor) -> None:
-    """``dx += mask ∘ q``."""
-    _launch(_masked_kernel, q, dx, (seeds,), (threshold(dropout),), ADD=True)
+def add_masked_(dx: Tensor, q: Tensor, dropout: float, seeds: Tensor, first: int = 0) -> None:
+    """``dx += mask ∘ q``; these may be some columns, of which ``first``, an even number, is the first."""
+    _launch(_masked_kernel, q, dx, (seeds,), (threshold(dropout), first), ADD=True)
 
 
 def combined(s: Tensor, c: Tensor, bias: Tensor | None, u: Tensor, factor: Tensor, y: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from .. import ops
 from .._check import PLAIN
 from ..nn import quantised
 from ..nn.branch import own_path_reason
+from ..nn.guarding import guard_child, guard_item
 from ..nn.sharing import Branch
 
 _VARIANT = "peft.tuners.lora.variants", "DoraLinearVariant"
@@ -32,6 +33,14 @@ def magnitude_of(layer: Any, name: str, variants: Any) -> Tensor | str:
         return "the variant DoRA without a magnitude for linear layers"
     reason = own_path_reason(found)
     return found.weight if reason is None else f"DoRA, whose magnitude {reason}"
+
+
+def guard(layer: Any, guards: Any, name: str) -> None:
+    """What is read of a layer because this adapter is DoRA."""
+    modules = layer._modules
+    guard_item(guards, layer.__dict__, "training")
+    guards.is_(modules, "lora_magnitude_vector", modules["lora_magnitude_vector"])
+    guard_child(guards, modules["lora_magnitude_vector"]._modules, name, ("weight",))
 
 
 def planned(branches: list[Branch], magnitude: Tensor) -> Dora | str:

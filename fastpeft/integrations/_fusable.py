@@ -70,7 +70,7 @@ def kept_plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
 
 
 def guard(layer: Any, guards: Any) -> None:
-    """All that ``plan`` reads of a layer, and with it ``fastpeft_branch``.
+    """All that ``plan`` reads of a layer, and with it ``fastpeft_branch`` and ``fastpeft_projection``.
 
     Args:
         layer: the layer; this is a method of it.
@@ -90,8 +90,10 @@ def guard(layer: Any, guards: Any) -> None:
     for part in ("lora_A", "lora_B", "lora_dropout"):
         guards.is_(modules, part, modules[part])
     for name in (active,) if isinstance(active, str) else active:
-        guards.absent(getattr(layer, "lora_variant", _EMPTY), name)
+        guard_item(guards, getattr(layer, "lora_variant", _EMPTY), name)
         guard_item(guards, layer.use_dora, name)
+        if layer.use_dora.get(name):
+            _dora.guard(layer, guards, name)
         guard_item(guards, layer.scaling, name)
         if name not in modules["lora_A"]._modules:
             guards.absent(modules["lora_A"]._modules, name)

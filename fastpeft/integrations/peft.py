@@ -84,6 +84,14 @@ class FastForward(nn.Module):
         plan = _fusable.plan(self) if torch.compiler.is_compiling() else _fusable.kept_plan(self)
         return plan if isinstance(plan, str) else _shared_branch(self, plan)
 
+    def fastpeft_projection(self) -> tuple[sharing.Branch, Tensor | None] | str:
+        """This layer for ``fastpeft.nn.lora_mlp``, with the magnitude of DoRA, or why it computes alone."""
+        plan = _fusable.plan(self) if torch.compiler.is_compiling() else _fusable.kept_plan(self)
+        branch = plan if isinstance(plan, str) else _single_branch(self, plan)
+        if isinstance(branch, str):
+            return branch
+        return branch, plan.magnitude if isinstance(plan, _dora.Dora) else None
+
     fastpeft_guard = _fusable.guard
 
     def fastpeft_backend(self) -> str:
@@ -254,8 +262,10 @@ def __getattr__(name: str) -> type:
 
 
 def _shared_branch(layer: Any, plan: list[sharing.Branch]) -> sharing.Branch | str:
-    if isinstance(plan, _dora.Dora):
-        return "its adapter is DoRA"
+    return "its adapter is DoRA" if isinstance(plan, _dora.Dora) else _single_branch(layer, plan)
+
+
+def _single_branch(layer: Any, plan: list[sharing.Branch]) -> sharing.Branch | str:
     if len(plan) > 1:
         return "several adapters are active"
     if isinstance(plan[0].scale, Tensor):

@@ -84,7 +84,7 @@ def guard_process(guards: Any) -> None:
 
 
 def guard_lora(layer: Any, guards: Any) -> None:
-    """All that ``LoraLinear.fastpeft_branch`` reads of a layer with one active adapter.
+    """All that ``LoraLinear.fastpeft_projection`` reads of a layer with one active adapter.
 
     Args:
         layer: The layer; this is a method of it.
@@ -96,6 +96,6 @@ def guard_lora(layer: Any, guards: Any) -> None:
     guard_child(guards, modules, "base_layer")
     guards.is_(modules, "adapters", adapters)
     for name in layer.active:
-        guard_child(guards, adapters._modules, name, ("lora_A", "lora_B", "lora_bias"))
+        guard_child(guards, adapters._modules, name, ("lora_A", "lora_B", "lora_bias", "lora_magnitude"))
         for number in ("scale", "dropout"):
             guard_item(guards, adapters._modules[name].__dict__, number)

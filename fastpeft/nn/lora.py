@@ -184,10 +184,13 @@ class LoraLinear(nn.Module):
 
     def fastpeft_branch(self) -> Branch | str:
         """What ``SharedInput`` computes for this layer, or the reason why it does not."""
+        found = self.fastpeft_projection()
+        return found if isinstance(found, str) else found[0] if found[1] is None else "its adapter is DoRA"
+
+    def fastpeft_projection(self) -> tuple[Branch, Tensor | None] | str:
+        """What ``LoraMlp`` computes for this layer, and the magnitude of DoRA; or the reason why it does not."""
         if self.disabled or self.merged or len(self.active) != 1:
             return "disabled" if self.disabled else "merged" if self.merged else f"{len(self.active)} active adapters"
-        if self.dora:
-            return "its adapter is DoRA"
         weight = frozen_weight(self.base_layer)
         if isinstance(weight, str):
             return f"its base layer {weight}"
@@ -206,7 +209,8 @@ class LoraLinear(nn.Module):
         if quantised.own_bias(weight, bias, lora_a):
             return "its bias is cast at every call"
         dropout = adapter.dropout if self.training else 0.0
-        return Branch(weight, lora_a, trained["lora_B"], bias, adapter.scale, dropout, lora_bias)
+        branch = Branch(weight, lora_a, trained["lora_B"], bias, adapter.scale, dropout, lora_bias)
+        return branch, trained["lora_magnitude"]
 
     fastpeft_guard = quantised.guard_layer
 

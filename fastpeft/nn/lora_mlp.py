@@ -4,9 +4,9 @@
 
 Such a module is found by what it is: children ``gate_proj``, ``up_proj``, ``down_proj``, an ``act_fn`` that is known,
 and a forward whose byte code is that line's, in one of the ways in which it is written. It is given a class of its own,
-derived from the one it has, whose forward calls ``ops.lora_mlp``; whatever is unusual at a call (hooks on its children,
-several adapters, disabled or merged ones, a class that somebody patched since, few rows over quantised weights) is seen
-there, and the module's own forward runs.
+derived from the one it has, whose forward calls ``ops.lora_mlp``, or ``ops.dora_mlp`` where an adapter is DoRA; what is
+unusual at a call (hooks on its children, several adapters, disabled or merged ones, a class that somebody patched
+since, few rows over quantised weights) is seen there, and the module's own forward runs.
 """
 
 import functools
@@ -26,9 +26,10 @@ from .guarding import GLOBAL_HOOKS, guard_call, guard_item, keep, kept, state_wi
 
 
 class _Plan(NamedTuple):
-    """What ``ops.lora_mlp`` is called with beside x."""
+    """What ``ops.lora_mlp`` or ``ops.dora_mlp`` is called with beside x."""
 
     branches: tuple[Branch, Branch, Branch]
+    magnitudes: tuple[Tensor | None, ...]  # of those that are DoRA; empty where none is
     activation: str
     quantised: bool  # whether a weight is, so that what decides is also how many rows x has
 
@@ -57,6 +58,8 @@ class LoraMlp(nn.Module):
             if plan is None:
                 plan = keep(self, x, _plan(self, x))
         if isinstance(plan, str) or (plan.quantised and _called(x, plan.branches)):
+            return super().forward(x)
+        if plan.magnitudes and _trains(plan.branches):
             return super().forward(x)
         return _run(x, plan)
 
@@ -95,7 +98,7 @@ class LoraMlp(nn.Module):
             return plan
         weights, lora_as = [branch.weight for branch in plan.branches], [branch.lora_a for branch in plan.branches]
         x = lora_as[0].new_empty(1, lora_as[0].shape[1], dtype=_input(plan.branches).dtype)
-        return serving_backend("lora_mlp", x, weights, lora_as=lora_as)
+        return serving_backend("dora_mlp" if plan.magnitudes else "lora_mlp", x, weights, lora_as=lora_as)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuilt, (self.fastpeft_plain,), state_without_kept(self)
@@ -147,29 +150,40 @@ def _plan(module: Any, x: Tensor | None) -> _Plan | str:
         return f"its activation is {module.act_fn}"
     if isinstance(module.act_fn, nn.Module) and own_path_reason(module.act_fn) is not None:
         return f"its activation {own_path_reason(module.act_fn)}"
-    branches = []
+    found = []
     for name in NAMES:
-        branch = _branch(module._modules[name])
-        if isinstance(branch, str):
-            return f"{name}: {branch}"
-        branches.append(branch)
-    gate, up, down = branches
+        projection = _projection(module._modules[name])
+        if isinstance(projection, str):
+            return f"{name}: {projection}"
+        found.append(projection)
+    (gate, up, down), magnitudes = zip(*found, strict=True)
+    branches, dora = (gate, up, down), any(magnitude is not None for magnitude in magnitudes)
     written = any(isinstance(branch.weight, ops.Base) for branch in branches)
+    if dora and _trains(branches):
+        return "an adapter is DoRA, and the weight of a projection is trained"
     x = _input(branches) if x is None else x
-    return _unfit(x, (gate, up, down)) or _Plan((gate, up, down), activation, written)
+    return _unfit(x, branches) or _Plan(branches, magnitudes if dora else (), activation, written)
 
 
-def _branch(child: Any) -> Branch | str:
+def _projection(child: Any) -> tuple[Branch, Tensor | None] | str:
     """A projection as its layer tells it, or why it is computed by itself."""
-    if not hasattr(type(child), "fastpeft_branch"):
+    if not hasattr(type(child), "fastpeft_projection"):
         return f"it is a {type(child).__qualname__} without a fused adapter"
     reason = own_path_reason(child)
-    branch = f"it {reason}" if reason is not None else child.fastpeft_branch()
-    if isinstance(branch, str):
-        return branch
-    given = (t for t in (*branch[:4], branch.lora_bias) if t is not None and not isinstance(t, ops.Base))
-    other = next((t for t in given if type(t) not in PLAIN), None)
-    return branch if other is None else f"a parameter is a {type(other).__name__}"
+    found = f"it {reason}" if reason is not None else child.fastpeft_projection()
+    if isinstance(found, str):
+        return found
+    branch, magnitude = found
+    given = (*branch[:4], branch.lora_bias, magnitude)
+    other = next((t for t in given if t is not None and not isinstance(t, ops.Base) and type(t) not in PLAIN), None)
+    if other is None and magnitude is not None and magnitude.device != branch.lora_a.device:
+        return f"its magnitude is on {magnitude.device}, its adapter on {branch.lora_a.device}"
+    return found if other is None else f"a parameter is a {type(other).__name__}"
+
+
+def _trains(branches: Sequence[Branch]) -> bool:
+    """Whether a weight asks for a gradient, which DoRA gives none."""
+    return any(isinstance(branch.weight, Tensor) and branch.weight.requires_grad for branch in branches)
 
 
 def _input(branches: Sequence[Branch]) -> Tensor:
@@ -212,7 +226,13 @@ def _run(x: Tensor, plan: _Plan) -> Tensor:
     columns: list[Any] = [*zip(*plan.branches, strict=True)]
     weights, lora_as, lora_bs, _, scales, dropouts, _ = columns
     biases = [branch.folded_bias() for branch in plan.branches]
-    y = ops.lora_mlp(x, weights, lora_as, lora_bs, biases, scales, dropouts, activation=plan.activation)
+    settings = biases, scales, dropouts
+    if plan.magnitudes:
+        kinds = x.dtype, lora_as[0].dtype
+        magnitudes = [m if m is None or m.dtype in kinds else m.to(kinds[1]) for m in plan.magnitudes]
+        y = ops.dora_mlp(x, weights, lora_as, lora_bs, magnitudes, *settings, activation=plan.activation)
+    else:
+        y = ops.lora_mlp(x, weights, lora_as, lora_bs, *settings, activation=plan.activation)
     return quantised.as_given(y, weights[2], x)
 
 

@@ -61,8 +61,15 @@ class Sharing(Protocol):
         """
         ...
 
+    def fastpeft_projection(self) -> tuple[Branch, Tensor | None] | str:
+        """What a gated MLP computes for this layer, and the magnitude of DoRA or None; or why the layer computes alone.
+
+        Asked twice without a change in between, it gives the same tensor objects.
+        """
+        ...
+
     def fastpeft_guard(self, guards: Any) -> None:
-        """Names to ``guards`` (see ``guarding``) all that ``fastpeft_branch`` reads where it gives a branch."""
+        """Names to ``guards`` (see ``guarding``) all that those two read where they give a branch."""
         ...
 
 

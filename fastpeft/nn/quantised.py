@@ -82,7 +82,7 @@ def guard(guards: Any, modules: dict, name: str) -> None:
 
 
 def guard_layer(layer: Any, guards: Any) -> None:
-    """All that ``LoraLinear.fastpeft_branch`` reads.
+    """All that ``LoraLinear.fastpeft_projection`` reads.
 
     Args:
         layer: The layer; this is a method of it.

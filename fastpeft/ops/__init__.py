@@ -13,6 +13,7 @@ from .base import Base, eight_bit, four_bit, written_by
 from .bottleneck import bottleneck
 from .dequantise import dequantise
 from .dora_linear import dora_linear, dora_norm
+from .dora_mlp import dora_mlp
 from .experts import ExpertLinear, experts
 from .lora_embedding import lora_embedding
 from .lora_linear import lora_linear, lora_linear_shared
@@ -29,6 +30,7 @@ __all__ = [
     "bottleneck",
     "dequantise",
     "dora_linear",
+    "dora_mlp",
     "dora_norm",
     "eight_bit",
     "experts",
@@ -77,7 +79,8 @@ def explain(op: str, *args, **kwargs) -> Explanation:
         facts = module.facts(given)
     except KeyError as error:
         raise TypeError(f"explain: {op} needs {error.args[0]} beside {', '.join(given) or 'nothing'}") from None
-    return _backend.explain(op, page, given.get("backend"), module.REASONS, *facts, planned=op not in _UNPLANNED)
+    files = {"dora_mlp": "lora_mlp"}.get(page, page)  # it has no kernels but those of its parts
+    return _backend.explain(op, files, given.get("backend"), module.REASONS, *facts, planned=op not in _UNPLANNED)
 
 
 def _bound(op: str, function: Callable, args: Sequence, kwargs: Mapping) -> dict:

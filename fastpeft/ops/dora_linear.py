@@ -43,7 +43,7 @@ def _implementation(
     norm = norm.clone() if norm.numel() else row_norms(dense, lora_a, lora_b, scale, backend)
     gain = magnitude.to(norm.dtype).div(norm)
     s = linear.down(x, [lora_a], [scale], [dropout], seeds)
-    low_rank = s, _scaled_rows(lora_b, gain), bias if bias.numel() else None
+    low_rank = s, scaled_rows(lora_b, gain), bias if bias.numel() else None
     if threshold(dropout):
         dropped = impl.masked(x, dropout, seeds)
         u = x.new_empty(x.shape[0], lora_b.shape[0]).addmm_(dropped, dense.T, beta=0, alpha=inverse_keep(dropout))
@@ -119,7 +119,7 @@ def _backward_implementation(
     need_dx, need_da, need_db, need_dm, need_dbias = needs
     found: Any = None, None, None
     if need_dx or need_da or need_db or need_dm:
-        operands = [dy.new_empty(0)], [lora_a], [_scaled_rows(lora_b, gain)], [scale], [dropout], seeds
+        operands = [dy.new_empty(0)], [lora_a], [scaled_rows(lora_b, gain)], [scale], [dropout], seeds
         found = linear.backward([dy], x, s, *operands, need_dx, need_da, need_db or need_dm)
     dx, das, dcs = found
     dc = dcs[0] if dcs else dy
@@ -135,7 +135,7 @@ def _backward_implementation(
     if need_dm:
         through_b = (dc.to(gain.dtype) * lora_b).sum(1)
         dm = impl.gain_gradient(dy, u, gain.dtype).add_(through_b).div_(norm).to(magnitude.dtype)
-    db = _scaled_rows(dc, gain) if need_db else None
+    db = scaled_rows(dc, gain) if need_db else None
     dbias = dy.sum(0, dtype=lora_b.dtype) if need_dbias else None
     return [dy.new_empty(0) if grad is None else grad for grad in (dx, das and das[0], db, dm, dbias)]
 
@@ -157,7 +157,7 @@ def _dense(like: Tensor, weight: Tensor, tables, layouts, backend: str) -> Tenso
     return dense
 
 
-def _scaled_rows(matrix: Tensor, gain: Tensor) -> Tensor:
+def scaled_rows(matrix: Tensor, gain: Tensor) -> Tensor:
     """``g ∘ B``: a factor for each row, in the matrix's dtype."""
     return (matrix * gain[:, None]).to(matrix.dtype)
 

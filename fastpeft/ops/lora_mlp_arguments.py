@@ -20,10 +20,16 @@ def lists(weights: Sequence, given: dict[str, Sequence | None]) -> list[Sequence
 
 
 def tensors(
-    x: Tensor, weights: Sequence, quantised: Sequence, lora_as: Sequence, lora_bs: Sequence, biases: Sequence
+    x: Tensor,
+    weights: Sequence,
+    quantised: Sequence,
+    lora_as: Sequence,
+    lora_bs: Sequence,
+    biases: Sequence,
+    op: str = "lora_mlp",
 ) -> None:
     """Shapes, dtypes and devices of the three projections; ``quantised`` has the shapes of those weights that are."""
-    op, sizes, adapter = "lora_mlp", {"K": x.shape[-1]}, None
+    sizes, adapter = {"K": x.shape[-1]}, None
     for p, (weight, shape, a, b, bias) in enumerate(zip(weights, quantised, lora_as, lora_bs, biases, strict=True)):
         n, k = _SIZES[p]
         if shape is not None:
@@ -46,8 +52,8 @@ def tensors(
             _check.dtype(op, ("biases", p), bias, x.dtype, adapter)
 
 
-def activation(name: str) -> str:
-    _check.one_of("lora_mlp", "activation", name, ACTIVATIONS)
+def activation(name: str, op: str = "lora_mlp") -> str:
+    _check.one_of(op, "activation", name, ACTIVATIONS)
     return name
 
 

@@ -3,6 +3,7 @@
 from .bottleneck import bottleneck
 from .dequantise import dequantise
 from .dora_linear import dora_linear
+from .dora_mlp import dora_mlp
 from .dropout import inverse_keep, keep_mask
 from .experts import ExpertLinear, experts
 from .lora_embedding import lora_embedding
@@ -20,6 +21,7 @@ __all__ = [
     "bottleneck",
     "dequantise",
     "dora_linear",
+    "dora_mlp",
     "experts",
     "inverse_keep",
     "keep_mask",

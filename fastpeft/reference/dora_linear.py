@@ -65,10 +65,10 @@ def masked(x: Tensor, dropout: float, seeds: Tensor) -> Tensor:
     return drawn_mask(seeds[0], dropout, x.shape[0], x.shape[1], x.dtype).mul_(x)
 
 
-def add_masked_(dx: Tensor, q: Tensor, dropout: float, seeds: Tensor) -> None:
-    """``dx += mask ∘ q``."""
-    mask = drawn_mask(seeds[0], dropout, q.shape[0], q.shape[1], q.dtype)
-    dx.addcmul_(q, mask)
+def add_masked_(dx: Tensor, q: Tensor, dropout: float, seeds: Tensor, first: int = 0) -> None:
+    """``dx += mask ∘ q``; these may be some columns, of which ``first``, an even number, is the first."""
+    mask = drawn_mask(seeds[0], dropout, q.shape[0], first + q.shape[1], q.dtype)
+    dx.addcmul_(q, mask[:, first:])
 
 
 def combined(s: Tensor, c: Tensor, bias: Tensor | None, u: Tensor, factor: Tensor, y: Tensor | None = None) -> Tensor:

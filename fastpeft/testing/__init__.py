@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 import torch
 
-from . import bottleneck, dora_linear, experts, lora_linear, lora_mlp, multi_lora, prompt_gather, row_linear
+from . import bottleneck, dora_linear, dora_mlp, experts, lora_linear, lora_mlp, multi_lora, prompt_gather, row_linear
 from .accuracy import MAX_RATIO, RMS_RATIO, Ratios, assert_no_worse, error_vs_eager, integer_inputs
 from .bottleneck import BottleneckProblem, eager_bottleneck
 from .dora_linear import DoraProblem, eager_dora_linear
+from .dora_mlp import DoraMlpProblem, eager_dora_mlp
 from .experts import ExpertsProblem, eager_experts
 from .lora_linear import LoraProblem, eager_lora_linear
 from .lora_mlp import MlpProblem, eager_lora_mlp
@@ -25,6 +26,7 @@ __all__ = [
     "MAX_RATIO",
     "RMS_RATIO",
     "BottleneckProblem",
+    "DoraMlpProblem",
     "DoraProblem",
     "ExpertsProblem",
     "LoraProblem",
@@ -37,6 +39,7 @@ __all__ = [
     "check_ops",
     "eager_bottleneck",
     "eager_dora_linear",
+    "eager_dora_mlp",
     "eager_experts",
     "eager_lora_linear",
     "eager_lora_mlp",
@@ -49,6 +52,8 @@ __all__ = [
     "poisoned",
 ]
 
+_OPS = bottleneck, dora_linear, dora_mlp, experts, lora_linear, lora_mlp, multi_lora, prompt_gather, row_linear
+
 
 def check_ops(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, float, float, bool]]:
     """Run every op forward and backward on ``device``, on each backend that serves it, random values at all dtypes.
@@ -58,6 +63,6 @@ def check_ops(device: torch.device | str) -> Iterator[tuple[str, torch.dtype, fl
     Args:
         device: where the ops run.
     """
-    for op in (bottleneck, dora_linear, experts, lora_linear, lora_mlp, multi_lora, prompt_gather, row_linear):
+    for op in _OPS:
         for name, dtype, worst in op.check(device):
             yield name, dtype, *worst, worst.ok

@@ -63,6 +63,11 @@ KINDS = {
         **LORA, "magnitude": "tensor", "scale": "number", "dropout": "probability", "seed": "seed",
         "norm": "optional tensor", **BACKEND,
     },
+    "dora_mlp": {
+        "x": "tensor", **SHARED, "magnitudes": "list of tensors", "scales": "list of numbers",
+        "dropouts": "list of numbers", "seeds": "list of seeds", "norms": "list of tensors", "activation": "word",
+        **BACKEND,
+    },
     "experts": {
         "x": "tensor", "top_k_index": "tensor", "top_k_weights": "tensor", "up": "projection", "down": "projection",
         "activation": "function", "seeds": "seeds of experts", **BACKEND, "tile": "tile",
@@ -116,6 +121,11 @@ def arguments(op: str) -> dict:
     lists = {"lora_as": [t(2, 4, 8)], "lora_bs": [t(2, 6, 4)], "ys": [t(3, 6)]}
     dropped = {"dropouts": [0.5, 0.0], "seeds": i(1, 2)}
     lora = {"x": t(3, 8), "weight": t(6, 8), "lora_a": t(4, 8), "lora_b": t(6, 4), "bias": t(6)}
+    mlp = {
+        "x": t(3, 8), "weights": [t(6, 8), t(6, 8), t(8, 6)], "lora_as": [t(4, 8), t(2, 8), t(4, 6)],
+        "lora_bs": [t(6, 4), t(6, 2), t(8, 4)], "biases": [t(6), None, t(8)], "scales": [1.0, 2.0, 0.5],
+        "dropouts": [0.5, 0.0, 0.5], "seeds": [1, None, 2],
+    }  # fmt: skip
     return {
         "bottleneck": {
             "x": t(3, 8), "down_weight": t(4, 8), "down_bias": t(4), "up_weight": t(6, 4), "up_bias": t(6),
@@ -123,6 +133,7 @@ def arguments(op: str) -> dict:
         },
         "dequantise": {"base": ops.eight_bit(torch.ones(6, 8, dtype=torch.int8, device=DEVICE), t(6))},
         "dora_linear": {**lora, "magnitude": t(6), "norm": t(6), "dropout": 0.5, "seed": 3},
+        "dora_mlp": {**mlp, "magnitudes": [t(6), t(6), None], "norms": [t(6), None, None]},
         "experts": {
             "x": t(3, 8), "top_k_index": i(0, 1, 1)[:, None], "top_k_weights": t(3, 1), "activation": torch.relu,
             "up": ops.ExpertLinear(t(2, 6, 8), None, t(2, 4, 8), t(2, 6, 4), 1.0, 0.5),
@@ -134,11 +145,7 @@ def arguments(op: str) -> dict:
             "x": t(3, 8), "weights": [t(6, 8)] * 2, "lora_as": [t(4, 8)] * 2, "lora_bs": [t(6, 4)] * 2,
             "biases": [t(6), None], "scales": [1.0, 2.0], "dropouts": [0.5, 0.0], "seeds": [1, None],
         },
-        "lora_mlp": {
-            "x": t(3, 8), "weights": [t(6, 8), t(6, 8), t(8, 6)], "lora_as": [t(4, 8), t(2, 8), t(4, 6)],
-            "lora_bs": [t(6, 4), t(6, 2), t(8, 4)], "biases": [t(6), None, t(8)], "scales": [1.0, 2.0, 0.5],
-            "dropouts": [0.5, 0.0, 0.5], "seeds": [1, None, 2],
-        },
+        "lora_mlp": mlp,
         "multi_lora": {**multi, "lora_a": t(2, 4, 8), "lora_b": t(2, 6, 4), "y": t(3, 6), **dropped},
         "multi_lora_": {**multi, "y": [t(3, 6)], "lora_a": [t(2, 4, 8)], "lora_b": [t(2, 6, 4)]},
         "multi_lora_shared": {**multi, **lists, **dropped},
@@ -254,6 +261,6 @@ def test_explain_says_what_is_no_tensor():
     with pytest.raises(TypeError, match=r"^explain: x is 'x' \(str\), expected a tensor"):
         fastpeft.explain("lora_linear", "x")
     with pytest.raises(
-        ValueError, match="^explain: op is 'lora', expected one of bottleneck, dequantise, dora_linear, experts"
+        ValueError, match="^explain: op is 'lora', expected one of bottleneck, dequantise, dora_linear, dora_mlp"
     ):
         fastpeft.explain("lora")

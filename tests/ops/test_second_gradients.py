@@ -52,6 +52,20 @@ def dora_linear(backend, dropout):
     return op, (new(3, 5), new(2, 5), new(4, 2), new(4), new(4).flip(0))
 
 
+def dora_mlp(backend, dropout):
+    """With LoRA on up."""
+    w = [new(4, 5, train=False), new(4, 5, train=False).flip(0), new(3, 4, train=False)]
+    norms = [new(4, train=False).abs(), None, new(3, train=False).abs()]
+
+    def op(x, *parts):
+        lists, (gate, down, bias) = (w, parts[:3], parts[3:6]), parts[6:]
+        options = {"scales": [0.5, 2.0, 1.0], "dropouts": [dropout] * 3, "seeds": [7, 8, 9], "backend": backend}
+        return ops.dora_mlp(x, *lists, [gate, None, down], [bias, None, None], norms=norms, **options)
+
+    adapters = new(2, 5), new(1, 5), new(2, 4), new(4, 2), new(4, 1), new(3, 2)
+    return op, (new(3, 5), *adapters, new(4), new(3), new(4).flip(0))
+
+
 def multi_lora(backend, dropout):
     slots, scales, ranks = torch.tensor([1, -1, 0, 1]), torch.tensor([0.5, 2.0], dtype=FP64), torch.tensor([2, 1])
     slots, scales, ranks = slots.to(DEVICE), scales.to(DEVICE), ranks.to(DEVICE, torch.int32)
@@ -94,8 +108,10 @@ def row_linear(backend, dropout):
 
 # The places of inputs that cannot be trained alone, for want of what is then not kept.
 REFUSED = {lora_linear: {2}, lora_linear_shared: {4, 5}, lora_mlp: {0, 4, 5, 6}, multi_lora: {2}, dora_linear: {2, 3}}
+REFUSED[dora_mlp] = {0, *range(4, 10)}
 REFUSED |= {(bottleneck, "reference"): {2, 3, 4}, (bottleneck_of_slots, "reference"): {0, 2, 3}}
-OPS = [lora_linear, lora_linear_shared, lora_mlp, dora_linear, multi_lora, bottleneck, bottleneck_of_slots, row_linear]
+OPS = [lora_linear, lora_linear_shared, lora_mlp, dora_linear, dora_mlp, multi_lora, bottleneck, bottleneck_of_slots]
+OPS.append(row_linear)
 
 
 @each_backend

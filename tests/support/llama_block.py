@@ -23,9 +23,11 @@ def base() -> Block:
         return Block().bfloat16().requires_grad_(False)
 
 
-def step_of(way: str, dropout: float, adapters: torch.dtype, base=base, reentrant: bool | None = None):
+def step_of(
+    way: str, dropout: float, adapters: torch.dtype, base=base, reentrant: bool | None = None, dora: bool = False
+):
     """Forward and backward, under a checkpoint unless ``reentrant`` is None."""
-    config = peft.LoraConfig(r=16, lora_dropout=dropout, target_modules=LINEARS)
+    config = peft.LoraConfig(r=16, lora_dropout=dropout, target_modules=LINEARS, use_dora=dora)
     wide = adapters == torch.float32
     model = peft.get_peft_model(copy.deepcopy(base()), config, autocast_adapter_dtype=wide).train()
     if way != PEFT:

@@ -51,6 +51,15 @@ def dora(x, dropout=0.0, dtype=torch.float32, norm=None, **grads):
     return y, [x, parts["lora_a"], parts["lora_b"], magnitude, parts["bias"]]
 
 
+def dora_mlp(x, dropout=0.0):
+    parts = [lora(k=k, n=n, r=r) for k, n, r in ((24, 40, 4), (24, 40, 2), (40, 16, 3))]
+    columns = {f"{name}s": [p[name] for p in parts] for name in ("weight", "lora_a", "lora_b")}
+    columns["magnitudes"] = [new(40), new(40, seed=1), new(16)]
+    seeds = [torch.tensor([seed]) for seed in (3, 4, 5)]
+    y = ops.dora_mlp(x, **columns, scales=[0.5, 1.0, 2.0], dropouts=[dropout] * 3, seeds=seeds)
+    return y, [x, *columns["lora_as"], *columns["lora_bs"], *columns["magnitudes"]]
+
+
 def mixed(x):
     slots = torch.tensor([0, 2, -1, 1, 2])
     a, b = new(3, 4, 24), new(3, 40, 4)

@@ -197,6 +197,7 @@ def test_check_ops_passes(no_interpreter):
     ops = {
         "bottleneck",
         "dora_linear",
+        "dora_mlp",
         "experts",
         "lora_linear",
         "lora_linear_shared",

@@ -9,13 +9,17 @@ from fastpeft import ops
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which activation every call of the op had."""
-    seen, op = [], ops.lora_mlp
+    """Which activation every call of the ops had."""
+    seen = []
 
-    @functools.wraps(op)
-    def counted(*args, **kwargs):
-        seen.append(kwargs["activation"])
-        return op(*args, **kwargs)
+    def counting(op):
+        @functools.wraps(op)
+        def counted(*args, **kwargs):
+            seen.append(kwargs["activation"])
+            return op(*args, **kwargs)
 
-    monkeypatch.setattr(ops, "lora_mlp", counted)
+        return counted
+
+    for name in ("lora_mlp", "dora_mlp"):
+        monkeypatch.setattr(ops, name, counting(getattr(ops, name)))
     return seen

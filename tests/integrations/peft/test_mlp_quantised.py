@@ -212,13 +212,6 @@ def test_a_registered_format(calls):
     assert {row.status for row in fastpeft.report(model) if row.kind == "gated MLPs"} == {"fused"}
 
 
-def test_dora_refuses_with_a_reason(calls):
-    model = fastpeft.accelerate(adapted(load(), use_dora=True))
-    model(ids())
-    assert not calls
-    assert statuses(model) == {"gate_proj: its adapter is DoRA"}
-
-
 def test_restored_and_detached():
     model = fastpeft.accelerate(adapted(load()))
     assert len(mlps(model)) == 2

@@ -63,7 +63,7 @@ MUTANTS = {
             "the gain of W alone": (" + scale * (lora_b @ lora_a)", ""),
         },
         "masked": {"nothing of x is dropped": (".mul_(x)", ".fill_(1).mul_(x)")},
-        "add_masked_": {"nothing is dropped": ("dx.addcmul_(q, mask)", "dx.add_(q)")},
+        "add_masked_": {"nothing is dropped": ("dx.addcmul_(q, mask[:, first:])", "dx.add_(q)")},
         "combined": {
             "u without its factor": ("total.addcmul_(u, factor)", "total.add_(u)"),
             "what was there is lost": (".add_(y)", ""),
@@ -81,7 +81,7 @@ MUTANTS = {
     "fastpeft/ops/dora_linear.py": {
         "_implementation": {
             "a norm that is given is not taken": ("norm.clone() if norm.numel()", "norm.clone() if False", GIVEN),
-            "B without the gain": ("_scaled_rows(lora_b, gain)", "lora_b"),
+            "B without the gain": ("scaled_rows(lora_b, gain)", "lora_b"),
             "the gain twice": ("u, gain - 1,", "u, gain,"),
             "dropped x without its factor": ("inverse_keep(dropout)", "1.0"),
             "u always kept": ("u if keeps else x.new_empty(0)", "u", KEPT),
@@ -91,8 +91,8 @@ MUTANTS = {
             "S always kept": ("s if need_db or need_dm else absent", "s", KEPT),
         },
         "_backward_implementation": {
-            "dS of B without the gain": ("_scaled_rows(lora_b, gain)", "lora_b"),
-            "dB without the gain": ("_scaled_rows(dc, gain)", "dc"),
+            "dS of B without the gain": ("scaled_rows(lora_b, gain)", "lora_b"),
+            "dB without the gain": ("scaled_rows(dc, gain)", "dc"),
             "the magnitude past B": (".add_(through_b)", ""),
             "the magnitude's gradient is the gain's": (".div_(norm)", ""),
             "dX past the base": ("dx.addmm_(dy, dense)", "pass"),

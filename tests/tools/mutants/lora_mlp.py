@@ -135,7 +135,7 @@ MUTANTS = {
             "any dtype fused": ("weight.dtype not in (None, wanted)", "False", FEW),
         },
         "_run": {"autocast's dtype": ("quantised.as_given(y, weights[2], x)", "y", AUTOCAST)},
-        "_branch": {"hooks on a projection not seen": ("reason is not None", "False", UNUSUAL)},
+        "_projection": {"hooks on a projection not seen": ("reason is not None", "False", UNUSUAL)},
         "LoraMlp.fastpeft_guard": {
             "a projection's state not guarded": ("module.fastpeft_guard(guards)", "pass", UNUSUAL),
             "hooks not guarded": ("guard_call(guards, module)", "pass", UNUSUAL),
