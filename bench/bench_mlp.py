@@ -2,9 +2,9 @@
 
     python -m bench.bench_mlp --device cpu --out rows.jsonl [--quick] [--shape 1024x2816] [--rows 512]
 
-What is timed is the MLP of a Llama block, of hidden size K and inner size I; x and the adapters want gradients. Where
-bitsandbytes is installed, so is one in NF4. Without a GPU, host time of a whole block is in bench_host.py, and its peak
-memory in tests/nullgpu/test_mlp*.py.
+What is timed is the MLP of a Llama block, of hidden size K and inner size I; x and the adapters want gradients. One has
+DoRA, and where bitsandbytes is installed, one is in NF4. Without a GPU, host time of a whole block is in bench_host.py,
+and its peak memory in tests/nullgpu/test_mlp*.py.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.nn.quantised import base_of
-from fastpeft.ops import dequantise, lora_linear, lora_linear_shared, lora_mlp
-from fastpeft.testing import eager_lora_mlp
+from fastpeft.ops import dequantise, dora_linear, dora_mlp, lora_linear, lora_linear_shared, lora_mlp
+from fastpeft.testing import eager_dora_mlp, eager_lora_mlp
 
 from . import bench_quantised, command, harness, machine, peers
 from .harness import FROZEN, PEER, Call, Variant
@@ -39,12 +39,13 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     nf4: bool = False
+    dora: bool = False
 
     @property
     def fields(self) -> dict:
         adapters = str(torch.promote_types(self.dtype, torch.float32)).removeprefix("torch.")
         return harness.columns(
-            "lora_mlp_nf4" if self.nf4 else "lora_mlp",
+            "dora_mlp" if self.dora else "lora_mlp_nf4" if self.nf4 else "lora_mlp",
             self.shape,
             self.rows,
             self.dtype,
@@ -75,6 +76,7 @@ class Operands:
     lora_as: tuple[Tensor, ...]
     lora_bs: tuple[Tensor, ...]
     dy: Tensor
+    magnitudes: tuple[Tensor, ...] = ()  # of DoRA
 
     @classmethod
     def draw(cls, problem: Problem, seed: int) -> "Operands":
@@ -94,6 +96,7 @@ class Operands:
             tuple(new(rank, k, spread=k**-0.5, dtype=wide) for _, k in sizes),
             tuple(new(n, rank, spread=rank**-0.5, dtype=wide) for n, _ in sizes),
             new(problem.rows, sizes[0][1], trained=False),
+            tuple((1.1 * w.to(wide).norm(dim=1)).requires_grad_() for w in weights if problem.dora),
         )
 
     def to(self, dtype: torch.dtype) -> "Operands":
@@ -112,12 +115,15 @@ def _frozen(o: Operands) -> Callable:
 
 
 def _peft(o: Operands, wrap=lambda function: function) -> Callable:
-    operands = zip(o.weights, o.lora_as, o.lora_bs, strict=True)
-    return wrap(_gated(*(peers.peft_layer(*each, SCALE, 0.0) for each in operands)))
+    operands = zip(o.weights, o.lora_as, o.lora_bs, o.magnitudes or [None] * 3, strict=True)
+    return wrap(_gated(*(peers.peft_layer(*each, SCALE, 0.0, magnitude) for *each, magnitude in operands)))
 
 
 def _layers(o: Operands, weights=None) -> Callable:
     weights = weights or o.weights
+    if o.magnitudes:
+        operands = zip(weights, o.lora_as, o.lora_bs, o.magnitudes, strict=True)
+        return _gated(*(partial(_dora, operands=each) for each in operands))
 
     def forward(x):
         gate, up = lora_linear_shared(x, weights[:2], o.lora_as[:2], o.lora_bs[:2], None, [SCALE] * 2)
@@ -126,7 +132,13 @@ def _layers(o: Operands, weights=None) -> Callable:
     return forward
 
 
+def _dora(x: Tensor, operands: tuple) -> Tensor:
+    return dora_linear(x, *operands, None, SCALE)
+
+
 def _node(o: Operands, weights=None) -> Callable:
+    if o.magnitudes:
+        return lambda x: dora_mlp(x, o.weights, o.lora_as, o.lora_bs, o.magnitudes, None, [SCALE] * 3)
     return lambda x: lora_mlp(x, weights or o.weights, o.lora_as, o.lora_bs, None, [SCALE] * 3)
 
 
@@ -152,26 +164,29 @@ def variant(problem: Problem, name: str) -> Variant:
     draw = cache(partial(Operands.draw, problem))
 
     def leaves(o):
-        return [o.x, *(o.lora_as + o.lora_bs if adapted else ())]
+        return [o.x, *(o.lora_as + o.lora_bs + o.magnitudes if adapted else ())]
 
     def bind(i):
         o = draw(i)
         if name in (PEER, COMPILED):  # its modules hold parameters
-            a, b = (tuple(map(torch.nn.Parameter, ts)) for ts in (o.lora_as, o.lora_bs))
-            o = replace(o, lora_as=a, lora_bs=b)
+            a, b, m = (tuple(map(torch.nn.Parameter, ts)) for ts in (o.lora_as, o.lora_bs, o.magnitudes))
+            o = replace(o, lora_as=a, lora_bs=b, magnitudes=m)
         layers = [bench_quantised.layer_of(weight) for weight in o.weights if problem.nf4]
         if layers:
             run = _in_nf4(name, o, layers)
         else:
             run = _peft(o, peers.compiled()) if name == COMPILED else PROVIDERS[name](o)
         codes = [part for layer in layers for part in base_of(layer)[:6]]
-        return Call(lambda: [run(o.x)], leaves(o), [o.dy], [*o.weights, *codes, *o.lora_as, *o.lora_bs])
+        return Call(lambda: [run(o.x)], leaves(o), [o.dy], [*o.weights, *codes, *leaves(o)[1:]])
 
     def plain(dtype):
         o = draw(0) if dtype is None else draw(0).to(dtype)
         y = _frozen(o)(o.x)
         if problem.nf4 and name == PEER:
             y = _gated(*map(partial(partial, _as_peft_in_4_bits), o.weights, o.lora_as, o.lora_bs))(o.x)
+        elif adapted and problem.dora:
+            operands = o.x, o.weights, o.lora_as, o.lora_bs, o.magnitudes, [None] * 3, [SCALE] * 3, [0.0] * 3
+            y = eager_dora_mlp(*operands, [None] * 3, "silu")
         elif adapted:
             operands = o.x, o.weights, o.lora_as, o.lora_bs, [None] * 3, [SCALE] * 3, [0.0] * 3, [None] * 3
             y = eager_lora_mlp(*operands, "silu")
@@ -191,9 +206,11 @@ def problems(device: torch.device) -> list[Problem]:
     bits = [False, True] if importlib.util.find_spec("bitsandbytes") else [False]
     if device.type == "cuda":  # Llama-3.1-8B, Qwen3-4B
         shapes = ("4096x14336", 2048), ("4096x14336", 8192), ("2560x9728", 4096)
-        return [Problem(shape, rows, 16, torch.bfloat16, device, nf4) for nf4 in bits for shape, rows in shapes]
+        listed = [Problem(shape, rows, 16, torch.bfloat16, device, nf4) for nf4 in bits for shape, rows in shapes]
+        return [*listed, Problem("4096x14336", 2048, 16, torch.bfloat16, device, dora=True)]
     dense = [Problem(shape, 512, 16, torch.float32, device) for shape in ("512x1408", "1024x2816")]
-    return dense + [Problem("1024x2816", 512, 16, torch.bfloat16, device, True)] * bits[-1]
+    nf4 = [Problem("1024x2816", 512, 16, torch.bfloat16, device, True)] * bits[-1]
+    return [*dense, *nf4, Problem("1024x2816", 512, 16, torch.float32, device, dora=True)]
 
 
 def cases(options: argparse.Namespace) -> list[Callable[[], harness.Case]]:

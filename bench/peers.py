@@ -14,19 +14,30 @@ def compiled() -> Callable[[Callable], Callable]:
     return partial(torch.compile, dynamic=False)
 
 
-def peft_layer(weight: Tensor, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float) -> nn.Module:
+def peft_layer(
+    weight: Tensor,
+    a: nn.Parameter,
+    b: nn.Parameter,
+    scale: float,
+    dropout: float,
+    magnitude: nn.Parameter | None = None,
+) -> nn.Module:
     """PEFT's LoRA layer as ``get_peft_model`` makes it around a linear layer, holding these very parameters.
 
-    Adapters wider than the weight are PEFT's default (``autocast_adapter_dtype``), which casts x up in every layer.
+    With a magnitude it is DoRA. Adapters wider than the weight are PEFT's default (``autocast_adapter_dtype``), which
+    casts x up in every layer.
     """
     import peft
 
     base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
     base.weight, r = nn.Parameter(weight, requires_grad=False), a.shape[0]
-    config = peft.LoraConfig(r=r, lora_alpha=scale * r, lora_dropout=dropout, target_modules=["proj"])
+    settings = {"r": r, "lora_alpha": scale * r, "lora_dropout": dropout, "use_dora": magnitude is not None}
+    config = peft.LoraConfig(**settings, target_modules=["proj"])
     model = peft.get_peft_model(nn.ModuleDict({"proj": base}), config, autocast_adapter_dtype=a.dtype != weight.dtype)
     layer = model.base_model.model["proj"]
     layer.lora_A["default"].weight, layer.lora_B["default"].weight = a, b
+    if magnitude is not None:
+        layer.lora_magnitude_vector["default"].weight = magnitude
     return layer.train()
 
 
