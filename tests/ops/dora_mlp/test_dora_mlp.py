@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fastpeft
 from fastpeft import ops, reference
+from fastpeft.ops import dora_mlp_steps
 from fastpeft.reference.lora_mlp import ACTIVATIONS
 from fastpeft.testing import DoraMlpProblem, assert_no_worse, eager_dora_mlp
 from tests.support.backends import BACKENDS, DEVICE, FP32, FP64, TRAINING, served
@@ -170,6 +171,16 @@ def test_norms_that_are_given_are_taken(backend):
     found = ops.dora_mlp(**operands(p, norms=norms, backend=backend))
     wanted = reference.dora_mlp(**operands(p, seeds=None, norms=norms))
     torch.testing.assert_close(found, wanted)
+
+
+@each_backend
+def test_the_norms_of_a_weight_are_made_once(backend, cut, monkeypatch):
+    """However many chunks meet it."""
+    cut(4)
+    p, found, row_norms = DoraMlpProblem.make((21, 12), 10, 6, (3, 2, 4), device=DEVICE), [], dora_mlp_steps.row_norms
+    monkeypatch.setattr(dora_mlp_steps, "row_norms", lambda *given: (found.append(given), row_norms(*given))[1])
+    ops.dora_mlp(**operands(p, backend=backend))
+    assert len(found) == 3
 
 
 @each_backend

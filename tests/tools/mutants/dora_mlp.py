@@ -12,7 +12,7 @@ ONE = _OP + "test_one_magnitude_is_trained"
 MIXED = _OP + "test_some_projections_may_have_lora"
 COLUMNS = _MEMORY + "test_the_mask_of_some_columns"
 PARTS = _QUANTISED + "test_parts_are_the_whole"
-ONCE = _QUANTISED + "test_a_weight_is_written_out_once_in_a_pass"
+ONCE = _OP + "test_the_norms_of_a_weight_are_made_once"
 BAD = "tests/ops/dora_mlp/test_torch.py::test_bad_calls_name_what_is_wrong"
 SEEN = _MODEL + "test_what_changes_is_seen_at_the_next_call"
 
