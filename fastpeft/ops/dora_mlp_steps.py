@@ -105,7 +105,7 @@ class Forward:
     def _multiply(self, p: int, source: Tensor, drawn: Tensor, u: Tensor, own: Tensor | None) -> None:
         """Both products of some rows; the first time the norms of the weight's rows too, and with them the gain."""
         given, found, n = self.given, [], u.shape[1]
-        unknown = self.gains[p] is None and given.magnitudes[p].numel() > 0 and self.norms[p].numel() == 0
+        unknown = given.magnitudes[p].numel() > 0 and self.norms[p].numel() == 0
         dropout = given.dropouts[p] if own is not None else 0.0
         dropped = source if own is None else self.steps.dora.masked(source, dropout, drawn[p : p + 1])
         wanted = n if self.weights.shapes[p] is None else self.steps.mlp.part_columns(*u.shape)

@@ -44,7 +44,7 @@ MUTANTS = {
             "u always kept": ("u if self.keeps[p] else x.new_empty(0)", "u", KEPT),
         },
         "Forward._multiply": {
-            "norms of each chunk": ("self.gains[p] is None and given", "given", ONCE),
+            "norms of each chunk": ("and self.norms[p].numel() == 0", "", ONCE),
             "dropped x not scaled": (", beta=0, alpha=inverse_keep(dropout)", ", beta=0", MASKS),
         },
         "Forward._gain": {"LoRA with gains": ("magnitude.new_ones(", "magnitude.new_zeros(", MIXED)},
