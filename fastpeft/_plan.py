@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _host
 from ._tape import Refused, Tape, recording, unrecorded
 
-__all__ = ["node", "planned", "refusals", "unrecorded"]
+__all__ = ["bound", "node", "planned", "refusals", "unrecorded"]
 
 refusals: Counter[str] = Counter()  # why calls that were seen twice have no plan
 
@@ -49,6 +49,22 @@ def planned(function: Callable) -> Callable:
 def table(function: Callable, host: Any) -> Any:
     """``host.Planned`` of a function: what calls it until there are plans, and then runs those."""
     return host.Planned(function, functools.partial(_record, host, function))
+
+
+def bound(call: Any, arguments: tuple, place: int, cast: Sequence, kept: Sequence) -> Any:
+    """A function of one tensor that gives what ``call`` does, without Python; None where the extension does not serve.
+
+    It gives None where autocast has something to cast first.
+
+    Args:
+        call: what ``planned`` gave; arguments: its arguments, of which that at ``place`` is the tensor.
+        cast: those of the arguments that autocast casts; kept: those that it leaves as they are in float32.
+    """
+    host = _host.load()
+    if host is None or host is not _host.serving():
+        return None
+    given = [tuple(item for item in items if isinstance(item, Tensor)) for items in (cast, kept)]
+    return host.Bound(call.plans, arguments, place, *given)
 
 
 def node(ctx: Any, tensors: Sequence[Tensor], outputs: Sequence[Tensor], backward: Callable) -> None:

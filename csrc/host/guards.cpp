@@ -1,7 +1,8 @@
 #include "guards.h"
 
-#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
 
 #include "key.h"
 
@@ -16,8 +17,15 @@ bool nothing_in(PyObject* container) {
   return PyAnySet_Check(container) && PySet_GET_SIZE(container) == 0;
 }
 
-bool autocasts(at::DeviceType type) {
-  return at::autocast::is_autocast_available(type) && at::autocast::is_autocast_enabled(type);
+constexpr uint64_t UNKNOWN = 0;
+
+// Which state of all dictionaries' this is; later Pythons do not count them.
+uint64_t changes(PyObject* dictionary) {
+#if PY_VERSION_HEX < 0x030C0000
+  return reinterpret_cast<PyDictObject*>(dictionary)->ma_version_tag;
+#else
+  return UNKNOWN;
+#endif
 }
 
 Py_ssize_t length(PyObject* sequence) {
@@ -31,11 +39,24 @@ PyObject* item(PyObject* sequence, Py_ssize_t i) {
 }  // namespace
 
 void Guards::is(py::dict dictionary, py::object key, py::object value) {
-  entries_.push_back({std::move(dictionary), std::move(key), std::move(value)});
+  auto found = std::find_if(dictionaries_.begin(), dictionaries_.end(),
+                            [&](const Dictionary& other) { return other.dictionary.is(dictionary); });
+  if (found == dictionaries_.end()) found = dictionaries_.insert(found, {std::move(dictionary), {}, UNKNOWN});
+  found->entries.emplace_back(std::move(key), std::move(value));
 }
 
-void Guards::absent(py::dict dictionary, py::object key) {
-  entries_.push_back({std::move(dictionary), std::move(key), py::object()});
+void Guards::absent(py::dict dictionary, py::object key) { is(std::move(dictionary), std::move(key), py::object()); }
+
+bool Guards::Dictionary::holds() const {
+  const uint64_t now = changes(dictionary.ptr());
+  if (now != UNKNOWN && now == seen) return true;
+  for (const auto& [key, value] : entries) {
+    PyObject* const found = PyDict_GetItemWithError(dictionary.ptr(), key.ptr());
+    if (!found && PyErr_Occurred()) throw py::error_already_set();
+    if (found != value.ptr()) return false;
+  }
+  seen = now;
+  return true;
 }
 
 void Guards::empty(py::object container) { empty_.push_back(std::move(container)); }
@@ -78,9 +99,9 @@ int64_t Guards::versions() const {
 }
 
 int Guards::visit(visitproc visit, void* arg) const {
-  for (const Entry& entry : entries_) {
-    Py_VISIT(entry.dictionary.ptr());
-    Py_VISIT(entry.value.ptr());
+  for (const Dictionary& dictionary : dictionaries_) {
+    Py_VISIT(dictionary.dictionary.ptr());
+    for (const auto& [key, value] : dictionary.entries) Py_VISIT(value.ptr());
   }
   for (const py::object& container : empty_) Py_VISIT(container.ptr());
   for (const Items& items : items_) {
@@ -98,13 +119,11 @@ bool Guards::holds(py::handle x) const {
     if (!THPVariable_CheckExact(x.ptr())) return false;
     const at::Tensor& given = THPVariable_Unpack(x.ptr());
     if (given.scalar_type() != dtype_ || given.device() != device_ || given.layout() != at::kStrided ||
-        given.is_nested()) return false;
+        given.is_nested())
+      return false;
   }
-  for (const Entry& entry : entries_) {
-    PyObject* const found = PyDict_GetItemWithError(entry.dictionary.ptr(), entry.key.ptr());
-    if (!found && PyErr_Occurred()) throw py::error_already_set();
-    if (found != entry.value.ptr()) return false;
-  }
+  for (const Dictionary& dictionary : dictionaries_)
+    if (!dictionary.holds()) return false;
   for (const py::object& container : empty_)
     if (!nothing_in(container.ptr())) return false;
   for (const Items& items : items_) {

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace fastpeft {
@@ -34,8 +36,12 @@ class Guards {
   void clear() { *this = Guards(); }
 
  private:
-  struct Entry {
-    pybind11::object dictionary, key, value;
+  struct Dictionary {
+    pybind11::object dictionary;
+    std::vector<std::pair<pybind11::object, pybind11::object>> entries;  // a value that is null: absent
+    mutable uint64_t seen;                                               // its state when the entries held
+
+    bool holds() const;
   };
   struct Items {
     pybind11::object sequence;
@@ -50,7 +56,7 @@ class Guards {
     at::ScalarType dtype;
     at::Device device;
   };
-  std::vector<Entry> entries_;  // a value that is null: absent
+  std::vector<Dictionary> dictionaries_;
   std::vector<pybind11::object> empty_;
   std::vector<Items> items_;
   std::vector<Kind> kinds_;

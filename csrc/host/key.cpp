@@ -7,6 +7,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Dtype.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -32,6 +33,10 @@ bool thread_is_plain() {
          !torch::jit::tracer::isTracing() && !c10::impl::tls_local_dispatch_key_set().included_.has_any(OTHERS);
 }
 
+bool autocasts(at::DeviceType type) {
+  return at::autocast::is_autocast_available(type) && at::autocast::is_autocast_enabled(type);
+}
+
 void Key::add_number(char mark, const void* bits, size_t size) {
   bytes_.push_back(mark);
   bytes_.append(static_cast<const char*>(bits), size);
@@ -43,11 +48,10 @@ bool Key::add_tensor(const at::Tensor& tensor) {
     return true;
   }
   if (tensor.layout() != at::kStrided || tensor.is_nested() || tensor.key_set().has_any(OTHERS) || tensor.is_meta() ||
-      tensor._fw_grad(0).defined())
+      (tangents_ && tensor._fw_grad(0).defined()))
     return false;
   const auto* address = static_cast<const char*>(tensor.unsafeGetTensorImpl()->data());
   const bool asks = grad_mode_ && tensor.requires_grad();
-  asks_ |= asks;
   const char head[] = {'t',
                        static_cast<char>(tensor.scalar_type()),
                        static_cast<char>(tensor.device().type()),
@@ -118,9 +122,16 @@ bool Key::add(PyObject* argument) {
   return false;
 }
 
-bool Key::add_call(PyObject* arguments) {
-  if (!thread_is_plain()) return false;
-  bytes_.reserve(512);
+bool Key::begin() {
+  bytes_.reserve(768);
+  addresses_.reserve(16);
+  tangents_ = torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+  return thread_is_plain();
+}
+
+bool Key::add_call(PyObject* const* arguments, Py_ssize_t count) {
+  if (!begin()) return false;
+  tensors_.reserve(16);
   grad_mode_ = at::GradMode::is_enabled();
   bytes_.push_back(static_cast<char>(grad_mode_));
   bytes_.push_back(static_cast<char>(c10::InferenceMode::is_enabled()));
@@ -130,17 +141,13 @@ bool Key::add_call(PyObject* arguments) {
   }
   const char* backend = std::getenv("FASTPEFT_BACKEND");
   bytes_.append(backend ? backend : "").push_back('\0');
-  return add(arguments);
+  return add_items(arguments, count, '(');
 }
 
 bool Key::add_tensors(const std::vector<at::Tensor>& tensors) {
-  if (!thread_is_plain()) return false;
+  if (bytes_.empty() && !begin()) return false;
   grad_mode_ = false;  // whose gradients are asked for is known from the call
-  for (const at::Tensor& tensor : tensors) {
-    if (!add_tensor(tensor)) return false;
-    if (tensor.defined()) tensors_.push_back(tensor);
-  }
-  return true;
+  return std::all_of(tensors.begin(), tensors.end(), [this](const at::Tensor& tensor) { return add_tensor(tensor); });
 }
 
 }  // namespace fastpeft

@@ -1,8 +1,13 @@
 #include "planned.h"
 
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <type_traits>
 
 #include "key.h"
 
@@ -11,7 +16,6 @@ namespace py = pybind11;
 namespace fastpeft {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr int FIRST_RECORDED = 2;  // a shape that comes once, as in batches of any length, is not worth a plan
@@ -27,32 +31,77 @@ py::list wrapped(const std::vector<at::Tensor>& tensors) {
   return list;
 }
 
-struct Node : torch::autograd::Function<Node> {
-  struct Held : torch::CustomClassHolder {
-    explicit Held(std::shared_ptr<const Plan> held) : plan(std::move(held)) {}
-    std::shared_ptr<const Plan> plan;
-  };
+using torch::autograd::Edge;
+using GraphPointer = decltype(Edge::function);  // of another kind up to torch 2.12
 
-  static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const std::shared_ptr<const Plan>& plan) {
-    ctx->set_materialize_grads(false);
-    variable_list found = plan->program->run(inputs.vec());
-    ctx->save_for_backward({found.begin() + plan->outputs, found.end()});
-    ctx->saved_data["plan"] = c10::IValue::make_capsule(c10::make_intrusive<Held>(plan));
-    found.resize(plan->outputs);
-    return found;
+// The names below are looked up in PyTorch's namespace where they are used: not every version has each.
+template <class Pointer>
+Pointer made_node(torch::autograd::Node* node) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
+    return Pointer(node, [](auto* gone) { deleteNode(gone); });
+  else
+    return Pointer::unsafe_steal_from_new(node);
+}
+
+template <class Pointer>
+auto announce(const Pointer& node, int) -> decltype(fire_node_creation_hooks(node)) {
+  return fire_node_creation_hooks(node);
+}
+
+template <class Pointer>
+void announce(const Pointer&, long) {}
+
+// A call in autograd's graph, as PyTorch's generated code has its own.
+class Call : public torch::autograd::Node {
+ public:
+  Call(torch::autograd::edge_list&& edges, std::shared_ptr<const Plan> plan)
+      : Node(std::move(edges)), plan_(std::move(plan)) {}
+
+  std::string name() const override { return "FastpeftBackward"; }
+
+  void save(const at::Tensor* begin, const at::Tensor* end) {
+    saved_.reserve(end - begin);
+    for (; begin != end; ++begin) saved_.emplace_back(*begin, begin->grad_fn().get() == this);
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list gradients) {
-    const auto held = ctx->saved_data["plan"].toCapsule();
-    const Plan& plan = *static_cast<const Held&>(*held).plan;
-    variable_list found(plan.program->inputs());
-    bool any = false;
-    for (const at::Tensor& gradient : gradients) any |= gradient.defined();
-    if (any) found = plan.backward->run(ctx->get_saved_variables(), std::move(gradients));
-    found.emplace_back();  // of the plan
-    return found;
+  variable_list apply(variable_list&& gradients) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!std::any_of(gradients.begin(), gradients.end(), [](const auto& gradient) { return gradient.defined(); }))
+      return variable_list(num_outputs());
+    TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+    variable_list saved;
+    saved.reserve(saved_.size() + gradients.size());
+    for (const auto& variable : saved_) saved.push_back(variable.unpack(getptr()));
+    return plan_->backward->run(std::move(saved), std::move(gradients));
   }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    saved_.clear();
+    released_ = true;
+  }
+
+ private:
+  const std::shared_ptr<const Plan> plan_;
+  std::vector<torch::autograd::SavedVariable> saved_;
+  bool released_ = false;
 };
+
+// Runs a plan and enters it into autograd's graph.
+std::vector<at::Tensor> differentiable(const std::vector<at::Tensor>& inputs, const std::shared_ptr<const Plan>& plan) {
+  auto* const call = new Call(torch::autograd::collect_next_edges(inputs), plan);
+  const auto node = made_node<GraphPointer>(call);
+  std::vector<at::Tensor> found;
+  {
+    const at::AutoGradMode off(false);
+    found = plan->program->run(inputs);
+  }
+  for (size_t i = 0; i < plan->outputs; ++i)
+    torch::autograd::impl::set_gradient_edge(found[i], {node, call->add_input_metadata(found[i])});
+  call->save(found.data() + plan->outputs, found.data() + found.size());
+  announce(node, 0);
+  return found;
+}
 
 }  // namespace
 
@@ -93,20 +142,27 @@ std::vector<at::Tensor> Backward::run(std::vector<at::Tensor> saved, std::vector
     program = seen.program;
     record = !program && ++seen.times == FIRST_RECORDED;
   }
-  if (program) return program->run(std::move(key.tensors()));
-  return in_python(saved, gradients, record ? &key.bytes() : nullptr);
+  if (!program) return in_python(saved, gradients, record ? &key.bytes() : nullptr);
+  for (at::Tensor& gradient : gradients)
+    if (gradient.defined()) saved.push_back(std::move(gradient));
+  return program->run(saved);
 }
 
-py::object Planned::call(const py::args& arguments) {
+py::object Planned::call(PyObject* const* arguments, Py_ssize_t count) {
   Key key;
-  if (!key.add_call(arguments.ptr())) return slow_(*arguments);
+  const auto given = [&] {
+    py::tuple tuple(count);
+    for (Py_ssize_t i = 0; i < count; ++i) tuple[i] = py::reinterpret_borrow<py::object>(arguments[i]);
+    return tuple;
+  };
+  if (!key.add_call(arguments, count)) return slow_(*given());
   if (seen_.size() >= MOST_PLANS) seen_.clear();
   Seen& seen = seen_[key.bytes()];
   const std::shared_ptr<const Plan> plan = seen.plan;
   if (!plan) {
-    if (seen.refused || ++seen.times < FIRST_RECORDED) return slow_(*arguments);
+    if (seen.refused || ++seen.times < FIRST_RECORDED) return slow_(*given());
     seen.refused = true;  // until it is recorded, which may call this again
-    const py::tuple found = record_(arguments, wrapped(key.tensors()));
+    const py::tuple found = record_(given(), wrapped(key.tensors()));
     if (!found[1].is_none()) seen_[key.bytes()].plan = found[1].cast<std::shared_ptr<const Plan>>();
     return found[0];
   }
@@ -114,14 +170,11 @@ py::object Planned::call(const py::args& arguments) {
   {
     const py::gil_scoped_release unlocked;
     std::vector<at::Tensor>& inputs = key.tensors();
-    if (plan->backward) {
+    if (plan->backward)
       for (const auto& [input, sizes] : plan->views) inputs[input] = inputs[input].view(sizes);
-      outputs = Node::apply(at::TensorList(inputs), plan);  // a list, since into a vector autograd does not look
-    } else {
-      outputs = plan->program->run(std::move(inputs));
-    }
-    outputs.resize(plan->outputs);
+    outputs = plan->backward ? differentiable(inputs, plan) : plan->program->run(inputs);
   }
+  outputs.resize(plan->outputs);
   return wrapped(outputs);
 }
 

@@ -48,7 +48,7 @@ struct Plan {
 class Planned {
  public:
   Planned(pybind11::object slow, pybind11::object record) : slow_(std::move(slow)), record_(std::move(record)) {}
-  pybind11::object call(const pybind11::args& arguments);
+  pybind11::object call(PyObject* const* arguments, Py_ssize_t count);
   void clear() { seen_.clear(); }
   size_t plans() const;
 

@@ -14,8 +14,8 @@
 
 namespace fastpeft {
 
-// A tensor of a program: a slot's own, or a view of it, perhaps in another dtype. The offset is in bytes from the slot's
-// first element.
+// A tensor of a program: a slot's own, or a view of it, perhaps in another dtype. The offset is in bytes from the
+// slot's first element.
 struct Ref {
   int64_t slot;
   bool whole;
@@ -24,24 +24,31 @@ struct Ref {
   at::ScalarType dtype;
 };
 
+// Tensors in one piece of memory: those that are allocated one after the other and let go of together.
 struct Empty {
-  int64_t slot;
-  std::vector<int64_t> sizes, strides;
-  at::ScalarType dtype;
+  struct Part {
+    int64_t slot, first;  // in elements
+    std::vector<int64_t> sizes, strides;
+    at::ScalarType dtype;
+    c10::DispatchKeySet keys;
+  };
+  std::vector<Part> parts;
+  int64_t bytes;
   at::Device device;
+  c10::Allocator* allocator;
 };
 
-// A parameter of a kernel: the address of a tensor, or eight bytes that hold a number.
-struct Parameter {
-  std::optional<Ref> ref;
-  uint64_t bits;
-};
-
+// A kernel with the eight bytes of each parameter. Those of tensors are written anew for each launch.
 struct Launch {
+  struct Address {
+    size_t parameter;
+    int64_t slot, offset;
+  };
   void* function;
   unsigned grid[3];
   unsigned threads, shared;
-  std::vector<Parameter> parameters;
+  std::vector<uint64_t> words;
+  std::vector<Address> addresses;
 };
 
 // An operator of PyTorch. Its arguments are values, tensors, or lists of tensors.
@@ -57,25 +64,27 @@ class Program {
   // The slots up to `inputs` are the arguments of `run`; the constants follow.
   Program(int64_t inputs, std::vector<at::Tensor> constants, at::Device device);
 
-  void add(Empty step);
+  void add_empty(int64_t slot, std::vector<int64_t> sizes, std::vector<int64_t> strides, at::ScalarType dtype,
+                 at::Device device);
   void add(Launch step);
   void add(Call step);
   // To be called once, after the last step: what `run` returns.
   void returns(std::vector<std::optional<Ref>> results);
 
   // An undefined tensor where there is no result. Needs no lock of Python's.
-  std::vector<at::Tensor> run(std::vector<at::Tensor> inputs) const;
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) const;
   int64_t inputs() const { return inputs_; }
 
  private:
   using Step = std::variant<Empty, Launch, Call>;
-  void uses(int64_t slot, size_t step);
+  void uses(int64_t slot);
+  void merge();
 
   int64_t inputs_;
   std::vector<at::Tensor> constants_;
   at::Device device_;
   std::vector<Step> steps_;
-  std::vector<int64_t> last_;                 // of each slot, the step after which it is let go; -1: never used
+  std::vector<int64_t> last_;  // of each slot, the step after which it is let go, -1: never used, KEPT: a result
   std::vector<std::vector<int64_t>> letting_;  // after each step
   std::vector<std::optional<Ref>> results_;
 };

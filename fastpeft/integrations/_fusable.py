@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._check import PLAIN
 from ..nn import dequantisers, quantised
+from ..nn.front import front
 from ..nn.guarding import GLOBAL_HOOKS, guard_child, guard_item, keep, kept
 from ..nn.plain import transform
 from ..nn.sharing import Branch
@@ -65,7 +66,7 @@ def kept_plan(layer: Any, x: Tensor | None = None) -> list[Branch] | str:
         found = plan(layer, x)
         if type(found) is list and not is_conv1d(layer.base_layer):
             weight = found[0].weight
-            keep(layer, (weight if isinstance(weight, Tensor) else found[0].lora_a) if x is None else x, found)
+            keep(layer, (weight if isinstance(weight, Tensor) else found[0].lora_a) if x is None else x, found, front)
     return found
 
 

@@ -4,6 +4,7 @@
 identity in a microsecond, where finding out anew takes ten.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,8 +29,14 @@ def kept(layer: Any, x: Tensor | None) -> Any:
     return found[2] if found is not None and found[0] is layer and found[1](x) else None
 
 
-def keep(layer: Any, x: Tensor, value: Any) -> Any:
+def keep(layer: Any, x: Tensor, value: Any, front: Callable[..., Any] | None = None) -> Any:
     """Keep what a layer found out about itself from what its ``fastpeft_guard`` names, for inputs like x; not reasons.
+
+    Args:
+        layer: The layer.
+        x: An input.
+        value: What it found out.
+        front: Makes of the layer, the guards and the value what computes the layer's calls in one; see ``front``.
 
     Returns:
         The value.
@@ -39,7 +46,7 @@ def keep(layer: Any, x: Tensor, value: Any) -> Any:
         layer.fastpeft_guard(guards)
         guard_process(guards)
         guards.input(x)
-        layer.__dict__["fastpeft_kept"] = layer, guards, value
+        layer.__dict__["fastpeft_kept"] = layer, guards, value, front and front(layer, guards, value)
     return value
 
 

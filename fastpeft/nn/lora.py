@@ -18,6 +18,7 @@ from .adapter import LoraAdapter, adapter_name
 from .backend import serving_backend
 from .base_layer import features, frozen_weight, is_conv1d, not_adaptable_reason, served_dtype, trained_dtype
 from .branch import Branch
+from .front import computed, front
 from .guarding import keep, kept, state_without_kept
 from .low_rank import low_rank
 from .sharing import SharedInput
@@ -158,12 +159,15 @@ class LoraLinear(nn.Module):
         if self.dora and not (self.disabled or self.merged):
             return dora.call(self, x)
         if not torch.compiler.is_compiling():
+            y = computed(self, x)
+            if y is not None:
+                return y
             branch = kept(self, x)
             if branch is None:
                 if plain.is_plain(x):
                     acting = self._adapters(() if self.disabled or self.merged else self.active)
                     return plain.lora(self.base_layer(x), x, acting, self.training)
-                branch = keep(self, x, self.fastpeft_branch())
+                branch = keep(self, x, self.fastpeft_branch(), front)
             if not (isinstance(branch, Branch) and quantised.is_called(branch.weight, x)):
                 y = None if self.fastpeft_shared is None else self.fastpeft_shared.forward(self, x, branch)
                 if y is None and isinstance(branch, Branch) and branch.lora_bias is None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import _host, ops
 from .._check import PLAIN
+from ..ops.lora_linear import bound
 from .branch import Branch, branch_of
 from .conditions import autograd_state, call_conditions, reentrant_possible
 from .guarding import guard_call, guard_process
@@ -38,6 +39,7 @@ class _Plan:
         *columns, lora_biases = map(list, zip(*branches.values(), strict=True))
         self.columns: list[list] = columns  # the branches' tensors and numbers, side by side, as the shared op has them
         self.biased = any(bias is not None for bias in lora_biases)
+        self.bound = None if self.biased else bound(*columns)
         # What rises when any of the branches' tensors is modified in place.
         self.versions: Callable[[], object] = self._versions if guards is None else guards.versions
 
@@ -45,8 +47,11 @@ class _Plan:
         """Whether things are as they were planned for this leader."""
         return self.guards is not None and self.branches[me].unchanged(branch) and self.guards(x)
 
-    def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
         """What the siblings give for x."""
+        found = None if self.bound is None else self.bound(x)
+        if found is not None:
+            return found
         weights, lora_as, lora_bs, biases, scales, dropouts = self.columns
         if self.biased:
             biases = [branch.folded_bias() for branch in self.branches.values()]
@@ -98,6 +103,17 @@ class SharedInput:
 
     def __setstate__(self, state):
         self.__dict__.update(state, _thread=threading.local(), _plans={}, _numbers=_numbered(state["members"]))
+
+    def part(self, module: nn.Module, guards: Any) -> tuple[int, int] | None:
+        """The number of a member that shares with others, and of those; None for any other module.
+
+        Args:
+            module: Any module.
+            guards: What is told on what this depends.
+        """
+        me = self._numbers.get(id(module))
+        guards.is_(self.__dict__, "_parts", self._parts)
+        return None if me is None or self._parts.count(self._parts[me]) < 2 else (me, self._parts[me])
 
     def begin(self, *_: object) -> None:
         """A call of the module that holds the members begins; its forward pre-hook.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastpeft
+from tests.support import siblings
 from tests.support.models import bert, gpt2, llama
 from tests.support.peft_pairs import assert_close, build, gated_t5, loss_of, mlp, pair
 
@@ -79,13 +80,7 @@ def test_mixed_precision_weights_are_no_less_accurate_than_pefts(kind):
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_sharing_changes_nothing(kind, groups, dropout, monkeypatch):
-    calls = []
-    op = fastpeft.ops.lora_linear_shared
-    monkeypatch.setattr(
-        fastpeft.ops,
-        "lora_linear_shared",
-        lambda x, weights, *a, **k: (calls.append(len(weights)), op(x, weights, *a, **k))[1],
-    )
+    calls = siblings.counted(monkeypatch)
     models = [build(kind), build(kind)]
     losses = []
     for model, share in zip(models, (True, False), strict=True):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fastpeft.nn import LoraLinear, share_inputs
+from fastpeft.nn import LoraLinear, share_inputs, sharing
 
 M, K = 6, 16
 
@@ -39,6 +39,18 @@ class Attention(nn.Module):
     @property
     def group(self):
         return self.q_proj.fastpeft_shared
+
+
+def counted(monkeypatch):
+    """A list that has the number of projections of every call that computes for siblings from here on."""
+    counts, outputs = [], sharing._Plan.outputs
+
+    def count(plan, x):
+        counts.append(len(plan.branches))
+        return outputs(plan, x)
+
+    monkeypatch.setattr(sharing._Plan, "outputs", count)
+    return counts
 
 
 @contextmanager
