@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpeft import _host_python
-from fastpeft._host_python import operators, planned
+from fastpeft._host_python import key, operators, planned
 from fastpeft._host_python.likeness import recogniser
 from tests.support.planned_calls import new, same
 
@@ -72,6 +72,11 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_call_that_does_not_is_none(name):
     assert recogniser(arguments())(arguments(**CHANGES[name])) is None
+
+
+def test_alignment_is_part_of_a_key():
+    assert key.of_tensors([new(8, 8, grad=False)]) == key.of_tensors([new(8, 8, grad=False, seed=1)])
+    assert key.of_tensors([new(8, 8, grad=False)]) != key.of_tensors([unaligned(8, 8)])
 
 
 def test_one_tensor_twice_is_another_kind():

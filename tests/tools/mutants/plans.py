@@ -18,7 +18,7 @@ MUTANTS = {
             "modes are not looked at": ("if not thread_is_plain():", "if False:", f"{AUTOGRAD}"),
         },
         "of_addresses": {
-            "alignment is no part of a key": ("address % ALIGNED == 0", "True", WRITTEN),
+            "alignment is no part of a key": ("address % ALIGNED == 0", "True", f"{WRITTEN}::test_alignment_is_part_of_a_key"),
             "one tensor twice is no part of a key": ("len(set(addresses)) == len(addresses)", "True", f"{CALLS}::test_the_same_tensor_twice"),
         },
         "_add_tensor": {
