@@ -52,7 +52,7 @@ def table(function: Callable, host: Any) -> Any:
 
 
 def bound(call: Any, arguments: tuple, place: int, cast: Sequence, kept: Sequence) -> Any:
-    """A function of one tensor that gives what ``call`` does, without Python; None where the extension does not serve.
+    """A function of one tensor that gives what ``call`` does, without the op's Python; None where nothing serves.
 
     It gives None where autocast has something to cast first.
 
@@ -60,8 +60,8 @@ def bound(call: Any, arguments: tuple, place: int, cast: Sequence, kept: Sequenc
         call: what ``planned`` gave; arguments: its arguments, of which that at ``place`` is the tensor.
         cast: those of the arguments that autocast casts; kept: those that it leaves as they are in float32.
     """
-    host = _host.load()
-    if host is None or host is not _host.serving():
+    host = _host.serving()
+    if host is None:
         return None
     given = [tuple(item for item in items if isinstance(item, Tensor)) for items in (cast, kept)]
     return host.Bound(call.plans, arguments, place, *given)

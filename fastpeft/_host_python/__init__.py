@@ -4,8 +4,9 @@ File by file it says what those say. Where those loop over what they were told, 
 source (``source.py``): a program's steps, a layer's guards, and what recognises a call without making its key.
 """
 
+from .front import Bound, Front
 from .guards import Guards
 from .planned import Plan, Planned
 from .program import Program, Ref
 
-__all__ = ["Guards", "Plan", "Planned", "Program", "Ref"]
+__all__ = ["Bound", "Front", "Guards", "Plan", "Planned", "Program", "Ref"]

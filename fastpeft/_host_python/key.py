@@ -51,6 +51,15 @@ def modes() -> tuple | None:
     return _grad_mode(), _inference_mode(), backend, *casts
 
 
+def cast_to(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the tensor's device; None where there is none."""
+    if not _any_autocast():
+        return None
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def of_call(arguments: Sequence, tensors: list[Tensor]) -> tuple | None:
     """What calls that look alike have in common, or None for one that is Python's alone.
 

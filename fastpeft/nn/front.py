@@ -1,9 +1,9 @@
-"""The whole of a layer's call in one call of the extension, where nothing but x is new.
+"""The whole of a layer's call in one call of the host, where nothing but x is new.
 
 A layer that found out what it computes keeps that with guards (``guarding``). Where it is one call of ``lora_linear``,
-by itself or beside siblings that receive the same x (``sharing``), the extension asks the guards, runs the plan and
+by itself or beside siblings that receive the same x (``sharing``), the host asks the guards, runs the plan and
 hands out what a sibling has computed already. Whatever is not as usual (checkpoints, other threads' splits, casts of
-autocast, weights in codes) it leaves to the layer's own ``forward``, which also serves where it was not built.
+autocast, weights in codes) it leaves to the layer's own ``forward``.
 """
 
 from typing import Any
@@ -42,5 +42,5 @@ def front(layer: Any, guards: Any, value: object) -> Any:
     guard_item(guards, layer.__dict__, "fastpeft_shared")
     group = layer.fastpeft_shared
     part = None if group is None else group.part(layer, guards)
-    host: Any = _host.load()
+    host: Any = _host.serving()
     return host.Front(layer, guards, branch, alone, *((None, None, None) if part is None else (group, *part)))
