@@ -5,7 +5,8 @@ whole, and be all that its backward peaks at. There backward computes them itsel
 the call is two nodes of autograd. The first, the promise, keeps x, the parameters and the seeds, computes nothing, and
 gives a stand-in for y. The second has computed y beside autograd, keeps nothing, and hands dy on to the first. A
 checkpoint that is not reentrant ends its recomputation with the last tensor that is kept: where that is the promise's,
-as in a block that ends in its MLP, no product of the MLP is computed there.
+as in a block that ends in its MLP, no product of the MLP is computed there. One that is reentrant has no hooks,
+and computes y, and gate and up whole, in its recomputation: to keep x alone would cost two products and save little.
 """
 
 from collections.abc import Callable
@@ -15,23 +16,14 @@ import torch
 from torch import Tensor
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_in_backward = torch._C._current_graph_task_id
-_OUTSIDE = -1
 # Whose hooks throw away what is kept, or move it: others, as those that count it, are to see what is kept without them.
 _DISCARDING = ("torch.utils.checkpoint", "torch.autograd.graph")
 
 
 def pays() -> bool:
-    """Whether what a node keeps now is thrown away, or moved, or computed within a backward that is about to read it.
-
-    The last is how a reentrant checkpoint computes again. The answer is the same in forward and in recomputation.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    hooks = _hooks(True)
-    if hooks is None:
-        return _in_backward() != _OUTSIDE and torch.is_grad_enabled()
-    return getattr(hooks[0], "__module__", None) in _DISCARDING
+    """Whether what a node keeps now is thrown away, or moved: the same in forward and in recomputation."""
+    hooks = None if torch.compiler.is_compiling() else _hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", None) in _DISCARDING
 
 
 def keep(promise: Tensor, compute: Callable[[], Tensor]) -> Tensor:

@@ -45,7 +45,7 @@ def test_what_a_block_in_nf4_keeps_and_needs(dropout, adapters):
     assert peak < BLOCKS[dropout, adapters][OURS][1] + SCRATCH / 2
 
 
-@pytest.mark.parametrize(("reentrant", "peak"), [(False, 212.0), (True, 244.5)])
+@pytest.mark.parametrize(("reentrant", "peak"), [(False, 212.0), (True, 270.3)])
 def test_what_a_block_in_nf4_under_a_checkpoint_needs(reentrant, peak):
     found = kept_and_peak(step_of(OURS, 0.05, torch.float32, nf4_base, reentrant))
     assert abs(found[1] - peak) <= 2 * ROUNDING

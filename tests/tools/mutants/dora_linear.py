@@ -131,9 +131,11 @@ MUTANTS = {
     "fastpeft/serving/bank/sites.py": {
         "Site.called": {
             "the bias is scaled": ("y if bias is None else y - bias", "y", ROWS),
-            "never": ("self.gains is None or", "True or", ROWS),
+            "never": ("gain is not None", "False", ROWS),
         },
-        "Site.write_gain": {"a gain stays in the slot": ("self.gains[slot].zero_()", "pass", SLOTS)},
+    },
+    "fastpeft/serving/bank/columns.py": {
+        "Columns.write": {"a gain stays in the slot": ("self.values[slot].zero_()", "pass", SLOTS)},
     },
     "fastpeft/ops/dora_linear_arguments.py": {
         "tensors": {"a trained weight not seen": ("weight.requires_grad", "False", FROZEN)},

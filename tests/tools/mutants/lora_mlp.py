@@ -96,7 +96,6 @@ MUTANTS = {
     "fastpeft/ops/lora_mlp_promise.py": {
         "pays": {
             "any hooks": ('getattr(hooks[0], "__module__", None) in _DISCARDING', "True", PAYS),
-            "not in a reentrant recomputation": ("_in_backward() != _OUTSIDE", "False", PAYS),
         },
         "_Kept.forward": {"a view": ("compute().detach()", "compute()", IN_PLACE)},
     },
