@@ -68,7 +68,7 @@ MUTANTS = {
             "down: dropout not applied": ("tl.where(keep, x, 0.0).to(x.dtype)", "x"),
             "down: one seed for all": ("seed_ptr + branch", "seed_ptr"),
             "down: one probability for all": ("branch * FIELDS + THRESHOLD", "THRESHOLD"),
-            "down: mask of the first block everywhere": ("m, k0, BLOCK_K", "m, first, BLOCK_K"),
+            "down: mask of the first block everywhere": ("FIRST + k0", "FIRST + first"),
             "down: branches mixed": ("pid_r // blocks, pid_r % blocks", "pid_r % blocks, pid_r // blocks"),
             "down: the first branch's columns for all": ("bounds_of(branch_ptr, branch,", "bounds_of(branch_ptr, 0,"),
             "down: no 1 / (1 - p)": (
