@@ -96,8 +96,12 @@ std::vector<at::Tensor> differentiable(const std::vector<at::Tensor>& inputs, co
     const at::AutoGradMode off(false);
     found = plan->program->run(inputs);
   }
-  for (size_t i = 0; i < plan->outputs; ++i)
-    torch::autograd::impl::set_gradient_edge(found[i], {node, call->add_input_metadata(found[i])});
+  for (size_t i = 0; i < plan->outputs; ++i) {
+    if (torch::autograd::isDifferentiableType(found[i].scalar_type()))
+      torch::autograd::impl::set_gradient_edge(found[i], {node, call->add_input_metadata(found[i])});
+    else
+      call->add_input_metadata(torch::autograd::Node::undefined_input());  // as seeds, which have a place all the same
+  }
   call->save(found.data() + plan->outputs, found.data() + found.size());
   announce(node, 0);
   return found;

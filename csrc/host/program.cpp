@@ -8,6 +8,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/SmallVector.h>
+#include <pybind11/pybind11.h>
 
 #include <limits>
 
@@ -18,6 +19,20 @@ namespace {
 
 constexpr int64_t KEPT = std::numeric_limits<int64_t>::max();  // in place of the step after which a slot is let go
 constexpr int64_t ALIGNED = 512;                               // bytes, as those of PyTorch's allocator for GPUs
+
+// The driver's handle of a stream.
+template <class Stream>
+auto handle(const Stream& stream, int) -> decltype(stream.native_handle()) {
+  return stream.native_handle();
+}
+
+// Where PyTorch has none for C++ yet: of the current stream, which this is, by way of Python.
+template <class Stream>
+void* handle(const Stream& stream, long) {
+  const pybind11::gil_scoped_acquire lock;
+  const auto current = pybind11::module_::import("torch._C").attr("_cuda_getCurrentRawStream");
+  return reinterpret_cast<void*>(current(int{stream.device_index()}).template cast<uintptr_t>());
+}
 
 uint64_t address(const at::Tensor& base, int64_t offset) {
   return reinterpret_cast<uint64_t>(base.const_data_ptr()) + offset;
@@ -188,7 +203,7 @@ std::vector<at::Tensor> Program::run(const std::vector<at::Tensor>& inputs) cons
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const c10::DeviceGuard guard(device_);
   void* stream = nullptr;
-  if (device_.is_cuda()) stream = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
+  if (device_.is_cuda()) stream = handle(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_), 0);
   Slots slots(inputs, constants_, last_.size());
   for (size_t i = 0; i < steps_.size(); ++i) {
     std::visit([&](const auto& step) { run_step(step, slots, stream, device_); }, steps_[i]);

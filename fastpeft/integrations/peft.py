@@ -70,8 +70,7 @@ class FastForward(nn.Module):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not args and not kwargs:
             compiling = torch.compiler.is_compiling()
-            y = None if compiling else computed(self, x)
-            if y is not None:
+            if not compiling and (y := computed(self, x)) is not None:
                 return y
             plan = _fusable.plan(self, x) if compiling else _fusable.kept_plan(self, x)
             if not isinstance(plan, str):
@@ -104,8 +103,7 @@ class FastForward(nn.Module):
         if isinstance(plan, str):
             return plan
         weight, lora_a = plan[0].weight, plan[0].lora_a
-        dtype = lora_a.dtype if weight is None else weight.dtype or lora_a.dtype
-        x = lora_a.new_empty(1, lora_a.shape[1], dtype=dtype)
+        x = lora_a.new_empty(1, lora_a.shape[1], dtype=None if weight is None else weight.dtype)
         return serving_backend("dora_linear" if isinstance(plan, _dora.Dora) else "lora_linear", x, weight, lora_a)
 
     def fastpeft_report(self) -> str:
@@ -122,11 +120,8 @@ class FastLoraEmbedding(_embeddings.EmbeddingForward, _layers.Embedding):
 
 
 FastLoraEmbedding.__name__ = _layers.Embedding.__name__  # for repr, and for PEFT's status of layers, which reads it
-_THEIRS: dict[type, type] = {
-    FastLoraLinear: Linear,
-    FastParamWrapper: ParamWrapper,
-    FastLoraEmbedding: _layers.Embedding,
-}
+_THEIRS: dict[type, type] = {FastLoraLinear: Linear, FastParamWrapper: ParamWrapper}
+_THEIRS[FastLoraEmbedding] = _layers.Embedding
 _OURS: dict[type, type] = {Linear: FastLoraLinear, _layers.Embedding: FastLoraEmbedding}
 # Modules of PEFT's with layers around a quantised one, all of which call that and add the low-rank terms to its output.
 _QUANTISED = ("bnb", "gptq", "awq", "hqq", "eetq", "aqlm", "inc", "torchao")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _host
 from .._check import PLAIN
-from ..ops.lora_linear import bound
+from ..ops.lora_linear_bound import bound
 from .branch import Branch
 from .guarding import guard_item
 

@@ -159,8 +159,7 @@ class LoraLinear(nn.Module):
         if self.dora and not (self.disabled or self.merged):
             return dora.call(self, x)
         if not torch.compiler.is_compiling():
-            y = computed(self, x)
-            if y is not None:
+            if (y := computed(self, x)) is not None:
                 return y
             branch = kept(self, x)
             if branch is None:
@@ -222,12 +221,8 @@ class LoraLinear(nn.Module):
         """The backend for an x of one row and the first active adapter."""
         weight, lora_a = frozen_weight(self.base_layer), self._adapters(self.active)[0].lora_A
         given, dtype = (None, None) if isinstance(weight, str) else (weight, weight.dtype)
-        return serving_backend(
-            "dora_linear" if self.dora else "lora_linear",
-            lora_a.new_empty(1, lora_a.shape[1], dtype=dtype),
-            given,
-            lora_a,
-        )
+        x = lora_a.new_empty(1, lora_a.shape[1], dtype=dtype)
+        return serving_backend("dora_linear" if self.dora else "lora_linear", x, given, lora_a)
 
     def fastpeft_report(self) -> str:
         """``"fused"``, "fused beside its base" and why, or why this layer computes nothing of its own."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import _host, ops
 from .._check import PLAIN
-from ..ops.lora_linear import bound
+from ..ops.lora_linear_bound import bound
 from .branch import Branch, branch_of
 from .conditions import autograd_state, call_conditions, reentrant_possible
 from .guarding import guard_call, guard_process

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _backend, _check, _plan, reference
+from .. import _backend, _check, reference
 from .._library import autocast_dtype, cast, register_op
 from .._plan import planned
 from . import lora_linear_arguments as arguments
@@ -252,17 +252,6 @@ def lora_linear_shared(
     """
     given = weights, lora_as, lora_bs, biases, scales, dropouts, seeds
     return tuple(_call("lora_linear_shared", True, x, *given, backend))
-
-
-def bound(
-    weights: Sequence, lora_as: Sequence, lora_bs: Sequence, biases: Sequence, scales: Sequence, dropouts: Sequence
-):
-    """``lora_linear_shared`` of these as a function of x alone, or None: see ``_plan.bound``. Seeds are drawn."""
-    count = len(weights)
-    op = "lora_linear_shared" if count > 1 else "lora_linear"
-    lists = map(list, (weights, lora_as, lora_bs, biases, scales, dropouts))
-    arguments = op, count > 1, None, *lists, None if count > 1 else [None], None
-    return _plan.bound(_planned, arguments, 2, [*weights, *biases], [*lora_as, *lora_bs])
 
 
 def _call(op, shared, x, weights, lora_as, lora_bs, biases, scales, dropouts, seeds, backend):

@@ -29,7 +29,7 @@ LORA = {
 OTHERS = {
     "PiSSA": (lambda: lora(init_lora_weights="pissa"), "path_initial_model_for_weight_conversion", "load bank"),
     "OLoRA": (lambda: lora(init_lora_weights="olora"), "which changes the frozen weights; PEFT's save", "load bank"),
-    "trained biases": (lambda: lora(lora_bias=True), "lora_bias", "bank"),
+    "trained biases": (lambda: lora(bias="all"), "bias", "bank"),
     "copies": (lambda: lora(modules_to_save=["norm"]), "modules_to_save", "bank"),
     "token rows beside": (lambda: lora(trainable_token_indices=[3]), "trainable_token_indices", "bank"),
     "prompt": (lambda: causal(peft.PromptTuningConfig), "is prompt tuning, which a bank does not serve", "bank"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.memory_models import OURS, PEFT
-from tests.support.llama_block import APART, ROUNDING, assert_launches, base, kept_and_peak, step_of
+from tests.support.llama_block import APART, ROUNDING, assert_launches, base, kept_and_peak, nf4_base, step_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # (dropout, adapters): kept and peak in MiB of each way.
@@ -49,8 +49,6 @@ def test_what_a_block_with_dora_keeps_and_needs(dropout, adapters):
 @pytest.mark.parametrize(("dropout", "adapters"), IN_NF4, ids=str)
 def test_what_a_block_in_nf4_with_dora_keeps_and_needs(dropout, adapters):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from tests.nullgpu.test_mlp_nf4 import nf4_base
-
     assert_no_more(IN_NF4, dropout, adapters, nf4_base)
 
 

@@ -1,15 +1,11 @@
 """What a Llama-3.1-8B block in NF4 keeps and needs at most, as test_mlp.py has it of a dense one."""
 
-import functools
-
 import pytest
 import torch
-from torch import nn
 
-from bench.bench_quantised import nf4_of_zeros
-from bench.llama_block import INNER, WIDE, Block
+from bench.llama_block import INNER, WIDE
 from bench.memory_models import OURS, PEFT
-from tests.support.llama_block import APART, BLOCKS, MIB, ROUNDING, assert_launches, kept_and_peak, step_of
+from tests.support.llama_block import APART, BLOCKS, MIB, ROUNDING, assert_launches, kept_and_peak, nf4_base, step_of
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -20,18 +16,6 @@ NF4_BLOCKS = {
     (0.0, torch.float32): {PEFT: (488.9, 624.9), APART: (272.9, 442.0), OURS: (160.9, 255.5)},
     (0.05, torch.float32): {PEFT: (564.9, 812.9), APART: (272.9, 442.0), OURS: (160.9, 254.3)},
 }
-
-
-@functools.cache
-def nf4_base() -> Block:
-    with torch.device("meta"):
-        block = Block()
-    for module in (block.self_attn, block.mlp):
-        for name, layer in list(module.named_children()):
-            if isinstance(layer, nn.Linear):
-                setattr(module, name, nf4_of_zeros(layer.out_features, layer.in_features, "cuda"))
-    block.is_loaded_in_4bit = True
-    return block
 
 
 @pytest.mark.parametrize(("dropout", "adapters"), NF4_BLOCKS, ids=str)

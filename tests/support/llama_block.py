@@ -5,6 +5,7 @@ import functools
 
 import peft
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
@@ -21,6 +22,20 @@ MIB = 2**20
 def base() -> Block:
     with torch.device("cuda"):
         return Block().bfloat16().requires_grad_(False)
+
+
+@functools.cache
+def nf4_base() -> Block:
+    from bench.bench_quantised import nf4_of_zeros  # which asks for bitsandbytes
+
+    with torch.device("meta"):
+        block = Block()
+    for module in (block.self_attn, block.mlp):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, nf4_of_zeros(layer.out_features, layer.in_features, "cuda"))
+    block.is_loaded_in_4bit = True
+    return block
 
 
 def step_of(
