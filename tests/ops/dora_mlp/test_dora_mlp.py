@@ -51,8 +51,10 @@ def test_the_definition_is_the_formula(activation, dropout):
     torch.testing.assert_close(eager_dora_mlp(**operands(p)), wanted)
 
 
-@pytest.mark.parametrize("chunk", [None, 50])
-@pytest.mark.parametrize(("dropout", "activation"), [(0.0, "silu"), (0.1, "silu"), (0.1, "gelu"), (0.0, "gelu_tanh")])
+@pytest.mark.parametrize(
+    ("dropout", "activation", "chunk"),
+    [(0.0, "silu", 50), (0.1, "silu", None), (0.1, "gelu", 50), (0.0, "gelu_tanh", None)],
+)
 @pytest.mark.parametrize(("backend", "dtype", "adapter"), served(*TRAINING))
 def test_no_less_accurate_than_pytorch(backend, dtype, adapter, dropout, activation, chunk, record_property, cut):
     cut(chunk)
@@ -99,7 +101,7 @@ def test_some_projections_may_have_lora(backend, dropout, lora, cut):
 
 @each_backend
 @each_dropout
-@pytest.mark.parametrize("rows", [1, 3, 7, 16])
+@pytest.mark.parametrize("rows", [1, 7])
 def test_chunks_draw_the_masks_of_the_whole(backend, dropout, rows, cut):
     """In float64, where the order of sums shows in the last places alone."""
     p = DoraMlpProblem.make((16, 12), 10, 6, (3, 2, 4), FP64, device=DEVICE, dropout=dropout)

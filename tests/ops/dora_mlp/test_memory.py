@@ -80,9 +80,8 @@ def transposed(t):
 
 
 @each_backend
-@each_dropout
 @pytest.mark.parametrize("which", ["x", "dy", *GROUPS])
-@pytest.mark.parametrize("change", [sliced, transposed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("change", "dropout"), [(sliced, 0.5), (transposed, 0.0)], ids=["sliced", "transposed"])
 def test_any_strides(backend, which, change, dropout):
     p = problem(FP64, dropout=dropout)
     given = getattr(p, which)
